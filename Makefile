@@ -1,0 +1,57 @@
+# make demo    train a GAN on handwritten digits, with and without regularisation, and compare
+# make test    every test, on every backend this machine has
+# make lint | bench | gpu-check | package-check | clean
+PYTHON ?= python3
+JOBS ?= 2
+BIN := .venv/bin
+SECONDS_EACH ?= 40
+SOURCES := $(shell find csrc -type f)
+
+.DEFAULT_GOAL := test
+.PHONY: demo test lint format bench gpu-check package-check emulator-check clean
+
+.venv/dependencies: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch setuptools wheel cmake ninja numpy
+	touch $@
+
+.venv/installed: .venv/dependencies setup.py CMakeLists.txt $(SOURCES)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+demo: .venv/installed
+	$(BIN)/hessreg compare digits --methods none,r1,hsn1r --seconds $(SECONDS_EACH) --out runs/demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest -n $(JOBS)
+
+# The emulated kernels once more with every memory access checked.
+emulator-check: .venv/installed
+	$(BIN)/python -m pytest -n $(JOBS) --emu-check tests -k 'cuda_emulated and not every_check'
+
+lint: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	find csrc tests -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+	  | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: .venv/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	find csrc tests -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+	  | xargs $(BIN)/clang-format -i
+
+bench: .venv/installed
+	$(BIN)/python -m benchmarks.bench_projection
+
+# On a machine with a GPU, its torch and toolkit, and no network: nothing is installed.
+gpu-check:
+	tests/gpu_check.sh
+
+# An sdist and a wheel, each from a clean environment, with and without build isolation.
+package-check:
+	tests/package_check.sh
+
+clean:
+	rm -rf build dist .venv *.egg-info hessreg/*.so

@@ -1,0 +1,173 @@
+#pragma once
+// SIMD in GCC/Clang vector extensions, as wide as the instruction set of the object it is compiled
+// into. All functions are always inlined (see HESSREG_HD). No torch.
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "element.h"
+
+namespace hessreg {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <typename T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+template <typename T, int L>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(L * sizeof(T))));
+};
+template <typename T, int L = kLanes<T>>
+using Vector = typename VectorOf<T, L>::type;
+
+// Half-precision numbers as they lie in memory.
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// What an element is computed in: itself, or float32 for the half-precision types.
+template <typename T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <typename T>
+using Compute = typename ComputeOf<T>::type;
+
+HESSREG_HD float to_compute(float x) { return x; }
+HESSREG_HD double to_compute(double x) { return x; }
+HESSREG_HD float to_compute(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+HESSREG_HD float to_compute(Float16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
+  uint32_t bits;
+  float value;
+  if (rest >= 0x7c00u) {  // infinity, NaN
+    bits = 0x7f800000u | (rest & 0x3ffu) << 13;
+  } else if (rest >= 0x400u) {  // normal: exponent bias 15 becomes 127
+    bits = (rest << 13) + (112u << 23);
+  } else {  // subnormal: a multiple of 2^-24, exact in float32
+    value = static_cast<float>(rest) * 5.9604644775390625e-8f;
+    std::memcpy(&bits, &value, sizeof bits);
+  }
+  bits |= sign;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+template <typename T>
+HESSREG_HD T from_compute(Compute<T> x) {
+  return x;
+}
+template <>
+HESSREG_HD BFloat16 from_compute<BFloat16>(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fc0};  // NaN
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16)};
+}
+template <>
+HESSREG_HD Float16 from_compute<Float16>(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};  // NaN
+  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // rounds past 65504
+  if (magnitude < 0x38800000u) {  // below 2^-14: round to a multiple of 2^-24 by adding 0.5
+    float shifted;
+    std::memcpy(&shifted, &magnitude, sizeof shifted);
+    shifted += 0.5f;
+    uint32_t rounded;
+    std::memcpy(&rounded, &shifted, sizeof rounded);
+    return {static_cast<uint16_t>(sign | (rounded - 0x3f000000u))};
+  }
+  const uint32_t rounded = magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1);
+  return {static_cast<uint16_t>(sign | rounded >> 13)};
+}
+
+template <typename T, int L = kLanes<Compute<T>>>
+HESSREG_HD Vector<Compute<T>, L> load(const T* p) {
+  Vector<Compute<T>, L> v;
+  if constexpr (sizeof(T) == sizeof(Compute<T>)) {
+    std::memcpy(&v, p, sizeof v);
+  } else {
+    for (int lane = 0; lane < L; ++lane) v[lane] = to_compute(p[lane]);
+  }
+  return v;
+}
+
+template <typename T>
+HESSREG_HD void store(T* p, Vector<Compute<T>> v) {
+  if constexpr (sizeof(T) == sizeof(Compute<T>)) {
+    std::memcpy(p, &v, sizeof v);
+  } else {
+    for (int lane = 0; lane < kLanes<float>; ++lane) p[lane] = from_compute<T>(v[lane]);
+  }
+}
+
+// A hint only: any address will do.
+HESSREG_HD void prefetch(const void* p) { __builtin_prefetch(p); }
+
+// Past the caches, for output that would only push the input out of them. p must be aligned.
+template <typename T>
+HESSREG_HD void stream(T* p, Vector<Compute<T>> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == sizeof(Compute<T>)) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+    return;
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == sizeof(Compute<T>)) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+    return;
+  }
+#endif
+  store(p, v);
+}
+
+// Makes what was streamed visible to other threads.
+HESSREG_HD void stream_fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+// As many elements as a vector of float64 holds. (GCC 12 splits __builtin_convertvector, and takes
+// the unmasked 512-bit intrinsic for a use of uninitialised data.)
+template <typename T>
+HESSREG_HD Vector<double> load_double(const T* p) {
+  const auto v = load<T, kLanes<double>>(p);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(v[0]) == sizeof(float)) 
+    return (Vector<double>)_mm512_maskz_cvtps_pd(0xff, (__m256)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(v[0]) == sizeof(float)) return (Vector<double>)_mm256_cvtps_pd((__m128)v);
+#endif
+  return __builtin_convertvector(v, Vector<double>);
+}
+
+HESSREG_HD double sum(Vector<double> v) {
+  double total = 0;
+  for (int lane = 0; lane < kLanes<double>; ++lane) total += v[lane];
+  return total;
+}
+
+}  // namespace hessreg

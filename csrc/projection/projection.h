@@ -1,0 +1,83 @@
+#pragma once
+// What every projection kernel shares: how lists of tensors fall into segments, how segments are
+// cut into pieces of work, and the mathematics of one projection. No torch, no CUDA runtime.
+#include "../common/element.h"
+
+namespace hessreg::projection {
+
+// One tensor position of the lists, seen as [batch, rows, length]: row r of sample b belongs to
+// segment b * segments + first_segment + r and is cut into pieces of at most piece_length elements.
+struct Position {
+  int64_t rows, length, first_segment, first_piece;
+};
+
+// m lists of tensors with the same shapes.
+struct Lists {
+  const void* const* data;    // [num_lists, num_positions], each contiguous
+  const Position* positions;  // [num_positions]
+  int64_t num_lists, num_positions;
+  int64_t batch, segments;  // segments per sample
+  int64_t piece_length;
+  Element element;
+  bool streaming = false;  // CPU: write results past the caches
+};
+
+HESSREG_HD int64_t pieces_per_row(int64_t length, int64_t piece_length) {
+  return (length + piece_length - 1) / piece_length;
+}
+
+// Where a piece lies.
+struct Piece {
+  int64_t position, segment, offset, length;
+};
+
+HESSREG_HD Piece locate(const Position* positions, int64_t position, int64_t segments,
+                        int64_t piece_length, int64_t piece) {
+  const Position& p = positions[position];
+  const int64_t per_row = pieces_per_row(p.length, piece_length);
+  const int64_t row = (piece - p.first_piece) / per_row;
+  const int64_t start = (piece - p.first_piece) % per_row * piece_length;
+  const int64_t rest = p.length - start;
+  return {position, row / p.rows * segments + p.first_segment + row % p.rows,
+          row * p.length + start, rest < piece_length ? rest : piece_length};
+}
+
+// The position that holds a piece, among those with ascending first_piece.
+HESSREG_HD int64_t position_of(const Position* positions, int64_t count, int64_t piece) {
+  int64_t low = 0, high = count;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (positions[middle].first_piece <= piece ? low : high) = middle;
+  }
+  return low;
+}
+
+// How many inner products of m vectors are distinct, and where <x_a, x_b>, a <= b, is kept.
+HESSREG_HD int64_t num_pairs(int64_t m) { return m * (m + 1) / 2; }
+HESSREG_HD int64_t pair_index(int64_t a, int64_t b, int64_t m) {
+  return a * m - a * (a - 1) / 2 + b - a;
+}
+
+struct Rule {
+  double strength;
+  double tolerance;    // a residual below tolerance * |g| is rounding error: exactly zero then
+  bool conflict_only;  // project only where <g, v> < 0
+};
+
+// Weights of y = weights[0] g + weights[1] v from gram = {<g,g>, <g,v>, <v,g>, <v,v>}. Every
+// threshold is relative: an absolute one would switch projection off for small gradients.
+HESSREG_HD void projection_weights(const double* gram, const Rule& rule, double* weights) {
+  const double gg = gram[0], gv = gram[1], vv = gram[3];
+  weights[0] = 1;
+  weights[1] = 0;
+  if (!(vv > 0) || std::isinf(vv)) return;
+  if (rule.conflict_only && !(gv < 0)) return;
+  const double coefficient = gv / vv;
+  const double residual = gg - coefficient * gv;
+  const bool vanishes = rule.strength == 1 && !std::isinf(gg) &&
+                        residual <= rule.tolerance * rule.tolerance * gg;
+  weights[0] = vanishes ? 0 : 1;
+  weights[1] = vanishes ? 0 : -rule.strength * coefficient;
+}
+
+}  // namespace hessreg::projection

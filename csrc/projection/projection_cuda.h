@@ -1,0 +1,18 @@
+#pragma once
+#include "projection.h"
+
+namespace hessreg::projection::cuda {
+
+// Elements of one block's piece of work.
+constexpr int64_t kPieceLength = 4096;
+
+// gram[segment, a, b] = <x_a, x_b>. partials: scratch for num_pieces * num_pairs doubles.
+// With a rule (and two lists) also weights[segment, 2]; otherwise both are null.
+void gram(const Lists& x, double* partials, double* gram, const Rule* rule, double* weights,
+          void* stream);
+
+// out[c] = sum_a weights[segment, c, a] x[a]; out: [num_outputs, num_positions] device pointers.
+void linear_combination(const Lists& x, const double* weights, void* const* out,
+                        int64_t num_outputs, void* stream);
+
+}  // namespace hessreg::projection::cuda

@@ -1,0 +1,243 @@
+#include "projection.h"
+
+#include <algorithm>
+
+#include "../common/binding.h"
+#ifdef HESSREG_CUDA
+#include "projection_cuda.h"
+#else
+#include "../common/cpu_isa.h"
+#include "projection_cpu.h"
+#endif
+
+namespace hessreg::projection {
+namespace {
+
+// Which elements share one inner product: all of a list, each tensor, each row of each tensor.
+enum class Scope : int64_t { kGlobal, kTensor, kRow };
+
+// The lists as the kernels take them, with what keeps their memory alive.
+class Arguments {
+ public:
+  Arguments(const std::vector<Tensor>& tensors, int64_t num_lists, int64_t scope, bool batched,
+            int64_t piece_length)
+      : tensors_(contiguous(tensors)) {
+    STD_TORCH_CHECK(!tensors.empty() && num_lists > 0 && tensors.size() % num_lists == 0,
+                    "projection: ", tensors.size(), " tensors do not make ", num_lists, " lists");
+    const auto positions = static_cast<int64_t>(tensors.size()) / num_lists;
+    check_alike(positions);
+    lay_out(positions, static_cast<Scope>(scope), batched, piece_length);
+    for (const Tensor& tensor : tensors_) data_.push_back(tensor.const_data_ptr());
+    const int64_t batch = batched ? tensors_[0].size(0) : 1;
+    lists_ = {data_.data(), positions_.data(), num_lists, positions, batch,
+              segments_,    piece_length,      element_of(tensors_[0], "projection")};
+  }
+
+  const Lists& lists() const { return lists_; }
+  const Tensor& first() const { return tensors_[0]; }
+  int64_t num_pieces() const { return num_pieces_; }
+  int64_t num_elements() const { return num_elements_; }  // of one list
+  int64_t num_segments() const { return lists_.batch * segments_; }
+
+  // The shape of a result with one [rows, columns] matrix per segment.
+  std::vector<int64_t> sizes(int64_t rows, int64_t columns, bool batched) const {
+    if (batched) return {lists_.batch, segments_, rows, columns};
+    return {segments_, rows, columns};
+  }
+
+  // Tensors like those of `count` lists.
+  std::vector<Tensor> new_lists(int64_t count) const {
+    std::vector<Tensor> result;
+    for (int64_t c = 0; c < count; ++c)
+      for (int64_t t = 0; t < lists_.num_positions; ++t)
+        result.push_back(torch::stable::new_empty(tensors_[t], tensors_[t].sizes()));
+    return result;
+  }
+
+ private:
+  void check_alike(int64_t positions) const {
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      const Tensor &tensor = tensors_[i], &model = tensors_[i % positions];
+      STD_TORCH_CHECK(tensor.sizes().equals(model.sizes()), "projection: tensor ", i,
+                      " differs in shape from its counterpart in the first list");
+      STD_TORCH_CHECK(tensor.scalar_type() == tensors_[0].scalar_type() &&
+                          tensor.device() == tensors_[0].device(),
+                      "projection: tensor ", i, " differs in dtype or device from the first");
+    }
+  }
+
+  void lay_out(int64_t positions, Scope scope, bool batched, int64_t piece_length) {
+    int64_t segment = 0;
+    for (int64_t t = 0; t < positions; ++t) {
+      const Tensor& tensor = tensors_[t];
+      const int64_t batch = batched ? tensor.size(0) : 1;
+      const bool by_row = scope == Scope::kRow && tensor.dim() - batched >= 2;
+      const int64_t rows = by_row ? tensor.size(batched) : 1;
+      const int64_t length = batch * rows > 0 ? tensor.numel() / (batch * rows) : 0;
+      positions_.push_back({rows, length, scope == Scope::kGlobal ? 0 : segment, num_pieces_});
+      num_pieces_ += batch * rows * pieces_per_row(length, piece_length);
+      num_elements_ += tensor.numel();
+      segment += rows;
+    }
+    segments_ = scope == Scope::kGlobal ? 1 : segment;
+  }
+
+  std::vector<Tensor> tensors_;
+  std::vector<Position> positions_;
+  std::vector<const void*> data_;
+  Lists lists_{};
+  int64_t num_pieces_ = 0, num_elements_ = 0, segments_ = 1;
+};
+
+std::vector<void*> data_pointers(std::vector<Tensor>& tensors) {
+  std::vector<void*> result;
+  for (Tensor& tensor : tensors) result.push_back(tensor.mutable_data_ptr());
+  return result;
+}
+
+// A residual is compared with the rounding error of the type the kernel computes in.
+double vanishing_tolerance(Element element) {
+  return 16 * (element == Element::kFloat64 ? std::numeric_limits<double>::epsilon()
+                                            : std::numeric_limits<float>::epsilon());
+}
+
+#ifdef HESSREG_CUDA
+
+constexpr int64_t kPieceLength = cuda::kPieceLength;
+
+void run_gram(const Arguments& x, double* gram, const Rule* rule, double* weights) {
+  const Executor executor(x.first());
+  Tensor partials = new_float64(x.first(), {x.num_pieces() * num_pairs(x.lists().num_lists)});
+  cuda::gram(x.lists(), partials.mutable_data_ptr<double>(), gram, rule, weights,
+             executor.stream());
+}
+
+void run_combination(const Arguments& x, const double* weights, void* const* out,
+                     int64_t num_outputs) {
+  const Executor executor(x.first());
+  cuda::linear_combination(x.lists(), weights, out, num_outputs, executor.stream());
+}
+
+#else
+
+constexpr int64_t kPieceLength = 16384;
+
+const CpuKernels& kernels() {
+#if defined(__x86_64__)
+  if (active_isa() == Isa::kAvx512) return avx512::kernels;
+  if (active_isa() == Isa::kAvx2) return avx2::kernels;
+#endif
+  return baseline::kernels;
+}
+
+// Runs body(begin, end) over all pieces, in torch's thread pool where there is work enough.
+template <typename Body>
+void parallel_over_pieces(const Arguments& x, const Body& body) {
+  if (x.num_pieces() == 0) return;
+  const int64_t grain = std::max<int64_t>(1, 2 * kPieceLength * x.num_pieces() / x.num_elements());
+  torch::stable::parallel_for(0, x.num_pieces(), grain, body);
+}
+
+// Sums the pieces of each segment in their order, so that the result is the same for any number of
+// threads.
+void sum_pieces(const Arguments& x, const double* partials, double* gram) {
+  const Lists& lists = x.lists();
+  const int64_t m = lists.num_lists, pairs = num_pairs(m);
+  std::fill(gram, gram + x.num_segments() * m * m, 0.0);
+  for (int64_t piece = 0, position = 0; piece < x.num_pieces(); ++piece) {
+    while (position + 1 < lists.num_positions &&
+           lists.positions[position + 1].first_piece <= piece)
+      ++position;
+    const int64_t segment =
+        locate(lists.positions, position, lists.segments, kPieceLength, piece).segment;
+    for (int64_t a = 0; a < m; ++a)
+      for (int64_t b = a; b < m; ++b)
+        gram[(segment * m + a) * m + b] += partials[piece * pairs + pair_index(a, b, m)];
+  }
+  for (int64_t s = 0; s < x.num_segments(); ++s)
+    for (int64_t a = 0; a < m; ++a)
+      for (int64_t b = 0; b < a; ++b) gram[(s * m + a) * m + b] = gram[(s * m + b) * m + a];
+}
+
+void run_gram(const Arguments& x, double* gram, const Rule* rule, double* weights) {
+  std::vector<double> partials(x.num_pieces() * num_pairs(x.lists().num_lists));
+  parallel_over_pieces(x, [&](int64_t begin, int64_t end) {
+    kernels().gram(x.lists(), partials.data(), begin, end);
+  });
+  sum_pieces(x, partials.data(), gram);
+  for (int64_t s = 0; rule && s < x.num_segments(); ++s)
+    projection_weights(gram + 4 * s, *rule, weights + 2 * s);
+}
+
+// What is read and written from here up does not fit in the caches beside the rest: results then
+// go to memory directly, which saves reading their lines first (16 % of a projection).
+constexpr int64_t kStreamingBytes = 32 << 20;
+
+void run_combination(const Arguments& x, const double* weights, void* const* out,
+                     int64_t num_outputs) {
+  Lists lists = x.lists();
+  lists.streaming = x.num_elements() * x.first().element_size() *
+                        (lists.num_lists + num_outputs) >= kStreamingBytes;
+  parallel_over_pieces(x, [&](int64_t begin, int64_t end) {
+    kernels().linear_combination(lists, weights, out, num_outputs, begin, end);
+  });
+}
+
+#endif
+
+Tensor gram_op(std::vector<Tensor> tensors, int64_t num_lists, int64_t scope, bool batched) {
+  const Arguments x(tensors, num_lists, scope, batched, kPieceLength);
+  Tensor gram = new_float64(x.first(), x.sizes(num_lists, num_lists, batched));
+  run_gram(x, gram.mutable_data_ptr<double>(), nullptr, nullptr);
+  return gram;
+}
+
+std::vector<Tensor> linear_combination_op(std::vector<Tensor> tensors, Tensor weights,
+                                          int64_t scope, bool batched) {
+  STD_TORCH_CHECK(weights.scalar_type() == ScalarType::Double && weights.dim() == 3 + batched,
+                  "projection: weights must be float64 with ", 3 + batched, " dimensions");
+  const int64_t num_outputs = weights.size(weights.dim() - 2);
+  const int64_t num_lists = weights.size(weights.dim() - 1);
+  const Arguments x(tensors, num_lists, scope, batched, kPieceLength);
+  STD_TORCH_CHECK(weights.numel() == x.num_segments() * num_outputs * num_lists,
+                  "projection: weights must hold one matrix for each of ", x.num_segments(),
+                  " segments");
+  const Tensor dense = torch::stable::contiguous(weights);
+  std::vector<Tensor> out = x.new_lists(num_outputs);
+  const std::vector<void*> pointers = data_pointers(out);
+  run_combination(x, dense.const_data_ptr<double>(), pointers.data(), num_outputs);
+  return out;
+}
+
+std::vector<Tensor> project_op(std::vector<Tensor> tensors, double strength, bool conflict_only,
+                               int64_t scope, bool batched) {
+  const Arguments x(tensors, 2, scope, batched, kPieceLength);
+  const Rule rule{strength, vanishing_tolerance(x.lists().element), conflict_only};
+  Tensor gram = new_float64(x.first(), x.sizes(2, 2, batched));
+  Tensor weights = new_float64(x.first(), x.sizes(1, 2, batched));
+  run_gram(x, gram.mutable_data_ptr<double>(), &rule, weights.mutable_data_ptr<double>());
+  std::vector<Tensor> out = x.new_lists(1);
+  const std::vector<void*> pointers = data_pointers(out);
+  run_combination(x, weights.const_data_ptr<double>(), pointers.data(), 1);
+  return out;
+}
+
+}  // namespace
+
+#ifndef HESSREG_CUDA
+STABLE_TORCH_LIBRARY_FRAGMENT(hessreg, m) {
+  m.def("gram(Tensor[] tensors, int num_lists, int scope, bool batched) -> Tensor");
+  m.def("linear_combination(Tensor[] tensors, Tensor weights, int scope, bool batched)"
+        " -> Tensor[]");
+  m.def("project(Tensor[] tensors, float strength, bool conflict_only, int scope, bool batched)"
+        " -> Tensor[]");
+}
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(hessreg, HESSREG_DISPATCH_KEY, m) {
+  m.impl("gram", TORCH_BOX(&gram_op));
+  m.impl("linear_combination", TORCH_BOX(&linear_combination_op));
+  m.impl("project", TORCH_BOX(&project_op));
+}
+
+}  // namespace hessreg::projection

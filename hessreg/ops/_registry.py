@@ -1,0 +1,224 @@
+"""How a compiled operator becomes differentiable: the one mechanism behind every family.
+
+A kernel registered with torch alone has no derivatives under ``torch.func`` and a silently zero one
+in forward mode; a bare ``autograd.Function`` cannot be compiled with ``fullgraph=True``. So each
+:class:`Operator` is both: the registered operator while ``torch.compile`` traces, a new-style
+``autograd.Function`` around it otherwise. Backward and forward-mode formulas are written in
+operators that are themselves differentiable, which makes every order right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, forward_ad
+
+from hessreg import _backend
+
+# An operator's arguments: tensors, lists of tensors, and plain values.
+Arguments = Sequence[Any]
+
+
+class _Slot(int):
+    """Stands in a layout for a list of so many tensors, or for one bare tensor."""
+
+
+_BARE = _Slot(1)
+
+
+def _flatten(arguments: Arguments) -> tuple[list[Tensor], list[Any]]:
+    """The tensors among the arguments, and the arguments with slots in the tensors' places."""
+    tensors: list[Tensor] = []
+    layout: list[Any] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            tensors.append(argument)
+            layout.append(_BARE)
+        elif isinstance(argument, (list, tuple)):
+            tensors.extend(argument)
+            layout.append(_Slot(len(argument)))
+        else:
+            layout.append(argument)
+    return tensors, layout
+
+
+def _unflatten(flat: Sequence[Any], layout: Sequence[Any]) -> list[Any]:
+    """Fills the slots with tensors, or with what stands for them: tangents, batch dimensions."""
+    rest = iter(flat)
+
+    def fill(item: Any) -> Any:
+        if not isinstance(item, _Slot):
+            return item
+        return next(rest) if item is _BARE else [next(rest) for _ in range(item)]
+
+    return [fill(item) for item in layout]
+
+
+def _fill_order(results: Sequence[Any], layout: Sequence[Any]) -> list[Any]:
+    """One result for each tensor, in the order of the slots; None where there is no result."""
+    flat: list[Any] = []
+    for result, item in zip(results, layout, strict=True):
+        if isinstance(item, _Slot):
+            flat.extend([result] if item is _BARE else result or [None] * item)
+    return flat
+
+
+def _wanted(needs: Sequence[Any]) -> list[Any]:
+    """Per argument whether any of its tensors wants a gradient; lists keep one entry a tensor."""
+    return [list(need) if isinstance(need, (list, tuple)) else need for need in needs]
+
+
+def _is_special(tensors: Sequence[Tensor]) -> bool:
+    """Whether anything differentiates or batches this call, so that it needs more than the kernel."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        or any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
+    )
+
+
+def _unwrap_batched_grads(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int | None], int]:
+    """The tensors with the batch that ``torch.autograd.grad(is_grads_batched=True)`` hides in front.
+
+    That mode has its own batched tensors, not those of ``torch.func.vmap``, and no rule for
+    operators that take lists.
+
+    Returns:
+        The tensors, their batch dimension (0 or None), and the level of the batching.
+    """
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    plain: list[Tensor] = []
+    dims: list[int | None] = []
+    for tensor in tensors:
+        batched = torch._C._functorch.is_legacy_batchedtensor(tensor)
+        plain.append(torch._remove_batch_dim(tensor, level, 0, 0) if batched else tensor)
+        dims.append(0 if batched else None)
+    return plain, dims, level
+
+
+def _as_function_output(outputs: Any) -> Any:
+    return tuple(outputs) if isinstance(outputs, list) else outputs
+
+
+def _leading(outputs: Any) -> Any:
+    """The batch dimension of each output of a vmap rule: always the first."""
+    return type(outputs)(0 for _ in outputs) if isinstance(outputs, (list, tuple)) else 0
+
+
+class Operator:
+    """One operator ``torch.ops.hessreg.<name>`` with its reference and its derivatives.
+
+    It returns one tensor or one list of tensors.
+
+    Args:
+        name: its name in the ``hessreg`` namespace.
+        reference: the definition in plain torch; takes the operator's arguments.
+        fake: output shapes for tracing; takes the operator's arguments.
+        backward: ``(arguments, needs, cotangent) -> cotangents of the arguments``: None for plain
+            values; ``needs`` has the form of the arguments with a flag for each tensor.
+        jvp: ``(arguments, tangents) -> tangent of the output``; a missing tangent is None.
+        vmap: ``(batch_size, arguments, dims) -> output`` with the batch in front.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        backward: Callable[[Arguments, Arguments, Any], Sequence[Any]],
+        jvp: Callable[[Arguments, Arguments], Any],
+        vmap: Callable[[int, Arguments, Arguments], Any],
+    ) -> None:
+        self.reference, self._backward, self._jvp, self._vmap = reference, backward, jvp, vmap
+        self._function = self._make_function(name)
+        if _backend.compiled():
+            self._kernel = getattr(torch.ops.hessreg, name).default
+            self._register(f"hessreg::{name}", fake)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Runs the reference, the registered operator or the differentiable function."""
+        tensors, layout = _flatten(arguments)
+        if not _backend.runs_compiled(tensors[0].device):
+            return self.reference(*arguments)
+        if torch.compiler.is_compiling():
+            return self._kernel(*arguments)
+        if not _is_special(tensors):
+            return self._run_kernel(arguments)
+        if any(map(torch._C._functorch.is_legacy_batchedtensor, tensors)):
+            return self._call_batched_grads(tensors, layout)
+        outputs = self._function.apply(layout, *tensors)
+        return list(outputs) if isinstance(outputs, tuple) else outputs
+
+    def _run_kernel(self, arguments: Arguments) -> Any:
+        """The kernel alone: the registered derivative (10 microseconds) is for compiled graphs."""
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._kernel(*arguments)
+
+    def _call_batched_grads(self, tensors: Sequence[Tensor], layout: Sequence[Any]) -> Any:
+        plain, dims, level = _unwrap_batched_grads(tensors)
+        batch_size = next(t.shape[0] for t, dim in zip(plain, dims, strict=True) if dim == 0)
+        arguments = _unflatten(plain, layout)
+        outputs = self._vmap(batch_size, arguments, _unflatten(dims, layout))
+        if isinstance(outputs, list):
+            return [torch._add_batch_dim(y, 0, level) for y in outputs]
+        return torch._add_batch_dim(outputs, 0, level)
+
+    def _register(self, qualified_name: str, fake: Callable[..., Any]) -> None:
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            tensors, ctx.layout = _flatten(inputs)
+            ctx.save_for_backward(*tensors)
+
+        def backward(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
+            arguments = _unflatten(ctx.saved_tensors, ctx.layout)
+            return tuple(self._backward(arguments, _wanted(ctx.needs_input_grad), cotangent))
+
+        def vmap(info: Any, dims: Any, *arguments: Any) -> tuple[Any, Any]:
+            outputs = self._vmap(info.batch_size, arguments, dims)
+            return outputs, _leading(outputs)
+
+        torch.library.register_fake(qualified_name, fake)
+        torch.library.register_autograd(qualified_name, backward, setup_context=setup_context)
+        torch.library.register_vmap(qualified_name, vmap)
+
+    def _make_function(operator, name: str) -> type[Function]:  # noqa: N805
+        class _Function(Function):
+            @staticmethod
+            def forward(layout: Any, *tensors: Tensor) -> Any:
+                return _as_function_output(operator._run_kernel(_unflatten(tensors, layout)))
+
+            @staticmethod
+            def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+                ctx.layout, *tensors = inputs
+                ctx.returns_list = isinstance(output, tuple)
+                ctx.save_for_backward(*tensors)
+                ctx.save_for_forward(*tensors)
+
+            @staticmethod
+            def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+                arguments = _unflatten(ctx.saved_tensors, ctx.layout)
+                needs = _unflatten(ctx.needs_input_grad[1:], ctx.layout)
+                incoming = list(cotangents) if ctx.returns_list else cotangents[0]
+                results = operator._backward(arguments, needs, incoming)
+                return (None, *_fill_order(results, ctx.layout))
+
+            @staticmethod
+            def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
+                arguments = _unflatten(ctx.saved_tensors, ctx.layout)
+                return _as_function_output(
+                    operator._jvp(arguments, _unflatten(tangents, ctx.layout))
+                )
+
+            @staticmethod
+            def vmap(info: Any, dims: Any, layout: Any, *tensors: Tensor) -> tuple[Any, Any]:
+                arguments, in_dims = _unflatten(tensors, layout), _unflatten(dims[1:], layout)
+                outputs = operator._vmap(info.batch_size, arguments, in_dims)
+                return _as_function_output(outputs), _leading(_as_function_output(outputs))
+
+        _Function.__name__ = _Function.__qualname__ = f"Hessreg_{name}"
+        return _Function
