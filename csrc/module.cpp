@@ -7,8 +7,15 @@
 #define HESSREG_STRING(a) HESSREG_STRING_(a)
 
 PyMODINIT_FUNC HESSREG_CONCAT(PyInit_, HESSREG_MODULE)() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, HESSREG_STRING(HESSREG_MODULE),
-                                   nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                                   HESSREG_STRING(HESSREG_MODULE),
+                                   nullptr,
+                                   -1,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr};
   PyObject* module = PyModule_Create(&definition);
   if (module && PyModule_AddStringConstant(module, "build_options", HESSREG_BUILD_OPTIONS) < 0) {
     Py_DECREF(module);

@@ -90,7 +90,8 @@ HESSREG_HD Float16 from_compute<Float16>(float x) {
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
   const uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};  // NaN
-  if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // rounds past 65504
+  if (magnitude >= 0x477ff000u)
+    return {static_cast<uint16_t>(sign | 0x7c00u)};  // rounds past 65504
   if (magnitude < 0x38800000u) {  // below 2^-14: round to a multiple of 2^-24 by adding 0.5
     float shifted;
     std::memcpy(&shifted, &magnitude, sizeof shifted);
@@ -156,7 +157,7 @@ template <typename T>
 HESSREG_HD Vector<double> load_double(const T* p) {
   const auto v = load<T, kLanes<double>>(p);
 #if defined(__AVX512F__)
-  if constexpr (sizeof(v[0]) == sizeof(float)) 
+  if constexpr (sizeof(v[0]) == sizeof(float))
     return (Vector<double>)_mm512_maskz_cvtps_pd(0xff, (__m256)v);
 #elif defined(__AVX2__)
   if constexpr (sizeof(v[0]) == sizeof(float)) return (Vector<double>)_mm256_cvtps_pd((__m128)v);

@@ -74,8 +74,8 @@ HESSREG_HD void projection_weights(const double* gram, const Rule& rule, double*
   if (rule.conflict_only && !(gv < 0)) return;
   const double coefficient = gv / vv;
   const double residual = gg - coefficient * gv;
-  const bool vanishes = rule.strength == 1 && !std::isinf(gg) &&
-                        residual <= rule.tolerance * rule.tolerance * gg;
+  const bool vanishes =
+      rule.strength == 1 && !std::isinf(gg) && residual <= rule.tolerance * rule.tolerance * gg;
   weights[0] = vanishes ? 0 : 1;
   weights[1] = vanishes ? 0 : -rule.strength * coefficient;
 }

@@ -1,17 +1,16 @@
-#include "projection_cuda.h"
-
 #include <stdexcept>
 
 #include "../common/cuda_compat.cuh"
+#include "projection_cuda.h"
 
 namespace hessreg::projection::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int64_t kMaxFused = 4;     // lists whose inner products all fit in registers
-constexpr int64_t kMaxLists = 256;   // vectors in one call
-constexpr int kMaxPositions = 96;    // tensors of a list in one launch
+constexpr int64_t kMaxFused = 4;    // lists whose inner products all fit in registers
+constexpr int64_t kMaxLists = 256;  // vectors in one call
+constexpr int kMaxPositions = 96;   // tensors of a list in one launch
 constexpr int kMaxPointers = 512;
 
 // As many tensors of the lists as one launch takes. It travels in the launch's parameters: there is
@@ -297,8 +296,8 @@ void for_each_table(const Lists& x, void* const* out, int64_t num_outputs, Body 
   const int64_t columns = x.num_lists + num_outputs;
   if (columns > kMaxPointers || x.num_lists > kMaxLists)
     throw std::invalid_argument("projection: at most 256 vectors at a time on CUDA");
-  const int64_t fit = kMaxPointers / columns < kMaxPositions ? kMaxPointers / columns
-                                                             : kMaxPositions;
+  const int64_t fit =
+      kMaxPointers / columns < kMaxPositions ? kMaxPointers / columns : kMaxPositions;
   for (int64_t begin = 0; begin < x.num_positions; begin += fit) {
     Table table;
     table.count = x.num_positions - begin < fit ? x.num_positions - begin : fit;
@@ -342,8 +341,7 @@ void launch_combine(const Table& table, const double* weights, int64_t num_outpu
     case 2: return HESSREG_LAUNCH((combine_kernel<T, 2>), grid, block, 0, stream, table, weights);
     case 3: return HESSREG_LAUNCH((combine_kernel<T, 3>), grid, block, 0, stream, table, weights);
     case kMaxFused:
-      return HESSREG_LAUNCH((combine_kernel<T, kMaxFused>), grid, block, 0, stream, table,
-                            weights);
+      return HESSREG_LAUNCH((combine_kernel<T, kMaxFused>), grid, block, 0, stream, table, weights);
     default:
       return HESSREG_LAUNCH((combine_many_kernel<T>), grid, block, 0, stream, table, weights);
   }
@@ -359,8 +357,7 @@ void gram(const Lists& x, double* partials, double* gram, const Rule* rule, doub
   bool first = true;
   for_each_table(x, nullptr, 0, [&](const Table& table) {
     if (table.num_pieces > 0) {
-      dispatch(x.element,
-               [&](auto zero) { launch_gram<decltype(zero)>(table, partials, stream); });
+      dispatch(x.element, [&](auto zero) { launch_gram<decltype(zero)>(table, partials, stream); });
     }
     const Projection projection{rule ? *rule : Rule{}, weights};
     HESSREG_LAUNCH(sum_pieces_kernel, segments, block, 0, stream, table, partials, gram, first,

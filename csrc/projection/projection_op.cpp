@@ -1,8 +1,7 @@
-#include "projection.h"
-
 #include <algorithm>
 
 #include "../common/binding.h"
+#include "projection.h"
 #ifdef HESSREG_CUDA
 #include "projection_cuda.h"
 #else
@@ -29,8 +28,8 @@ class Arguments {
     lay_out(positions, static_cast<Scope>(scope), batched, piece_length);
     for (const Tensor& tensor : tensors_) data_.push_back(tensor.const_data_ptr());
     const int64_t batch = batched ? tensors_[0].size(0) : 1;
-    lists_ = {data_.data(), positions_.data(), num_lists, positions, batch,
-              segments_,    piece_length,      element_of(tensors_[0], "projection")};
+    lists_ = {data_.data(), positions_.data(), num_lists,    positions,
+              batch,        segments_,         piece_length, element_of(tensors_[0], "projection")};
   }
 
   const Lists& lists() const { return lists_; }
@@ -145,8 +144,7 @@ void sum_pieces(const Arguments& x, const double* partials, double* gram) {
   const int64_t m = lists.num_lists, pairs = num_pairs(m);
   std::fill(gram, gram + x.num_segments() * m * m, 0.0);
   for (int64_t piece = 0, position = 0; piece < x.num_pieces(); ++piece) {
-    while (position + 1 < lists.num_positions &&
-           lists.positions[position + 1].first_piece <= piece)
+    while (position + 1 < lists.num_positions && lists.positions[position + 1].first_piece <= piece)
       ++position;
     const int64_t segment =
         locate(lists.positions, position, lists.segments, kPieceLength, piece).segment;
@@ -176,8 +174,8 @@ constexpr int64_t kStreamingBytes = 32 << 20;
 void run_combination(const Arguments& x, const double* weights, void* const* out,
                      int64_t num_outputs) {
   Lists lists = x.lists();
-  lists.streaming = x.num_elements() * x.first().element_size() *
-                        (lists.num_lists + num_outputs) >= kStreamingBytes;
+  lists.streaming = x.num_elements() * x.first().element_size() * (lists.num_lists + num_outputs) >=
+                    kStreamingBytes;
   parallel_over_pieces(x, [&](int64_t begin, int64_t end) {
     kernels().linear_combination(lists, weights, out, num_outputs, begin, end);
   });
@@ -227,10 +225,12 @@ std::vector<Tensor> project_op(std::vector<Tensor> tensors, double strength, boo
 #ifndef HESSREG_CUDA
 STABLE_TORCH_LIBRARY_FRAGMENT(hessreg, m) {
   m.def("gram(Tensor[] tensors, int num_lists, int scope, bool batched) -> Tensor");
-  m.def("linear_combination(Tensor[] tensors, Tensor weights, int scope, bool batched)"
-        " -> Tensor[]");
-  m.def("project(Tensor[] tensors, float strength, bool conflict_only, int scope, bool batched)"
-        " -> Tensor[]");
+  m.def(
+      "linear_combination(Tensor[] tensors, Tensor weights, int scope, bool batched)"
+      " -> Tensor[]");
+  m.def(
+      "project(Tensor[] tensors, float strength, bool conflict_only, int scope, bool batched)"
+      " -> Tensor[]");
 }
 #endif
 
