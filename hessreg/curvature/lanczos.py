@@ -1,0 +1,159 @@
+"""Krylov iterations on symmetric operators: power iteration and Lanczos."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hessreg.curvature._checks import check_at_least
+from hessreg.curvature.operators import LinearOperator
+
+__all__ = ["lanczos", "power_iteration"]
+
+
+@torch.no_grad()
+def power_iteration(
+    op: LinearOperator,
+    num_iterations: int,
+    v0: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Eigenvalue of largest modulus by power iteration.
+
+    It does not converge if two eigenvalues lambda and -lambda share the largest modulus, as at a
+    saddle: :func:`lanczos` does. No host synchronisation except in the check of ``v0``.
+
+    Args:
+        op: symmetric operator, (n, n).
+        num_iterations: products to spend, at least 1.
+        v0: start [n]; random if None.
+        generator: source of the random start; None is one seeded with 0, so that calls agree and
+            the global random state stays as it is.
+
+    Returns:
+        The Rayleigh quotient [] and the unit vector [n] it belongs to.
+
+    Raises:
+        ValueError: num_iterations < 1, or a v0 that is zero, not finite or of the wrong shape.
+
+    Example:
+        >>> from hessreg.curvature import DenseOperator
+        >>> A = DenseOperator(torch.diag(torch.tensor([3.0, -1.0])))
+        >>> value, vector = power_iteration(A, 30)
+        >>> round(value.item(), 4), vector.abs().round(decimals=4).tolist()
+        (3.0, [1.0, 0.0])
+    """
+    check_at_least(1, num_iterations=num_iterations)
+    v = _start_vector(op, v0, generator)
+    for _ in range(num_iterations):
+        product = op.matvec(v)
+        eigenvalue = v @ product
+        vector, v = v, _normalize(product)
+    return eigenvalue, vector
+
+
+@torch.no_grad()
+def lanczos(
+    op: LinearOperator,
+    num_steps: int,
+    v0: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lanczos tridiagonalisation with full reorthogonalisation.
+
+    A Q = Q T + beta[-1] r e_m' with Q' Q = I, T tridiagonal and r a unit vector orthogonal to Q.
+    Each product is orthogonalised twice by classical Gram-Schmidt, so T has no ghost eigenvalues.
+    The iteration ends early at an invariant subspace: a residual below 64 eps of the largest
+    product, whatever the scale of the operator.
+
+    Args:
+        op: symmetric operator A, (n, n).
+        num_steps: products to spend, at least 1; no more than n are.
+        v0: start [n], need not be a unit vector; random if None.
+        generator: source of the random start; None is one seeded with 0, so that calls agree and
+            the global random state stays as it is.
+
+    Returns:
+        alpha [m], the diagonal of T; beta [m], the off-diagonal and, last, the norm of the
+        residual (0 at an invariant subspace); Q [n, m]. m <= min(num_steps, n).
+
+    Raises:
+        ValueError: num_steps < 1; a v0 that is zero, not finite or of the wrong shape; NaN or
+            infinity in a product.
+
+    Example:
+        >>> from hessreg.curvature import DenseOperator
+        >>> saddle = DenseOperator(torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64))
+        >>> alpha, beta, Q = lanczos(saddle, 2)
+        >>> T = torch.diag(alpha) + torch.diag(beta[:-1], 1) + torch.diag(beta[:-1], -1)
+        >>> torch.linalg.eigvalsh(T).round(decimals=6).tolist()
+        [-1.0, 1.0]
+    """
+    check_at_least(1, num_steps=num_steps)
+    m = min(num_steps, op.shape[0])
+    basis = torch.zeros(m, op.shape[0], dtype=op.dtype, device=op.device)
+    alpha, beta = basis.new_zeros(m), basis.new_zeros(m)
+    largest, previous = basis.new_zeros(2)
+    basis[0] = _start_vector(op, v0, generator)
+    for j in range(m):
+        w, alpha[j] = _orthogonalize(op.matvec(basis[j]), basis[: j + 1])
+        residual = _norm(w)
+        largest = largest.maximum(alpha[j].hypot(previous).hypot(residual))  # of |A q|
+        # After a breakdown the vectors stay zero: no branch, so no wait for the device.
+        broken = ~(residual > 64 * torch.finfo(op.dtype).eps * largest)
+        beta[j] = previous = residual.masked_fill(broken, 0)
+        if j + 1 < m:
+            torch.div(w, residual.masked_fill(broken, torch.inf), out=basis[j + 1])
+    return _truncate(op, alpha, beta, basis)
+
+
+def _orthogonalize(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """The part of w orthogonal to the basis, and the coefficient of its last vector."""
+    coefficients = basis @ w
+    w = torch.addmv(w, basis.mT, coefficients, alpha=-1)
+    return w.addmv_(basis.mT, basis @ w, alpha=-1), coefficients[-1]
+
+
+def _truncate(
+    op: LinearOperator, alpha: Tensor, beta: Tensor, basis: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    host = torch.stack([alpha, beta]).cpu()
+    bad = ~torch.isfinite(host).all(0)
+    if bad.any():
+        _report(op, basis[int(bad.nonzero()[0])])
+    broken = (host[1] == 0).nonzero()
+    m = int(broken[0]) + 1 if len(broken) else len(alpha)
+    return alpha[:m], beta[:m], basis[:m].mT
+
+
+def _report(op: LinearOperator, vector: Tensor) -> None:
+    """Says where a product is not finite, if the operator knows."""
+    check_finite = getattr(op, "check_finite", None)
+    if check_finite is not None:
+        check_finite(op.matvec(vector))
+    raise ValueError("a product of the operator has NaN or infinity")
+
+
+def _start_vector(
+    op: LinearOperator, v0: Tensor | None, generator: torch.Generator | None
+) -> Tensor:
+    if v0 is None:
+        generator = generator or torch.Generator().manual_seed(0)
+        v0 = torch.randn(
+            op.shape[0], dtype=op.dtype, device=generator.device, generator=generator
+        ).to(op.device)
+    elif v0.shape != op.shape[:1]:
+        raise ValueError(f"v0 must have shape {op.shape[:1]}, got {tuple(v0.shape)}")
+    elif not 0 < v0.abs().max() < float("inf"):
+        raise ValueError("v0 must be finite and not zero")
+    return _normalize(v0.detach().to(op.dtype))
+
+
+def _normalize(v: Tensor) -> Tensor:
+    norm = _norm(v)
+    return v / torch.where(norm > 0, norm, 1)
+
+
+def _norm(v: Tensor) -> Tensor:
+    # In float32 the squares of entries below 1e-23 or above 1e19 would be lost.
+    return torch.linalg.vector_norm(v, dtype=torch.float64).to(v.dtype)

@@ -1,0 +1,14 @@
+"""Regularisers for adversarial training."""
+
+from hessreg.regularizers._protocol import BaseRegularizer, Gradients, Regularizer, StepContext
+from hessreg.regularizers.hsn1r import HSN1R, hsn1r_loss, original_loss
+
+__all__ = [
+    "HSN1R",
+    "BaseRegularizer",
+    "Gradients",
+    "Regularizer",
+    "StepContext",
+    "hsn1r_loss",
+    "original_loss",
+]

@@ -1,0 +1,55 @@
+"""R1: the gradient penalty on real data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hessreg.regularizers._protocol import BaseRegularizer, StepContext
+
+__all__ = ["R1"]
+
+
+class R1(BaseRegularizer):
+    """Gradient penalty gamma/2 E |grad_x D(x)|^2 on real data (Mescheder and others, 2018).
+
+    Args:
+        gamma: weight of the penalty.
+
+    Raises:
+        ValueError: a negative weight.
+
+    Example:
+        >>> D = torch.nn.Linear(2, 1)
+        >>> _ = torch.nn.init.constant_(D.weight, 3.0)
+        >>> loss = D(torch.ones(4, 2)).mean()
+        >>> ctx = StepContext(0, D, D, None, loss, real=torch.ones(4, 2))
+        >>> R1(gamma=0.1).loss_terms(ctx)[1].item()
+        0.9
+    """
+
+    def __init__(self, gamma: float = 1.0) -> None:
+        if gamma < 0:
+            raise ValueError(f"gamma must not be negative, got {gamma}")
+        self.gamma = gamma
+        self._penalty: Tensor | None = None
+
+    def loss_terms(self, ctx: StepContext) -> tuple[Tensor | None, Tensor | None]:
+        """The penalty, in the discriminator's phase.
+
+        Raises:
+            ValueError: there is no batch of real data.
+        """
+        if ctx.discriminator_loss is None:
+            return None, None
+        if ctx.real is None:
+            raise ValueError("R1 needs a batch of real data in ctx.real, got None")
+        x = ctx.real.detach().requires_grad_(True)
+        (grad,) = torch.autograd.grad(ctx.discriminator(x).sum(), x, create_graph=True)
+        penalty = 0.5 * self.gamma * grad.flatten(1).square().sum(1).mean()
+        self._penalty = penalty.detach()
+        return None, penalty
+
+    def metrics(self) -> dict[str, float]:
+        """``r1``: the penalty in the last step."""
+        return {} if self._penalty is None else {"r1": self._penalty.item()}
