@@ -72,17 +72,23 @@ def _wanted(needs: Sequence[Any]) -> list[Any]:
 
 
 def _is_special(tensors: Sequence[Tensor]) -> bool:
-    """Whether anything differentiates or batches this call, so that it needs more than the kernel."""
+    """Whether anything differentiates or batches this call: it needs more than the kernel."""
     return (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-        or any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
+        or _batched_grads_level() > 0
     )
 
 
+def _batched_grads_level() -> int:
+    """How deep ``torch.autograd.grad(is_grads_batched=True)`` is nested around this call."""
+    torch._C._vmapmode_increment_nesting()
+    return int(torch._C._vmapmode_decrement_nesting())
+
+
 def _unwrap_batched_grads(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int | None], int]:
-    """The tensors with the batch that ``torch.autograd.grad(is_grads_batched=True)`` hides in front.
+    """The tensors with the batch that ``grad(is_grads_batched=True)`` hides in front.
 
     That mode has its own batched tensors, not those of ``torch.func.vmap``, and no rule for
     operators that take lists.
@@ -90,8 +96,7 @@ def _unwrap_batched_grads(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list
     Returns:
         The tensors, their batch dimension (0 or None), and the level of the batching.
     """
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
+    level = _batched_grads_level()
     plain: list[Tensor] = []
     dims: list[int | None] = []
     for tensor in tensors:
@@ -186,7 +191,7 @@ class Operator:
         torch.library.register_autograd(qualified_name, backward, setup_context=setup_context)
         torch.library.register_vmap(qualified_name, vmap)
 
-    def _make_function(operator, name: str) -> type[Function]:  # noqa: N805
+    def _make_function(operator, name: str) -> type[Function]:
         class _Function(Function):
             @staticmethod
             def forward(layout: Any, *tensors: Tensor) -> Any:

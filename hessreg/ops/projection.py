@@ -382,13 +382,8 @@ def _as_list(value: Any, name: str) -> list[Tensor]:
     if not isinstance(tensors, (list, tuple)):
         raise TypeError(f"{name} must be a tensor or a sequence of tensors, got {type(value)}")
     for i, tensor in enumerate(tensors):
-        where = name if isinstance(value, Tensor) else f"{name}[{i}]"
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{where} must be a tensor, got {type(tensor)}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{where} must be of a floating-point dtype, got {tensor.dtype}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{where} must be a dense tensor, got layout {tensor.layout}")
+            raise TypeError(f"{name}[{i}] must be a tensor, got {type(tensor)}")
     return list(tensors)
 
 
@@ -397,20 +392,37 @@ def _check_alike(g: list[Tensor], against: list[Tensor]) -> None:
         raise ValueError(
             f"against must hold as many tensors as g, got {len(against)} against {len(g)}"
         )
-    for i, (x, v) in enumerate(zip(g, against, strict=True)):
-        if x.shape != v.shape:
-            raise ValueError(
-                f"against[{i}] must have the shape of g[{i}], {tuple(x.shape)}, "
-                f"got {tuple(v.shape)}"
-            )
-    kinds = [(t.dtype, t.device) for t in (*g, *against)]
-    for i, (dtype, device) in enumerate(kinds):
-        if (dtype, device) != kinds[0]:
-            where = f"g[{i}]" if i < len(g) else f"against[{i - len(g)}]"
-            raise ValueError(
-                f"{where} must have the dtype and device of g[0], {g[0].dtype} on "
-                f"{g[0].device}, got {dtype} on {device}"
-            )
+    shapes, others = [t.shape for t in g], [t.shape for t in against]
+    if shapes != others:
+        i = next(i for i, (a, b) in enumerate(zip(shapes, others, strict=True)) if a != b)
+        raise ValueError(
+            f"against[{i}] must have the shape of g[{i}], {tuple(shapes[i])}, "
+            f"got {tuple(others[i])}"
+        )
+    if g and not _all_of_one_kind([*g, *against]):
+        for name, tensors in (("g", g), ("against", against)):
+            for i, tensor in enumerate(tensors):
+                _check_kind(f"{name}[{i}]", tensor, g[0])
+
+
+def _all_of_one_kind(tensors: list[Tensor]) -> bool:
+    dtype, device, dense = tensors[0].dtype, tensors[0].device, torch.strided
+    return dtype.is_floating_point and all(
+        t.dtype is dtype and t.device == device and t.layout is dense for t in tensors
+    )
+
+
+def _check_kind(name: str, tensor: Tensor, model: Tensor) -> None:
+    if not tensor.is_floating_point() or tensor.layout is not torch.strided:
+        raise TypeError(
+            f"{name} must be a dense tensor of a floating-point dtype, "
+            f"got {tensor.dtype}, {tensor.layout}"
+        )
+    if tensor.dtype is not model.dtype or tensor.device != model.device:
+        raise ValueError(
+            f"{name} must have the dtype and device of g[0], {model.dtype} on {model.device}, "
+            f"got {tensor.dtype} on {tensor.device}"
+        )
 
 
 def _check_options(mode: str, scope: str, strength: float) -> None:

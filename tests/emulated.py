@@ -1,0 +1,121 @@
+"""Puts the emulated CUDA kernels behind the operators, in the place of their CPU kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hessreg.ops.projection import _SCOPES, _shape
+from tests.cuda_emulator.build import load
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def kernel_file(family: str) -> Path:
+    return ROOT / "csrc" / family / f"{family}_cuda.cu"
+
+
+def load_family(family: str, *, check: bool = False) -> ModuleType:
+    binding = ROOT / "tests" / "cuda_emulator" / f"{family}.cpp"
+    return load(f"emulated_{family}", [kernel_file(family), binding], check=check)
+
+
+@contextlib.contextmanager
+def kernels(*, check: bool = False) -> Iterator[None]:
+    """Within the block, CPU tensors are served by the emulated CUDA kernels."""
+    family = Projection(load_family("projection", check=check))
+    library = torch.library.Library("hessreg", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        for name in ("gram", "linear_combination", "project"):
+            library.impl(name, getattr(family, name), "CPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    dense = tensor.detach().contiguous()
+    return (dense.view(torch.uint16) if dense.dtype == torch.bfloat16 else dense).numpy()
+
+
+class Projection:
+    """The operators of the projection family as csrc/projection/projection_op.cpp does them."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+
+    def gram(self, tensors: Sequence[Tensor], num_lists: int, scope: int, batched: bool) -> Tensor:
+        layout = self._layout(tensors, num_lists, scope, batched)
+        out = torch.empty(layout.size(num_lists, num_lists, batched), dtype=torch.float64)
+        self.module.gram(*layout.arguments, layout.num_pieces, out.numpy())
+        return out
+
+    def linear_combination(
+        self, tensors: Sequence[Tensor], weights: Tensor, scope: int, batched: bool
+    ) -> list[Tensor]:
+        num_outputs, num_lists = weights.shape[-2:]
+        layout = self._layout(tensors, num_lists, scope, batched)
+        first = tensors[: len(tensors) // num_lists]
+        out = [torch.empty(t.shape, dtype=t.dtype) for _ in range(num_outputs) for t in first]
+        if out:
+            arrays = [to_numpy(y) for y in out]
+            self.module.linear_combination(*layout.arguments, to_numpy(weights), arrays)
+        return out
+
+    def project(
+        self,
+        tensors: Sequence[Tensor],
+        strength: float,
+        conflict_only: bool,
+        scope: int,
+        batched: bool,
+    ) -> list[Tensor]:
+        layout = self._layout(tensors, 2, scope, batched)
+        weights = torch.empty(layout.size(1, 2, batched), dtype=torch.float64)
+        wide = tensors[0].dtype == torch.float64
+        tolerance = 16 * torch.finfo(torch.float64 if wide else torch.float32).eps
+        rule = (strength, tolerance, conflict_only)
+        self.module.projection_weights(*layout.arguments, layout.num_pieces, *rule, weights.numpy())
+        return self.linear_combination(tensors, weights, scope, batched)
+
+    def _layout(self, tensors, num_lists, scope, batched) -> Layout:
+        return Layout(tensors, num_lists, scope, batched, self.module.piece_length)
+
+
+class Layout:
+    """How lists of tensors fall into segments and pieces."""
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        num_lists: int,
+        scope: int,
+        batched: bool,
+        piece_length: int,
+    ) -> None:
+        shapes = [_shape(t, scope, batched) for t in tensors[: len(tensors) // num_lists]]
+        self.positions, self.num_pieces, segment = [], 0, 0
+        is_global = scope == _SCOPES["global"]
+        for batch, rows, length in shapes:
+            self.positions.append([rows, length, 0 if is_global else segment, self.num_pieces])
+            self.num_pieces += batch * rows * -(-length // piece_length)
+            segment += rows
+        self.batch, self.segments = shapes[0][0], 1 if is_global else segment
+        self.arrays = [to_numpy(t) for t in tensors]
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return self.arrays, self.positions, self.batch, self.segments
+
+    def size(self, rows: int, columns: int, batched: bool) -> tuple[int, ...]:
+        return (*([self.batch] if batched else []), self.segments, rows, columns)

@@ -1,0 +1,517 @@
+"""The training module: data, metrics, one step against a hand-written one, state, run folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hessreg.gan import (
+    Discriminator,
+    Generator,
+    Judge,
+    NonFiniteError,
+    R1Config,
+    Run,
+    ShuffledSampler,
+    TrainConfig,
+    Trainer,
+    discriminator_loss,
+    generator_loss,
+    load_dataset,
+    reference_rows,
+)
+from hessreg.gan.checkpoint import CheckpointError, load_state, save_state, write_atomically
+from hessreg.gan.metrics import (
+    classes_covered,
+    copied_share,
+    coverage,
+    frechet_distance,
+    precision_recall,
+)
+from hessreg.gan.pictures import tile
+from hessreg.gan.run_folder import RunFolder, RunFolderError
+from hessreg.regularizers import HSN1R, BaseRegularizer, StepContext
+from hessreg.regularizers.r1 import R1
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset("digits")
+
+
+@pytest.fixture(scope="module")
+def judge(digits):
+    return Judge(digits)
+
+
+def small_trainer(regularizers=(), seed=0, architecture="mlp"):
+    with torch.random.fork_rng():
+        images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        torch.manual_seed(seed)
+        networks = Generator(architecture, 4, 8), Discriminator(architecture, 8)
+    return Trainer(*networks, images, regularizers, batch_size=8, seed=seed)
+
+
+def equal(a, b) -> bool:
+    """Bitwise equality of nested dictionaries and sequences of tensors and plain values."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+# Data
+
+
+def test_digits_are_split_once_and_scaled(digits):
+    assert digits.train_images.shape == (1437, 1, 8, 8)
+    assert digits.test_images.shape == (360, 1, 8, 8)
+    assert digits.train_images.min() == -1
+    assert digits.train_images.max() == 1
+    assert torch.equal(digits.train_images, load_dataset("digits").train_images)
+    train = {image.numpy().tobytes() for image in digits.train_images}
+    assert not any(image.numpy().tobytes() in train for image in digits.test_images)
+
+
+def test_unknown_data_set_is_refused():
+    with pytest.raises(ValueError, match=r"unknown data set 'mnist'; choose from digits"):
+        load_dataset("mnist")
+
+
+def test_sampler_visits_every_sample_once_in_each_pass():
+    sampler = ShuffledSampler(size=10, batch_size=4, seed=0)
+    stream = torch.cat([next(sampler) for _ in range(5)])
+    assert sorted(stream[:10].tolist()) == sorted(stream[10:].tolist()) == list(range(10))
+
+
+def test_sampler_continues_from_its_state():
+    sampler = ShuffledSampler(size=10, batch_size=4, seed=0)
+    next(sampler)
+    other = ShuffledSampler(size=10, batch_size=4, seed=1)
+    other.load_state_dict(sampler.state_dict())
+    assert all(torch.equal(next(sampler), next(other)) for _ in range(7))
+
+
+@pytest.mark.parametrize("architecture", ["mlp", "dcgan"])
+@pytest.mark.parametrize("activation", ["silu", "softplus", "tanh", "leaky_relu"])
+def test_networks_have_the_promised_shapes(architecture, activation):
+    generator = Generator(architecture, 4, 8, activation)
+    images = generator.sample(3, torch.Generator())
+    assert generator.training
+    assert images.shape == (3, 1, 8, 8)
+    assert images.abs().max() < 1
+    assert Discriminator(architecture, 8, activation)(images).shape == (3,)
+
+
+def test_unknown_networks_are_refused():
+    with pytest.raises(ValueError, match="unknown activation 'relu6'"):
+        Generator(activation="relu6")
+    with pytest.raises(ValueError, match="unknown architecture 'vit'"):
+        Discriminator("vit")
+
+
+# Metrics
+
+
+def test_frechet_distance_of_known_gaussians():
+    # Whitened samples have exactly mean 0 and covariance 1.
+    x = torch.randn(400, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = x - x.mean(0)
+    x = x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T
+    scale, shift = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 1.0, 2.0])
+    wanted = float(shift.square().sum() + (scale - 1).square().sum())
+    assert frechet_distance(x, x * scale + shift) == pytest.approx(wanted, rel=1e-10)
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-10)
+
+
+def test_manifold_metrics_of_equal_and_of_distant_sets():
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    assert precision_recall(x, x) == (1, 1)
+    assert coverage(x, x) == 1
+    assert precision_recall(x, x + 100) == (0, 0)
+    assert coverage(x, x + 100) == 0
+
+
+def test_a_collapsed_set_has_precision_but_no_recall():
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
+    assert precision_recall(x, x[:1].expand(50, 4)) == (1, pytest.approx(1 / 50))
+
+
+def test_classes_need_a_fifth_of_their_share():
+    assert classes_covered(torch.arange(100) % 10, 10) == 10
+    assert classes_covered(torch.zeros(100, dtype=torch.int64), 10) == 1
+    assert classes_covered(torch.tensor([0] * 97 + [1] * 2 + [2]), 10) == 2
+
+
+def test_training_images_are_copies_and_test_images_are_not(digits):
+    assert copied_share(digits.train_images, digits.train_images) == 1
+    assert copied_share(digits.test_images, digits.train_images) < 0.01
+
+
+def test_judge_is_deterministic_accurate_and_leaves_the_random_state_alone(digits, judge):
+    before = torch.get_rng_state()
+    again = Judge(digits)
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(again.features(digits.test_images), judge.features(digits.test_images))
+    assert judge.accuracy() > 0.96
+
+
+def test_reference_rows_span_the_scale(judge):
+    rows = reference_rows(judge)
+    fdd = [row["fdd"] for row in rows.values()]
+    assert fdd == sorted(fdd)
+    assert fdd[0] < 5 < 10 < fdd[1]
+    assert fdd[-1] > 40
+    assert rows["training images"]["copies"] == 1
+    assert rows["one image per class"]["recall"] < 0.05
+
+
+# Losses and regularisers
+
+
+def test_losses_equal_cross_entropy():
+    real, fake = torch.randn(5), torch.randn(5)
+    bce = nn.functional.binary_cross_entropy_with_logits
+    wanted = bce(real, torch.ones(5)) + bce(fake, torch.zeros(5))
+    torch.testing.assert_close(discriminator_loss(real, fake), wanted)
+    torch.testing.assert_close(generator_loss(fake), bce(fake, torch.ones(5)))
+
+
+def test_r1_equals_finite_differences():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    x = torch.randn(4, 3, dtype=torch.float64)
+    context = StepContext(0, network, network, None, torch.zeros(()), real=x)
+    regularizer = R1(gamma=3.0)
+    nothing, penalty = regularizer.loss_terms(context)
+
+    h = 1e-5
+    steps = h * torch.eye(3, dtype=torch.float64)
+    slopes = torch.cat([(network(x + e) - network(x - e)) / (2 * h) for e in steps], dim=1)
+    assert nothing is None
+    torch.testing.assert_close(penalty, 1.5 * slopes.square().sum(1).mean())
+    assert regularizer.metrics() == {"r1": penalty.item()}
+
+
+def test_r1_acts_on_the_discriminator_only_and_needs_data():
+    network = nn.Linear(3, 1)
+    loss = torch.zeros(())
+    assert R1().loss_terms(StepContext(0, network, network, loss, None)) == (None, None)
+    with pytest.raises(ValueError, match="needs a batch of real data"):
+        R1().loss_terms(StepContext(0, network, network, None, loss))
+    with pytest.raises(ValueError, match="gamma must not be negative, got -1"):
+        R1(gamma=-1)
+
+
+# Trainer
+
+
+def test_step_equals_a_hand_written_one():
+    trainer = small_trainer([R1(gamma=0.5)])
+    by_hand = small_trainer()
+    g, d, images = by_hand.generator, by_hand.discriminator, by_hand.images
+    noise = torch.Generator().manual_seed(0)
+    g_opt = torch.optim.Adam(g.parameters(), lr=2e-4, betas=(0.5, 0.999), fused=True)
+    d_opt = torch.optim.Adam(d.parameters(), lr=2e-4, betas=(0.5, 0.999), fused=True)
+    for _ in range(3):
+        real = images[next(by_hand.sampler)].requires_grad_(True)
+        fake = g(torch.randn(8, 4, generator=noise)).detach()
+        logits = d(real)
+        (slope,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
+        penalty = 0.5 * 0.5 * slope.flatten(1).square().sum(1).mean()
+        d_opt.zero_grad()
+        (discriminator_loss(logits, d(fake)) + penalty).backward()
+        d_opt.step()
+        g_opt.zero_grad()
+        generator_loss(d(g(torch.randn(8, 4, generator=noise)))).backward()
+        g_opt.step()
+        trainer.step()
+    for ours, wanted in zip(trainer.generator.parameters(), g.parameters(), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-7)
+    for ours, wanted in zip(trainer.discriminator.parameters(), d.parameters(), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-7)
+
+
+def test_each_network_has_its_own_rate():
+    torch.manual_seed(0)
+    trainer = Trainer(
+        Generator("mlp", 4, 8),
+        Discriminator("mlp", 8),
+        torch.rand(8, 1, 8, 8),
+        batch_size=8,
+        learning_rates=(1e-3, 0.0),
+    )
+    before = [p.clone() for p in trainer.discriminator.parameters()]
+    weight = trainer.generator.layers[0].weight.clone()
+    trainer.step()
+    assert equal(before, [p.detach() for p in trainer.discriminator.parameters()])
+    # Adam's first step is the rate times the sign of the gradient.
+    step = (trainer.generator.layers[0].weight - weight).abs().max()
+    assert step.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+class Doubled(BaseRegularizer):
+    """Gradients times two before, and a sign after: Adam's input tells the order of the hooks."""
+
+    def transform_grads(self, g_grads, d_grads, ctx):
+        assert (g_grads is None) == (ctx.generator_loss is None)
+        return tuple(g and [2 * x for x in g] for g in (g_grads, d_grads))
+
+    def precondition(self, network, grads, ctx):
+        return [x + 1 for x in grads]
+
+
+def test_gradient_hooks_are_applied_in_order():
+    plain, hooked = small_trainer(), small_trainer([Doubled()])
+    plain.step()
+    hooked.step()
+    # Noise and batches are the same, so the discriminator's gradient is related exactly.
+    for a, b in zip(
+        plain.discriminator.parameters(), hooked.discriminator.parameters(), strict=True
+    ):
+        torch.testing.assert_close(2 * a.grad + 1, b.grad)
+
+
+def test_averaged_generator_follows_with_a_short_memory_at_first():
+    trainer = small_trainer()
+    before = [p.clone() for p in trainer.ema.parameters()]
+    trainer.step()
+    for average, old, new in zip(
+        trainer.ema.parameters(), before, trainer.generator.parameters(), strict=True
+    ):
+        torch.testing.assert_close(average, 0.1 * old + 0.9 * new)
+
+
+@pytest.mark.parametrize("architecture", ["mlp", "dcgan"])
+def test_hessian_norms_are_measured_and_act(architecture):
+    regularizers = [HSN1R(norm="spectral", weight=0.1, num_steps=2), R1()]
+    plain, regularized = (
+        small_trainer(architecture=architecture),
+        small_trainer(regularizers, architecture=architecture),
+    )
+    plain.step()
+    regularized.step()
+    metrics = regularized.metrics()
+    assert metrics["hessian_norm_g"] > 0
+    assert metrics["hessian_norm_d"] > 0
+    assert metrics["penalty_d"] == pytest.approx(0.1 * metrics["hessian_norm_d"] + metrics["r1"])
+    assert not equal(plain.discriminator.state_dict(), regularized.discriminator.state_dict())
+
+
+@pytest.mark.parametrize("architecture", ["mlp", "dcgan"])
+def test_training_from_a_saved_state_is_the_same_training(tmp_path, architecture):
+    def trainer(seed):
+        regularizers = [HSN1R(norm="nuclear", weight=1e-3, every=2, num_steps=2), R1()]
+        return small_trainer(regularizers, seed, architecture)
+
+    straight, first, second = trainer(0), trainer(0), trainer(1)
+    for _ in range(7):
+        straight.step()
+    for _ in range(3):
+        first.step()
+    save_state(tmp_path / "state", first.state_dict())
+    second.load_state_dict(load_state(tmp_path / "state"))
+    for _ in range(4):
+        second.step()
+    save_state(tmp_path / "straight", straight.state_dict())
+    save_state(tmp_path / "second", second.state_dict())
+    assert equal(load_state(tmp_path / "straight"), load_state(tmp_path / "second"))
+    assert straight.metrics() == second.metrics()
+
+
+class Poison(BaseRegularizer):
+    def __init__(self, what):
+        self.what = what
+
+    def loss_terms(self, ctx):
+        if self.what == "penalty" and ctx.discriminator_loss is not None:
+            return None, torch.tensor(math.nan)
+        if self.what == "product":
+            raise ValueError("Hessian-vector product of params[0] is nan at (0,)")
+        return None, None
+
+    def precondition(self, network, grads, ctx):
+        return [
+            g * math.inf if self.what == "gradient" and i == 2 else g for i, g in enumerate(grads)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("penalty", "step 1: discriminator penalty is not finite"),
+        ("gradient", r"step 1: discriminator gradient of layers\.3\.weight is not finite"),
+        ("product", r"step 1: discriminator penalty: .* is nan"),
+    ],
+)
+def test_nothing_is_trained_on_what_is_not_finite(what, message):
+    trainer = small_trainer([Poison(what)])
+    before = [p.clone() for p in trainer.discriminator.parameters()]
+    with pytest.raises(NonFiniteError, match=message):
+        trainer.step()
+    assert equal(before, [p.detach() for p in trainer.discriminator.parameters()])
+
+
+def test_a_loss_that_is_not_finite_is_named():
+    trainer = small_trainer([HSN1R(norm="spectral", weight=0.1)])
+    trainer.images.fill_(math.nan)
+    with pytest.raises(NonFiniteError, match="step 1: discriminator loss is not finite"):
+        trainer.step()
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    run = Run.create(tmp_path / "run", run_config(method="none"))
+    with torch.no_grad():
+        run.trainer.discriminator.layers[1].weight[0, 0] = math.inf
+    message = r"step 0: discriminator layers\.1\.weight is not finite; the last good checkpoint is"
+    with pytest.raises(NonFiniteError, match=message):
+        run._save()
+    saved = Run.resume(tmp_path / "run").trainer.discriminator.layers[1].weight
+    assert saved.isfinite().all()
+
+
+# Files
+
+
+def test_images_are_tiled_row_by_row_with_gaps():
+    images = torch.linspace(-1, 1, 16).view(16, 1, 1, 1).expand(16, 1, 8, 8)
+    grid = tile(images)
+    assert grid.shape == (2 * 52, 8 * 52)
+    centres = torch.from_numpy(grid[26::52, 26::52].astype("float32")).flatten()
+    torch.testing.assert_close(centres, torch.linspace(0, 255, 16), atol=0.51, rtol=0)
+    assert (grid[0] == grid[0, 0]).all()
+
+
+def test_state_survives_a_file(tmp_path):
+    state = {
+        "tensors": [torch.arange(3), torch.tensor(2.5), torch.ones(0), torch.eye(2).T],
+        "plain": {"a": 1, "b": [0.1, None, "x", math.inf]},
+    }
+    save_state(tmp_path / "state", state)
+    assert equal(load_state(tmp_path / "state"), state)
+
+
+def test_missing_and_damaged_checkpoints_are_refused(tmp_path):
+    path = tmp_path / "state"
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        load_state(path)
+    save_state(path, {"x": torch.ones(100)})
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:-10], whole[:20], b"x" * 100):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="is damaged"):
+            load_state(path)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def fail(handle):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def run_config(**options) -> TrainConfig:
+    defaults = {"steps": 20, "width": 8, "latent_dim": 4, "batch_size": 8, "tensorboard": False}
+    return TrainConfig(**{**defaults, "log_every": 5, "save_every": 5, **options})
+
+
+def test_run_folder_holds_what_it_promises(tmp_path):
+    pytest.importorskip("tensorboard")
+    path = tmp_path / "run"
+    last_line = Run.create(path, run_config(method="hsn1r+r1", tensorboard=True)).train()
+    assert str(path / "samples.png") in last_line
+    names = {"config.yaml", "metrics.jsonl", "result.json", "samples.png", "curves.png"}
+    assert {p.name for p in path.iterdir()} == names | {"tensorboard", "checkpoints"}
+    assert sorted(p.name for p in (path / "checkpoints").iterdir()) == [
+        "step-000000015.safetensors",
+        "step-000000020.safetensors",
+    ]
+    rows = RunFolder(path).read_metrics()
+    assert [row["step"] for row in rows] == [5, 10, 15, 20]
+    assert {"loss_g", "loss_d", "hessian_norm_g", "hessian_norm_d", "r1"} <= rows[0].keys()
+    assert "fdd" in rows[-1]
+    assert json.loads((path / "result.json").read_text())["fdd"] == rows[-1]["fdd"]
+
+
+def test_resuming_a_finished_run_changes_no_metrics(tmp_path):
+    Run.create(tmp_path / "run", run_config(method="none")).train()
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    Run.resume(tmp_path / "run").train()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_rows_after_the_checkpoint_and_half_written_files_are_removed(tmp_path):
+    Run.create(tmp_path / "run", run_config(method="none")).train()
+    folder = RunFolder(tmp_path / "run")
+    with folder.metrics_file.open("a") as file:
+        file.write('{"step": 25, "cpu_seconds": 1}\n{"step": 30, "cp')
+    (folder.checkpoints / ".step-000000025.safetensors.x.tmp").touch()
+    Run.resume(tmp_path / "run", steps=30).train()
+    assert [row["step"] for row in folder.read_metrics()] == [5, 10, 15, 20, 25, 30]
+    assert not list(folder.checkpoints.glob(".*"))
+    assert folder.read_config().steps == 30
+    with pytest.raises(ValueError, match="steps must be at least 0, got -1"):
+        Run.resume(tmp_path / "run", steps=-1)
+
+
+def test_checkpoint_of_another_configuration_is_refused(tmp_path):
+    Run.create(tmp_path / "run", run_config(method="none"))
+    folder = RunFolder(tmp_path / "run")
+    folder.write_config(run_config(method="none", width=16))
+    with pytest.raises(CheckpointError, match="does not fit the configuration"):
+        Run.resume(tmp_path / "run")
+
+
+def test_configuration_survives_yaml_and_is_checked(tmp_path):
+    config = run_config(method="r1", r1=R1Config(gamma=0.25))
+    folder = RunFolder(tmp_path / "run")
+    folder.create(config)
+    assert folder.read_config() == config
+    for text in ("steps: -1", "stepz: 1", "[1", "r1: 3", "steps: x", ""):
+        (folder.path / "config.yaml").write_text(text)
+        with pytest.raises(RunFolderError, match="is damaged"):
+            folder.read_config()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": -1}, "steps must be at least 0, got -1"),
+        ({"seconds": math.nan}, "seconds must be at least 0, got nan"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
+        ({"method": "wgan"}, "method must be one of none, r1, hsn1r"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**options)
+
+
+def test_time_budget_counts_training_only(tmp_path):
+    run = Run.create(tmp_path / "run", run_config(method="none", steps=0, seconds=0.2))
+    run.train()
+    result = RunFolder(tmp_path / "run").read_result()
+    assert 0.2 <= result["cpu_seconds"] < 0.3
+    assert result["steps"] > 1
+
+
+def test_documented_code_runs():
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    names: dict[str, Tensor] = {}
+    exec(text.split("```python\n")[1].split("```")[0], names)
+    assert names["drawn"].shape == (64, 1, 8, 8)

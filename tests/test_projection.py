@@ -1,0 +1,334 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from hessreg import project_orthogonal
+from hessreg.ops.projection import (
+    gram,
+    gram_reference,
+    linear_combination,
+    linear_combination_reference,
+    project_reference,
+)
+from tests import emulated
+from tests.check_op import check_accuracy, check_op
+from tests.cuda_emulator.plugin import configured, redundant_barriers
+
+SCOPES = {"global": 0, "tensor": 1, "row": 2}
+SHAPES = [(2, 3), (3,), ()]
+HALF = (torch.float16, torch.bfloat16)
+
+
+def lists(num_lists, shapes=SHAPES, dtype=torch.float64, device="cpu"):
+    tensors = [
+        torch.randn(shape, dtype=torch.float64) for _ in range(num_lists) for shape in shapes
+    ]
+    return [t.to(device=device, dtype=dtype) for t in tensors]
+
+
+def flat(tensors):
+    return torch.cat([t.double().flatten() for t in tensors])
+
+
+def cosine(a, b):
+    a, b = flat(a), flat(b)
+    return ((a @ b) / (a.norm() * b.norm())).item()
+
+
+# ---- the operators under everything torch may do ---------------------------------------------
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("mode", ["always", "conflict"])
+def test_project_passes_every_check(device, scope, mode):
+    tensors = lists(2, device=device)
+
+    def op(*x):
+        return project_orthogonal(x[:3], x[3:], mode=mode, scope=scope, strength=0.7)
+
+    def reference(*x):
+        return project_reference(x, 0.7, mode == "conflict", SCOPES[scope], False)
+
+    check_op(op, reference, tensors)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("num_lists", [1, 3])
+def test_gram_passes_every_check(device, scope, num_lists):
+    check_op(
+        lambda *x: gram(x, num_lists, SCOPES[scope], False),
+        lambda *x: gram_reference(x, num_lists, SCOPES[scope], False),
+        lists(num_lists, device=device),
+    )
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_linear_combination_passes_every_check(device, scope):
+    segments = {"global": 1, "tensor": 3, "row": 4}[scope]
+    weights = torch.randn(segments, 2, 2, dtype=torch.float64, device=device)
+    check_op(
+        lambda w, *x: linear_combination(x, w, SCOPES[scope], False),
+        lambda w, *x: linear_combination_reference(x, w, SCOPES[scope], False),
+        [weights, *lists(2, device=device)],
+    )
+
+
+@pytest.mark.parametrize("name", ["gram", "linear_combination", "project"])
+def test_registration(name):
+    tensors = [t.requires_grad_() for t in lists(2)]
+    weights = torch.randn(1, 1, 2, dtype=torch.float64, requires_grad=True)
+    arguments = {
+        "gram": (tensors, 2, 0, False),
+        "linear_combination": (tensors, weights, 0, False),
+        "project": (tensors, 1.0, False, 0, False),
+    }
+    operator = getattr(torch.ops.hessreg, name).default
+    assert set(torch.library.opcheck(operator, arguments[name]).values()) == {"SUCCESS"}
+
+
+# ---- values, sizes, dtypes ---------------------------------------------------------------------
+
+LARGE = [(1, 1), (257,), (3, 4097), (2, 5, 1030), (0,), (4, 0), (16385,)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
+@pytest.mark.parametrize("num_lists", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_gram_equals_definition_across_pieces(device, scope, num_lists, dtype):
+    tensors = lists(num_lists, LARGE, dtype, device)
+    actual = gram(tensors, num_lists, SCOPES[scope], False)
+    expected = gram_reference(tensors, num_lists, SCOPES[scope], False)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
+@pytest.mark.parametrize("num_lists", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_combination_equals_definition_across_pieces(device, scope, num_lists, dtype):
+    tensors = lists(num_lists, LARGE, dtype, device)
+    segments = gram(tensors, num_lists, SCOPES[scope], False).shape[0]
+    weights = torch.randn(segments, 2, num_lists, dtype=torch.float64).to(device)
+    actual = linear_combination(tensors, weights, SCOPES[scope], False)
+    expected = linear_combination_reference(tensors, weights, SCOPES[scope], False)
+    rounding = torch.finfo(dtype).eps
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=2 * rounding, atol=8 * rounding)
+
+
+@pytest.mark.parametrize("offset", [1, 3])
+def test_unaligned_tensors(device, offset):
+    storage = torch.randn(2, 700, device=device)
+    g, v = storage[0, offset:], storage[1, offset:700]
+    expected = project_reference([g, v], 1.0, False, 0, False)[0]
+    torch.testing.assert_close(project_orthogonal(g, v), expected)
+
+
+def test_many_tensors_and_many_lists(device):
+    tensors = lists(2, [(3,)] * 150, device=device)
+    expected = project_reference(tensors, 1.0, False, 0, False)
+    torch.testing.assert_close(project_orthogonal(tensors[:150], tensors[150:]), expected)
+    wide = lists(40, [(7,)], device=device)
+    torch.testing.assert_close(gram(wide, 40, 0, False), gram_reference(wide, 40, 0, False))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_error_is_at_most_twice_that_of_plain_torch(device, dtype):
+    def plain(g, v):
+        return g - (g * v).sum() / (v * v).sum() * v
+
+    check_accuracy(project_orthogonal, lists(2, [(5000,)], device=device), plain, dtype)
+
+
+def test_half_precision_conversions_are_exact(device):
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    for dtype in HALF:
+        x = bits.view(dtype).to(device)
+        x = x[x.isfinite()]
+        one = torch.ones(1, 1, 1, dtype=torch.float64, device=device)
+        copied = linear_combination([x], one, 0, False)[0]
+        assert torch.equal(copied, x)
+        halved = linear_combination([x], one / 3, 0, False)[0]
+        torch.testing.assert_close(halved, (x.double() / 3).to(dtype), rtol=1e-7, atol=0)
+
+
+def test_result_does_not_depend_on_the_number_of_threads():
+    tensors = lists(2, [(300_000,), (700, 100)], torch.float32)
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(project_orthogonal(tensors[:2], tensors[2:]))
+    finally:
+        torch.set_num_threads(1)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_streaming_stores_change_nothing():
+    g, v = torch.randn(2, 3_000_001)  # past the caches: results are written around them
+    (expected,) = project_reference([g, v], 1.0, False, 0, False)
+    torch.testing.assert_close(project_orthogonal(g, v), expected, rtol=1e-6, atol=1e-6)
+
+
+# ---- the theorem ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_result_is_orthogonal_and_projection_idempotent(device, scope):
+    tensors = lists(2, [(40, 50), (100,)], torch.float32, device)
+    g, v = tensors[:2], tensors[2:]
+    once = project_orthogonal(g, v, scope=scope)
+    products = gram([*once, *v], 2, SCOPES[scope], False)
+    norms = products[:, 0, 0].sqrt() * products[:, 1, 1].sqrt()
+    assert (products[:, 0, 1].abs() <= 1e-7 * norms).all()
+    torch.testing.assert_close(project_orthogonal(once, v, scope=scope), once)
+
+
+def test_nearly_parallel_gradients_leave_an_orthogonal_residual(device):
+    v = torch.randn(10_000, dtype=torch.float64).to(device)
+    g = (v + 1e-3 * torch.randn(10_000, dtype=torch.float64).to(device)).float()
+    assert abs(cosine([project_orthogonal(g, v.float())], [v.float()])) < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-4, 1e4, 1e18])
+def test_result_scales_with_the_gradient(device, scale):
+    g, v = (t.float() for t in lists(2, [(64,)], device=device))
+    expected = project_orthogonal(g.double(), v.double())
+    torch.testing.assert_close((project_orthogonal(scale * g, v) / scale).double(), expected)
+    torch.testing.assert_close(project_orthogonal(g, scale * v).double(), expected)
+
+
+def test_conflict_projects_only_conflicting_segments(device):
+    g = torch.tensor([[1.0, 1.0], [1.0, 1.0]], device=device)
+    v = torch.tensor([[-1.0, 0.0], [1.0, 0.0]], device=device)
+    expected = torch.tensor([[0.0, 1.0], [1.0, 1.0]], device=device)
+    assert torch.equal(project_orthogonal(g, v, mode="conflict", scope="row"), expected)
+
+
+def test_strength_interpolates(device):
+    g, v = lists(2, [(9,)], device=device)
+    assert torch.equal(project_orthogonal(g, v, strength=0), g)
+    reflected = project_orthogonal(g, v, strength=2)
+    torch.testing.assert_close(reflected.norm(), g.norm())
+    torch.testing.assert_close(reflected @ v, -(g @ v))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_collinear_vectors_leave_exactly_nothing(device, dtype):
+    v = torch.randn(1000).to(device=device, dtype=dtype)
+    assert not project_orthogonal(v, v).any()
+    assert not project_orthogonal(-2 * v, v).any()
+
+
+def test_collinear_float64_vectors_leave_rounding_error(device):
+    v = torch.randn(1000, dtype=torch.float64).to(device)
+    assert project_orthogonal(3 * v, v).norm() <= 16 * 2.3e-16 * 3 * v.norm()
+
+
+@pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
+def test_direction_without_a_direction_changes_nothing(device, value):
+    g = torch.randn(5, device=device)
+    assert torch.equal(project_orthogonal(g, torch.full((5,), value, device=device)), g)
+
+
+def test_zero_direction_has_zero_gradient(device):
+    g = torch.randn(5, dtype=torch.float64, device=device, requires_grad=True)
+    v = torch.zeros(5, dtype=torch.float64, device=device, requires_grad=True)
+    for_g, for_v = torch.autograd.grad(project_orthogonal(g, v).sum(), (g, v))
+    assert torch.equal(for_g, torch.ones_like(g))
+    assert not for_v.any()
+
+
+def test_empty_tensors_and_lists(device):
+    empty = torch.empty(0, 3, device=device)
+    assert project_orthogonal(empty, empty).shape == (0, 3)
+    assert project_orthogonal(empty, empty, scope="row").shape == (0, 3)
+    assert project_orthogonal([], []) == []
+
+
+# ---- the CUDA kernels on the emulator -----------------------------------------------------------
+
+
+def test_every_barrier_of_the_emulated_kernels_is_needed():
+    module = emulated.load_family("projection", check=True)
+    tensors = lists(2, [(300,), (2, 5)])
+    expected = gram_reference(tensors, 2, 0, False)
+
+    def run():
+        torch.testing.assert_close(gram(tensors, 2, 0, False), expected)
+
+    with emulated.kernels(check=True):
+        run()
+        assert redundant_barriers(module, emulated.kernel_file("projection"), run) == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_emulated_kernels_give_equal_bits_in_any_order(seed):
+    module = emulated.load_family("projection")
+    tensors = lists(2, LARGE)
+    with emulated.kernels():
+        expected = gram(tensors, 2, 0, False)
+        with configured(module, order="sticky", seed=seed, resident=4):
+            assert torch.equal(gram(tensors, 2, 0, False), expected)
+
+
+def test_emulated_kernels_are_what_runs():
+    module = emulated.load_family("projection")
+    before = module.emulator.statistics()["blocks"]
+    with emulated.kernels():
+        project_orthogonal(torch.ones(3), torch.ones(3))
+    assert module.emulator.statistics()["blocks"] == before + 3
+    project_orthogonal(torch.ones(3), torch.ones(3))
+    assert module.emulator.statistics()["blocks"] == before + 3
+
+
+# ---- wrong input ---------------------------------------------------------------------------------
+
+ONE = torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("g", "against", "options", "error", "message"),
+    [
+        (1.0, ONE, {}, TypeError, "g must be a tensor or a sequence of tensors, got"),
+        (ONE, None, {}, TypeError, "against must be a tensor or a sequence of tensors"),
+        ([ONE, 2], [ONE, ONE], {}, TypeError, r"g\[1\] must be a tensor"),
+        (
+            ONE.int(),
+            ONE,
+            {},
+            TypeError,
+            r"g\[0\] must be .* of a floating-point dtype, got torch.int",
+        ),
+        (ONE, ONE.to_sparse(), {}, TypeError, r"against\[0\] must be a dense .* torch.sparse_coo"),
+        ([ONE], [ONE, ONE], {}, ValueError, "as many tensors as g, got 2 against 1"),
+        (ONE, torch.ones(4), {}, ValueError, r"the shape of g\[0\], \(3,\), got \(4,\)"),
+        (ONE, ONE.double(), {}, ValueError, "dtype and device of .* got torch.float64"),
+        (ONE, ONE.to("meta"), {}, ValueError, "dtype and device of .* on meta"),
+        (ONE, ONE, {"mode": "never"}, ValueError, "mode must be one of always, conflict"),
+        (ONE, ONE, {"scope": "all"}, ValueError, "scope must be one of global, tensor, row"),
+        (ONE, ONE, {"strength": math.nan}, ValueError, "strength must be finite, got nan"),
+        (ONE, ONE, {"strength": "1"}, TypeError, "strength must be a number"),
+    ],
+)
+def test_wrong_input_is_named(g, against, options, error, message):
+    with pytest.raises(error, match=message):
+        project_orthogonal(g, against, **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda op: op.gram([ONE, ONE, ONE], 2, 0, False), "3 tensors do not make 2 lists"),
+        (lambda op: op.gram([ONE, torch.ones(4)], 2, 0, False), "differs in shape"),
+        (lambda op: op.gram([ONE, ONE.double()], 2, 0, False), "differs in dtype"),
+        (lambda op: op.gram([ONE.int()], 1, 0, False), "expected float16, bfloat16, float32"),
+        (lambda op: op.linear_combination([ONE], ONE, 0, False), "weights must be float64"),
+    ],
+)
+def test_binding_refuses_what_python_should_not_have_passed(call, message):
+    with pytest.raises(RuntimeError, match=message):
+        call(torch.ops.hessreg)
