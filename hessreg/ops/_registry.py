@@ -118,7 +118,7 @@ def _leading(outputs: Any) -> Any:
 class Operator:
     """One operator ``torch.ops.hessreg.<name>`` with its reference and its derivatives.
 
-    It returns one tensor or one list of tensors.
+    Its first argument is a tensor or a list of them; it returns one tensor or one list of tensors.
 
     Args:
         name: its name in the ``hessreg`` namespace.
@@ -148,11 +148,12 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> Any:
         """Runs the reference, the registered operator or the differentiable function."""
-        tensors, layout = _flatten(arguments)
-        if not _backend.runs_compiled(tensors[0].device):
+        first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
+        if not _backend.runs_compiled(first.device):
             return self.reference(*arguments)
         if torch.compiler.is_compiling():
             return self._kernel(*arguments)
+        tensors, layout = _flatten(arguments)
         if not _is_special(tensors):
             return self._run_kernel(arguments)
         if any(map(torch._C._functorch.is_legacy_batchedtensor, tensors)):

@@ -24,8 +24,8 @@ class R1(BaseRegularizer):
         >>> _ = torch.nn.init.constant_(D.weight, 3.0)
         >>> loss = D(torch.ones(4, 2)).mean()
         >>> ctx = StepContext(0, D, D, None, loss, real=torch.ones(4, 2))
-        >>> R1(gamma=0.1).loss_terms(ctx)[1].item()
-        0.9
+        >>> R1(gamma=0.5).loss_terms(ctx)[1].item()
+        4.5
     """
 
     def __init__(self, gamma: float = 1.0) -> None:
