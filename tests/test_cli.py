@@ -12,12 +12,12 @@ import time
 import pytest
 import torch
 
-pytest.importorskip("jsonargparse")
-pytest.importorskip("sklearn")
-
 from hessreg.cli import main
 from hessreg.gan.checkpoint import load_state
 from hessreg.gan.run_folder import RunFolder
+
+for package in ("jsonargparse", "matplotlib", "PIL", "rich", "safetensors", "sklearn", "yaml"):
+    pytest.importorskip(package)
 
 SMALL = ["--width=8", "--latent_dim=4", "--batch_size=8", "--tensorboard=false"]
 LONG = ["--steps=320", "--log_every=7", "--save_every=40", "--eval_every=150", "--hsn1r.every=4"]
@@ -150,6 +150,8 @@ def refused(capsys, *args) -> str:
         ("train digits --steps x", "--steps: Expected int. Got value: x"),
         ("train digits --steps=-5", "steps must be at least 0, got -5"),
         ("train digits --seconds inf", "seconds"),
+        ("train digits --hsn1r.weight 1e400", "weight must be finite, got inf"),
+        ("train digits --threads 1000000", "threads must be at most 1024"),
         ("train digits --lr 1", "unrecognized arguments: --lr 1"),
         ("train digits --config missing.yaml", "--config: File does not exist"),
         ("train digits --batch_size 5000", "batch_size must be in [1, 1437]"),
@@ -178,6 +180,8 @@ def test_damaged_config_file_is_refused(capsys, tmp_path):
     for text in ("method: [", "- 1", "depth: 3", "steps: many"):
         file.write_text(text)
         refused(capsys, "train", "digits", f"--config={file}", f"--out={tmp_path / 'run'}")
+    file.write_bytes(b"\xff\xfe\x00")
+    assert "not a text file" in refused(capsys, "train", "digits", f"--config={file}")
 
 
 def test_folders_that_cannot_be_used_are_refused(capsys, tmp_path):
@@ -188,7 +192,8 @@ def test_folders_that_cannot_be_used_are_refused(capsys, tmp_path):
     assert "cannot write to" in refused(capsys, *small, f"--out={tmp_path / 'file' / 'run'}")
     assert "cannot write to" in refused(capsys, *small, f"--out={tmp_path / 'file'}")
     full = refused(capsys, *small, f"--out={tmp_path / 'full'}")
-    assert f"is not empty; continue its run with: hessreg resume {tmp_path / 'full'}" in full
+    assert "is not empty: choose another folder" in full
+    assert f"hessreg resume {tmp_path / 'full'}" in full
 
 
 def test_missing_and_damaged_checkpoints_are_refused(capsys, tmp_path):

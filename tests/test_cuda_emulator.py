@@ -467,6 +467,14 @@ def test_collectives_of_partial_warps(semantics):
     np.testing.assert_array_equal(out, [reduced, [1] * 40, [0] * 32 + [1] * 8])
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_lanes_that_returned_take_no_part(semantics, order):
+    out = np.empty(16, np.int32)
+    with configured(semantics, order=order):
+        semantics.votes_of_rest(out)
+    np.testing.assert_array_equal(out, [16] * 16)
+
+
 def test_votes_of_a_block(semantics):
     out = np.empty((3, 64), np.int32)
     semantics.votes_of_block(out)
@@ -679,6 +687,18 @@ def test_checker_finds_an_index_out_of_bounds():
         module.write_local(np.zeros(1, np.int32), 6)
 
 
+def test_checker_finds_undefined_integer_arithmetic():
+    module, x = load_semantics(check=True), np.empty(2, np.int32)
+    module.calculate_with_integers(x, 5)
+    assert x.tolist() == [6, 32]
+    with pytest.raises(RuntimeError) as error:
+        module.calculate_with_integers(x, 2**31 - 1)
+    source = SEMANTICS / "semantics_cuda.cu"
+    overflow, shift = place(source, "x[0] = value + 1"), place(source, "x[1] = 1 << value")
+    assert f"signed integer overflow in an addition at {overflow} by block" in str(error.value)
+    assert f"shift out of range at {shift} by block" in str(error.value)
+
+
 @pytest.mark.parametrize("write_last", [False, True])
 def test_checker_tells_the_halves_of_a_word_apart(write_last):
     module = load_semantics(check=True)
@@ -686,6 +706,26 @@ def test_checker_tells_the_halves_of_a_word_apart(write_last):
     message = rf"race \({kind}\) on x\+0 .* thread \(32,0,0\), not ordered with thread 0 of"
     with configured(module, **ASCENDING), pytest.raises(RuntimeError, match=message):
         module.race_on_half_word(np.zeros(4, np.uint16), write_last)
+
+
+def test_checker_remembers_readers_of_another_warp():
+    module = load_semantics(check=True)
+    message = r"race \(write after read\) on x\+0 .* thread \(32,0,0\), not ordered with thread 31"
+    with configured(module, **ASCENDING), pytest.raises(RuntimeError, match=message):
+        module.race_with_first_warp(np.zeros(1, np.int32))
+
+
+def test_checker_finds_what_lies_between_shared_arrays():
+    module, out = load_semantics(check=True), np.empty(1, np.float32)
+    module.write_shared(out, 15)
+    with pytest.raises(RuntimeError, match="out-of-bounds write of 4 bytes, in no shared array"):
+        module.write_shared(out, 16)
+
+
+def test_constants_may_be_read(semantics):
+    out = np.empty(1, np.float32)
+    semantics.read_constant(out, 3)
+    assert out == 9
 
 
 def test_checker_knows_the_arguments_of_a_launch():
@@ -704,6 +744,12 @@ def test_numpy_arguments_are_validated():
     out.flags.writeable = False
     with pytest.raises(ValueError, match="not writeable"):
         module.power_of_two(np.zeros(4, np.float32), out)
+
+
+def test_output_starts_as_nan():
+    out = np.zeros(8, np.float32)
+    load_semantics().power_of_two(np.ones(4, np.float32), out)
+    np.testing.assert_array_equal(out, [2] * 4 + [np.nan] * 4)
 
 
 def test_configuration_is_validated():

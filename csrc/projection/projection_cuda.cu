@@ -236,7 +236,7 @@ __device__ void combine_packs(const T* const (&x)[M], const Weights<Compute<T>, 
 
 // One block a piece and output (blockIdx.y).
 template <typename T, int M>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)  // or ptxas spills to save registers
     combine_kernel(const Table __grid_constant__ x, const double* weights) {
   using C = Compute<T>;
   const Piece piece = piece_of_block(x);
