@@ -45,10 +45,20 @@ def options(description: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
+_FLUSH_BYTES = 128 << 20  # more than the caches hold
+
+
 def measure(
-    contestants: Mapping[str, Callable[[], Any]], *, rounds: int, device: str
+    contestants: Mapping[str, Callable[[], Any]], *, rounds: int, device: str, cold: bool
 ) -> dict[str, dict[str, float]]:
     """Times callables in turn, round after round, so that a drifting machine drifts for all.
+
+    Args:
+        contestants: what to time, by name.
+        rounds: how often each is timed.
+        device: where they run.
+        cold: read other memory before each run. Otherwise whoever comes after one that writes
+            much pays for writing it back: up to 40 % of the time of an operation on large vectors.
 
     Returns:
         For each name the ``median``, ``low`` and ``high`` quartile in milliseconds.
@@ -57,8 +67,10 @@ def measure(
     for run in contestants.values():
         for _ in range(3):
             run()
+    other = torch.zeros(_FLUSH_BYTES // 4 if cold else 1, device=device)
     for _ in range(rounds):
         for name, run in contestants.items():
+            other.sum()
             samples[name].append(_time(run, device))
     return {name: _summary(times) for name, times in samples.items()}
 
