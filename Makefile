@@ -16,7 +16,8 @@ SOURCES := $(shell find csrc -type f)
 	touch $@
 
 .venv/installed: .venv/dependencies setup.py CMakeLists.txt $(SOURCES)
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	HESSREG_WERROR=1 $(BIN)/python -m pip install --quiet -c constraints.txt \
+	  --no-build-isolation -e '.[dev]'
 	touch $@
 
 demo: .venv/installed

@@ -2,7 +2,7 @@
 
 Environment: ``HESSREG_CUDA=auto|0|1`` (auto: on if nvcc is found), ``FORCE_CUDA=1`` (fail without
 nvcc), ``CUDA_HOME``, ``TORCH_CUDA_ARCH_LIST`` (such as ``"8.0;9.0+PTX"``), ``MAX_JOBS``,
-``DEBUG=1``, and ``CXX`` as CMake reads it.
+``DEBUG=1``, ``HESSREG_WERROR=1`` (warnings are errors), and ``CXX`` as CMake reads it.
 """
 
 from __future__ import annotations
@@ -94,7 +94,11 @@ class CMakeBuild(build_ext):
         print("hessreg build:", json.dumps(options), flush=True)
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
-        self._cmake("-S", str(ROOT), "-B", str(build), *self._definitions(output, options))
+        output.mkdir(parents=True, exist_ok=True)
+        for stale in output.glob("_*.abi3.so"):  # of a build with other options
+            stale.unlink()
+        definitions = self._definitions(output, options)
+        self._cmake("--fresh", "-S", str(ROOT), "-B", str(build), *definitions)
         self._cmake("--build", str(build), "-j", os.environ.get("MAX_JOBS") or str(os.cpu_count()))
 
     def _definitions(self, output: Path, options: dict[str, object]) -> list[str]:
@@ -104,6 +108,7 @@ class CMakeBuild(build_ext):
             "PYTHON_INCLUDE_DIR": sysconfig.get_path("include"),
             "HESSREG_OUTPUT_DIR": output,
             "HESSREG_CUDA": "ON" if options["cuda"] else "OFF",
+            "HESSREG_WERROR": os.environ.get("HESSREG_WERROR", "OFF"),
             "HESSREG_BUILD_OPTIONS": json.dumps(options).replace(";", " "),
         }
         if options["cuda"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -16,6 +17,14 @@ import torch
 
 _BACKENDS = ("auto", "reference", "cpu", "cuda")
 _libraries: dict[str, str] = {}  # name -> "loaded", or why it is not
+_builds: dict[str, dict[str, Any]] = {}  # name -> the options it was built with
+
+
+def _wish() -> str:
+    wish = os.environ.get("HESSREG_BACKEND") or "auto"
+    if wish not in _BACKENDS:
+        raise ValueError(f"HESSREG_BACKEND must be one of {', '.join(_BACKENDS)}, got {wish!r}")
+    return wish
 
 
 def _load(name: str) -> None:
@@ -25,36 +34,30 @@ def _load(name: str) -> None:
         _libraries[name] = str(error)
     else:
         _libraries[name] = "loaded"
-        _options.update(json.loads(module.build_options))
+        _builds[name] = {**json.loads(module.build_options), "isa": module.isa}
 
 
-def _wish() -> str:
-    wish = os.environ.get("HESSREG_BACKEND", "auto")
-    if wish not in _BACKENDS:
-        raise ValueError(f"HESSREG_BACKEND must be one of {', '.join(_BACKENDS)}, got {wish!r}")
-    return wish
-
-
-def _warn_of_fallback(wish: str) -> None:
-    reasons = [f"hessreg.{name}: {why}" for name, why in _libraries.items() if why != "loaded"]
-    if wish in ("cpu", "cuda") and reasons:
-        raise ImportError(f"HESSREG_BACKEND={wish}, but {'; '.join(reasons)}")
-    if wish == "auto" and reasons:
-        warnings.warn(
-            "hessreg falls back to its slower reference implementation in torch: "
-            + "; ".join(reasons),
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
-
-_options: dict[str, Any] = {}
-_chosen = _wish()
-if _chosen != "reference":
+def _load_libraries(wish: str) -> None:
+    if wish == "reference":
+        return
     _load("_C")
-    if torch.version.cuda is not None and _chosen != "cpu":
+    if wish == "cuda" or (wish == "auto" and torch.version.cuda is not None):
         _load("_cuda")
-    _warn_of_fallback(_chosen)
+    needed = {"auto": None, "cpu": "_C", "cuda": "_cuda"}[wish]
+    if needed and _libraries[needed] != "loaded":
+        raise ImportError(f"HESSREG_BACKEND={wish}, but hessreg.{needed}: {_libraries[needed]}")
+    if not compiled():
+        _warn_of_reference("_C")
+
+
+@functools.cache
+def _warn_of_reference(library: str) -> None:
+    warnings.warn(
+        "hessreg falls back to its slower reference implementation in torch: "
+        f"hessreg.{library}: {_libraries.get(library, 'not loaded')}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def compiled() -> bool:
@@ -62,12 +65,19 @@ def compiled() -> bool:
     return _libraries.get("_C") == "loaded"
 
 
+_load_libraries(_wish())
+_in_reference: list[object] = []  # one entry for each ``backend("reference")`` that is open
+
+
 def runs_compiled(device: torch.device) -> bool:
     """Whether compiled kernels serve tensors on a device now."""
-    if _chosen == "reference" or not compiled():
+    if _in_reference or not compiled():
         return False
     if device.type == "cuda":
-        return _libraries.get("_cuda") == "loaded"
+        if _libraries.get("_cuda") != "loaded":
+            _warn_of_reference("_cuda")
+            return False
+        return True
     return device.type in ("cpu", "meta")
 
 
@@ -75,8 +85,10 @@ def runs_compiled(device: torch.device) -> bool:
 def backend(name: str) -> Iterator[None]:
     """Forces a backend for the length of a ``with`` block, as ``HESSREG_BACKEND`` does for a run.
 
+    It holds for the whole process: the backward pass may run in other threads.
+
     Args:
-        name: ``"auto"`` (compiled kernels where there are any) or ``"reference"`` (plain torch).
+        name: ``"reference"`` (plain torch), or ``"auto"``, which changes nothing.
 
     Raises:
         ValueError: for any other name.
@@ -88,14 +100,17 @@ def backend(name: str) -> Iterator[None]:
         ...     hessreg.project_orthogonal(g, v)
         tensor([0., 1.])
     """
-    global _chosen
     if name not in ("auto", "reference"):
         raise ValueError(f"name must be 'auto' or 'reference', got {name!r}")
-    before, _chosen = _chosen, name
+    if name == "auto":
+        yield
+        return
+    token = object()
+    _in_reference.append(token)
     try:
         yield
     finally:
-        _chosen = before
+        _in_reference.remove(token)
 
 
 def build_info() -> dict[str, Any]:
@@ -104,7 +119,8 @@ def build_info() -> dict[str, Any]:
     Returns:
         A dictionary for people and bug reports: ``version``, ``python``, ``torch``, ``platform``,
         ``backend`` (``"cpu"``, ``"cpu+cuda"`` or ``"reference"``), ``libraries`` (each ``"loaded"``
-        or the reason why not) and ``build`` (the options the libraries were built with).
+        or the reason why not) and ``build`` (the options of the CPU library's build, and ``isa``,
+        the instruction set of the kernels it chose).
 
     Example:
         >>> import hessreg
@@ -115,7 +131,7 @@ def build_info() -> dict[str, Any]:
 
     loaded = [name for name in ("_C", "_cuda") if _libraries.get(name) == "loaded"]
     names = {"_C": "cpu", "_cuda": "cuda"}
-    running = [] if _chosen == "reference" else [names[name] for name in loaded]
+    running = [] if _in_reference else [names[name] for name in loaded]
     return {
         "version": __version__,
         "python": sys.version.split()[0],
@@ -123,5 +139,5 @@ def build_info() -> dict[str, Any]:
         "platform": platform.platform(),
         "backend": "+".join(running) or "reference",
         "libraries": dict(_libraries),
-        "build": dict(_options),
+        "build": dict(_builds.get("_C", {})),
     }

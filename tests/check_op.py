@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import grad, hessian, jvp, vjp, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 Op = Callable[..., Tensor | Sequence[Tensor]]
 
@@ -87,6 +87,13 @@ def check_func(op: Op, reference: Op, inputs: Sequence[Tensor]) -> None:
     assert_close(hvp(tangents), expected(tangents))
     nested = torch.stack([batch, batch + 1])
     assert_close(vmap(vmap(ours))(nested), vmap(vmap(theirs))(nested))
+    every = tuple(range(len(inputs)))
+    for outer, inner in ((jacfwd, jacfwd), (jacrev, jacfwd), (jacrev, jacrev)):
+        blocks, expected = (
+            outer(inner(scalar(f), argnums=every), argnums=every)(*inputs) for f in (op, reference)
+        )
+        for row, expected_row in zip(blocks, expected, strict=True):
+            assert_close(row, expected_row)
 
 
 def check_modes(op: Op, reference: Op, inputs: Sequence[Tensor]) -> None:
@@ -106,6 +113,21 @@ def check_compile(op: Op, reference: Op, inputs: Sequence[Tensor]) -> None:
     value, expected = compiled(*leaves), scalar(reference)(*leaves)
     assert_close(value, expected)
     assert_close(torch.autograd.grad(value, leaves), torch.autograd.grad(expected, leaves))
+    check_compiled_transforms(op, reference, inputs)
+
+
+def check_compiled_transforms(op: Op, reference: Op, inputs: Sequence[Tensor]) -> None:
+    x, rest = inputs[0], inputs[1:]
+    ours, theirs = (lambda z, f=f: scalar(f)(z, *rest) for f in (op, reference))
+    transforms = [
+        (lambda f: lambda z: jvp(f, (z,), (z + 1,))[1], x),
+        (grad, x),
+        (lambda f: vmap(grad(f)), torch.stack([x, 2 * x])),
+    ]
+    for transform, argument in transforms:
+        torch._dynamo.reset()
+        compiled = torch.compile(transform(ours), backend="aot_eager", fullgraph=True)
+        assert_close(compiled(argument), transform(theirs)(argument))
 
 
 def check_accuracy(op: Op, inputs: Sequence[Tensor], plain: Op, dtype: torch.dtype) -> None:

@@ -234,6 +234,79 @@ def test_direction_without_a_direction_changes_nothing(device, value):
     assert torch.equal(project_orthogonal(g, torch.full((5,), value, device=device)), g)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
+@pytest.mark.parametrize("where", [0, -1])
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_infinite_gradient_stays_where_nothing_is_projected(device, dtype, where, strength):
+    g = torch.randn(37).to(device=device, dtype=dtype)
+    g[where] = math.inf
+    assert torch.equal(project_orthogonal(g, torch.zeros_like(g), strength=strength), g)
+    assert torch.equal(project_orthogonal(g, g.sign(), mode="conflict", strength=strength), g)
+    assert torch.equal(project_orthogonal(g, torch.ones_like(g), strength=0), g)
+
+
+@pytest.mark.parametrize(("of_g", "of_v"), [(1, 1e-18), (1e18, 1e18), (1e-30, 1e18), (1e15, 1e-25)])
+def test_any_ratio_of_scales(device, of_g, of_v):
+    g = (of_g * torch.randn(64)).to(device).requires_grad_()
+    v = (of_v * torch.randn(64)).to(device).requires_grad_()
+    wide_g, wide_v = (t.detach().double().requires_grad_() for t in (g, v))
+    y, expected = project_orthogonal(g, v), project_orthogonal(wide_g, wide_v)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5 * of_g)
+    for a, e in zip(
+        torch.autograd.grad(y.sum(), (g, v)),
+        torch.autograd.grad(expected.sum(), (wide_g, wide_v)),
+        strict=True,
+    ):
+        largest = e.abs().max()
+        if 1e-37 < largest < 1e38:
+            assert (a.double() - e).abs().max() <= 1e-5 * largest
+
+
+def test_schedules_of_strength_compile():
+    g, v = lists(2, [(5,)])
+    compiled = torch.compile(project_orthogonal, backend="aot_eager", fullgraph=True, dynamic=True)
+    for strength in (0.5, 0.7, 1.0):
+        expected = project_orthogonal(g, v, strength=strength)
+        torch.testing.assert_close(compiled(g, v, strength=strength), expected)
+
+
+def test_batched_gradients_in_another_thread(device):
+    g, v = (t.requires_grad_() for t in lists(2, [(4,)], device=device))
+    eye = torch.eye(4, dtype=torch.float64, device=device)
+
+    @torch.enable_grad()
+    def jacobian():
+        return torch.autograd.grad(project_orthogonal(g, v), (g, v), eye, is_grads_batched=True)
+
+    class Deep(torch.autograd.Function):  # torch moves deeply nested backwards to other threads
+        @staticmethod
+        def forward(ctx, x, depth):
+            ctx.depth = depth
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, y):
+            if ctx.depth:
+                x = torch.ones((), requires_grad=True)
+                with torch.enable_grad():
+                    Deep.apply(x, ctx.depth - 1).backward()
+            else:
+                found.append(jacobian())
+            return y, None
+
+    found: list[tuple[torch.Tensor, ...]] = []
+    Deep.apply(torch.ones((), requires_grad=True), 80).backward()
+    for actual, expected in zip(found[0], jacobian(), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_empty_batches():
+    empty = torch.zeros(0, 2, 3)
+    one = torch.ones(3)
+    shape = torch.vmap(torch.vmap(lambda g: project_orthogonal(g, one)))(empty).shape
+    assert shape == (0, 2, 3)
+
+
 def test_zero_direction_has_zero_gradient(device):
     g = torch.randn(5, dtype=torch.float64, device=device, requires_grad=True)
     v = torch.zeros(5, dtype=torch.float64, device=device, requires_grad=True)
@@ -288,6 +361,7 @@ def test_emulated_kernels_are_what_runs():
 # ---- wrong input ---------------------------------------------------------------------------------
 
 ONE = torch.ones(3)
+WEIGHT = torch.ones(1, 1, dtype=torch.float64).expand(2, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +375,7 @@ ONE = torch.ones(3)
             ONE,
             {},
             TypeError,
-            r"g\[0\] must be .* of a floating-point dtype, got torch.int",
+            r"g\[0\] must be .* or float64, got torch.int",
         ),
         (ONE, ONE.to_sparse(), {}, TypeError, r"against\[0\] must be a dense .* torch.sparse_coo"),
         ([ONE], [ONE, ONE], {}, ValueError, "as many tensors as g, got 2 against 1"),
@@ -312,6 +386,7 @@ ONE = torch.ones(3)
         (ONE, ONE, {"scope": "all"}, ValueError, "scope must be one of global, tensor, row"),
         (ONE, ONE, {"strength": math.nan}, ValueError, "strength must be finite, got nan"),
         (ONE, ONE, {"strength": "1"}, TypeError, "strength must be a number"),
+        (ONE, ONE, {"strength": 10**400}, ValueError, "strength must be finite"),
     ],
 )
 def test_wrong_input_is_named(g, against, options, error, message):
@@ -327,6 +402,9 @@ def test_wrong_input_is_named(g, against, options, error, message):
         (lambda op: op.gram([ONE, ONE.double()], 2, 0, False), "differs in dtype"),
         (lambda op: op.gram([ONE.int()], 1, 0, False), "expected float16, bfloat16, float32"),
         (lambda op: op.linear_combination([ONE], ONE, 0, False), "weights must be float64"),
+        (lambda op: op.linear_combination([ONE], WEIGHT, 0, False), "one matrix for each of 1"),
+        (lambda op: op.gram([torch.ones(2, 3), torch.ones(5, 3)], 1, 0, True), "batch size"),
+        (lambda op: op.gram([ONE], 1, 7, False), "scope must be 0, 1 or 2, got 7"),
     ],
 )
 def test_binding_refuses_what_python_should_not_have_passed(call, message):

@@ -22,15 +22,25 @@ inline Isa supported_isa() {
   return Isa::kBaseline;
 }
 
-// HESSREG_ISA=baseline|avx2 lowers the choice, so that every copy can be tested on one machine.
+constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512"};
+
+// HESSREG_ISA lowers the choice, so that every copy can be tested on one machine. Null for a value
+// that is no name of an instruction set, or more than the processor has.
+inline const Isa* chosen_isa() {
+  static Isa isa = supported_isa();
+  const char* wish = std::getenv("HESSREG_ISA");
+  if (!wish || !*wish) return &isa;
+  for (int candidate = 0; candidate <= static_cast<int>(supported_isa()); ++candidate) {
+    if (std::strcmp(wish, kIsaNames[candidate])) continue;
+    isa = static_cast<Isa>(candidate);
+    return &isa;
+  }
+  return nullptr;
+}
+
+// What runs from the first call on; importing the library has refused a wrong HESSREG_ISA.
 inline Isa active_isa() {
-  static const Isa isa = [] {
-    const Isa best = supported_isa();
-    const char* wish = std::getenv("HESSREG_ISA");
-    if (wish && !std::strcmp(wish, "baseline")) return Isa::kBaseline;
-    if (wish && !std::strcmp(wish, "avx2") && best != Isa::kBaseline) return Isa::kAvx2;
-    return best;
-  }();
+  static const Isa isa = chosen_isa() ? *chosen_isa() : supported_isa();
   return isa;
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 // SIMD in GCC/Clang vector extensions, as wide as the instruction set of the object it is compiled
 // into. All functions are always inlined (see HESSREG_HD). No torch.
+#include <type_traits>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -109,9 +110,19 @@ HESSREG_HD Vector<Compute<T>, L> load(const T* p) {
   Vector<Compute<T>, L> v;
   if constexpr (sizeof(T) == sizeof(Compute<T>)) {
     std::memcpy(&v, p, sizeof v);
-  } else {
-    for (int lane = 0; lane < L; ++lane) v[lane] = to_compute(p[lane]);
+    return v;
   }
+#if defined(__F16C__)
+  if constexpr (std::is_same_v<T, Float16> && L == 8)
+    return (Vector<float, L>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+  if constexpr (std::is_same_v<T, Float16> && L == 4)
+    return (Vector<float, L>)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)p));
+#endif
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, Float16> && L == 16)
+    return (Vector<float, L>)_mm512_maskz_cvtph_ps(-1, _mm256_loadu_si256((const __m256i*)p));
+#endif
+  for (int lane = 0; lane < L; ++lane) v[lane] = to_compute(p[lane]);
   return v;
 }
 
@@ -119,9 +130,16 @@ template <typename T>
 HESSREG_HD void store(T* p, Vector<Compute<T>> v) {
   if constexpr (sizeof(T) == sizeof(Compute<T>)) {
     std::memcpy(p, &v, sizeof v);
-  } else {
-    for (int lane = 0; lane < kLanes<float>; ++lane) p[lane] = from_compute<T>(v[lane]);
+    return;
   }
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, Float16>)
+    return _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(-1, (__m512)v, 0));
+#elif defined(__F16C__)
+  if constexpr (std::is_same_v<T, Float16>)
+    return _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, 0));
+#endif
+  for (int lane = 0; lane < kLanes<Compute<T>>; ++lane) p[lane] = from_compute<T>(v[lane]);
 }
 
 // A hint only: any address will do.

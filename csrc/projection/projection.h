@@ -58,6 +58,13 @@ HESSREG_HD int64_t pair_index(int64_t a, int64_t b, int64_t m) {
   return a * m - a * (a - 1) / 2 + b - a;
 }
 
+// Whether a float32 pair holds a weight. Outside this range terms are combined in float64:
+// gradients of 1e-30 and 1e18 have a coefficient of 1e-48.
+HESSREG_HD bool fits_float32(double weight) {
+  const double size = std::fabs(weight);
+  return size == 0 || (size >= 0x1p-100 && size <= 0x1p100);
+}
+
 struct Rule {
   double strength;
   double tolerance;    // a residual below tolerance * |g| is rounding error: exactly zero then
@@ -70,7 +77,7 @@ HESSREG_HD void projection_weights(const double* gram, const Rule& rule, double*
   const double gg = gram[0], gv = gram[1], vv = gram[3];
   weights[0] = 1;
   weights[1] = 0;
-  if (!(vv > 0) || std::isinf(vv)) return;
+  if (rule.strength == 0 || !(vv > 0) || std::isinf(vv)) return;
   if (rule.conflict_only && !(gv < 0)) return;
   const double coefficient = gv / vv;
   const double residual = gg - coefficient * gv;

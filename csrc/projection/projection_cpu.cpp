@@ -92,14 +92,15 @@ void combine_piece(const T* const (&x)[M], const double* weights, int64_t n, T* 
     for (int a = 0; a < M; ++a) prefetch(x[a] + i + kCombineAhead);
     for (int a = 0; a < M; ++a) v[a] = load(x[a] + i);
     for (int a = 0; a < M; ++a) y += v[a] * high[a];
-    if constexpr (sizeof(C) == sizeof(float))
-      for (int a = 0; a < M; ++a) y += v[a] * low[a];
+    for (int a = 0; a < M; ++a)
+      if (low[a] != 0) y += v[a] * low[a];  // zero times infinity would be NaN
     kStream ? stream(out + i, y) : store(out + i, y);
   }
   for (; i < n; ++i) {
     C y = 0;
     for (int a = 0; a < M; ++a) y += to_compute(x[a][i]) * high[a];
-    for (int a = 0; a < M; ++a) y += to_compute(x[a][i]) * low[a];
+    for (int a = 0; a < M; ++a)
+      if (low[a] != 0) y += to_compute(x[a][i]) * low[a];
     out[i] = from_compute<T>(y);
   }
 }
@@ -139,32 +140,36 @@ void combine_fused(const Terms<T>& terms, bool streaming, int64_t n, T* out) {
     combine_piece<T, M, false>(pointers, terms.weights, n, out);
 }
 
-// Many lists: a block of the sum stays in the first-level cache while the lists pass by.
+// Many lists, or weights out of the range of float32: in float64. A block of the sum stays in the
+// first-level cache while the lists pass by.
 template <typename T>
 void combine_blocked(const Lists& x, const Piece& piece, const double* weights, T* out) {
-  using C = Compute<T>;
   constexpr int64_t kBlock = 512;
-  C y[kBlock];
+  double y[kBlock];
   for (int64_t start = 0; start < piece.length; start += kBlock) {
     const int64_t n = piece.length - start < kBlock ? piece.length - start : kBlock;
     for (int64_t i = 0; i < n; ++i) y[i] = 0;
     for (int64_t a = 0; a < x.num_lists; ++a) {
-      const Split<C> weight(weights[a]);
       if (weights[a] == 0) continue;
       const T* v = element_pointer<T>(x, a, piece) + start;
-      for (int64_t i = 0; i < n; ++i) {
-        const C value = to_compute(v[i]);
-        y[i] += value * weight.high;
-        y[i] += value * weight.low;
-      }
+      for (int64_t i = 0; i < n; ++i) y[i] += weights[a] * to_compute(v[i]);
     }
-    for (int64_t i = 0; i < n; ++i) out[start + i] = from_compute<T>(y[i]);
+    for (int64_t i = 0; i < n; ++i) out[start + i] = from_compute<T>(static_cast<Compute<T>>(y[i]));
   }
 }
 
 template <typename T>
+bool needs_float64(const double* weights, int64_t count) {
+  if (sizeof(Compute<T>) == sizeof(double)) return false;
+  for (int64_t a = 0; a < count; ++a)
+    if (!fits_float32(weights[a])) return true;
+  return false;
+}
+
+template <typename T>
 void combine_any(const Lists& x, const Piece& piece, const double* weights, T* out) {
-  if (x.num_lists > kMaxFused) return combine_blocked<T>(x, piece, weights, out);
+  if (x.num_lists > kMaxFused || needs_float64<T>(weights, x.num_lists))
+    return combine_blocked<T>(x, piece, weights, out);
   const Terms<T> terms = used_terms<T>(x, piece, weights);
   switch (terms.count) {
     case 0: return fill_zero(out, piece.length);
@@ -172,17 +177,6 @@ void combine_any(const Lists& x, const Piece& piece, const double* weights, T* o
     case 2: return combine_fused<T, 2>(terms, x.streaming, piece.length, out);
     case 3: return combine_fused<T, 3>(terms, x.streaming, piece.length, out);
     default: return combine_fused<T, kMaxFused>(terms, x.streaming, piece.length, out);
-  }
-}
-
-// Calls body(piece index, Piece) for the pieces [begin, end).
-template <typename Body>
-void for_each_piece(const Lists& x, int64_t begin, int64_t end, Body body) {
-  int64_t position = position_of(x.positions, x.num_positions, begin);
-  for (int64_t piece = begin; piece < end; ++piece) {
-    while (position + 1 < x.num_positions && x.positions[position + 1].first_piece <= piece)
-      ++position;
-    body(piece, locate(x.positions, position, x.segments, x.piece_length, piece));
   }
 }
 
@@ -198,9 +192,9 @@ void dispatch(Element element, Body body) {
 
 void gram(const Lists& x, double* partials, int64_t begin, int64_t end) {
   dispatch(x.element, [&](auto zero) {
-    for_each_piece(x, begin, end, [&](int64_t index, const Piece& piece) {
-      gram_any<decltype(zero)>(x, piece, partials + index * num_pairs(x.num_lists));
-    });
+    Walker walker(x, begin);
+    for (int64_t i = begin; i < end; ++i, walker.advance())
+      gram_any<decltype(zero)>(x, walker.piece(), partials + i * num_pairs(x.num_lists));
   });
 }
 
@@ -208,12 +202,14 @@ void linear_combination(const Lists& x, const double* weights, void* const* out,
                         int64_t num_outputs, int64_t begin, int64_t end) {
   dispatch(x.element, [&](auto zero) {
     using T = decltype(zero);
-    for_each_piece(x, begin, end, [&](int64_t, const Piece& piece) {
+    Walker walker(x, begin);
+    for (int64_t i = begin; i < end; ++i, walker.advance()) {
+      const Piece piece = walker.piece();
       for (int64_t c = 0; c < num_outputs; ++c) {
         T* y = static_cast<T*>(out[c * x.num_positions + piece.position]) + piece.offset;
         combine_any<T>(x, piece, weights + (piece.segment * num_outputs + c) * x.num_lists, y);
       }
-    });
+    }
     if (x.streaming) stream_fence();
   });
 }

@@ -1,4 +1,5 @@
 #include <stdexcept>
+#include <string>
 
 #include "../common/cuda_compat.cuh"
 #include "projection_cuda.h"
@@ -12,6 +13,7 @@ constexpr int64_t kMaxFused = 4;    // lists whose inner products all fit in reg
 constexpr int64_t kMaxLists = 256;  // vectors in one call
 constexpr int kMaxPositions = 96;   // tensors of a list in one launch
 constexpr int kMaxPointers = 512;
+constexpr int64_t kMaxBlocks = 0x7fffffff;
 
 // As many tensors of the lists as one launch takes. It travels in the launch's parameters: there is
 // no copy to the device to wait for, and a CUDA graph can record it.
@@ -187,30 +189,41 @@ __global__ void __launch_bounds__(kThreads)
 // that infinities in it stay where they are.
 template <typename C, int M>
 struct Weights {
+  const double* exact;
   C high[M], low[M];
-  bool used[M];
+  bool used[M], fit = true;
 
-  __device__ explicit Weights(const double* weights) {
+  __device__ explicit Weights(const double* weights) : exact(weights) {
     HESSREG_UNROLL
     for (int a = 0; a < M; ++a) {
       const Split<C> split(weights[a]);
       high[a] = split.high;
       low[a] = split.low;
       used[a] = weights[a] != 0;
+      fit = fit && (sizeof(C) == sizeof(double) || fits_float32(weights[a]));
     }
   }
 
   // The high parts first: where they cancel, the sum is small and rounds as finely as the low
   // parts need.
   __device__ C combine(const C (&v)[M]) const {
+    if (!fit) return combine_in_float64(v);
     C y = 0;
     HESSREG_UNROLL
     for (int a = 0; a < M; ++a) y += high[a] * v[a];
     if constexpr (sizeof(C) == sizeof(float)) {
       HESSREG_UNROLL
-      for (int a = 0; a < M; ++a) y += low[a] * v[a];
+      for (int a = 0; a < M; ++a)
+        if (low[a] != 0) y += low[a] * v[a];  // zero times infinity would be NaN
     }
     return y;
+  }
+
+  __device__ C combine_in_float64(const C (&v)[M]) const {
+    double y = 0;
+    HESSREG_UNROLL
+    for (int a = 0; a < M; ++a) y += exact[a] * v[a];
+    return static_cast<C>(y);
   }
 };
 
@@ -259,24 +272,18 @@ __global__ void __launch_bounds__(kThreads, 4)  // or ptxas spills to save regis
   }
 }
 
-// The same for many lists, element by element.
+// The same for many lists, element by element in float64.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     combine_many_kernel(const Table __grid_constant__ x, const double* weights) {
-  using C = Compute<T>;
   const Piece piece = piece_of_block(x);
   const double* w = weights + (piece.segment * gridDim.y + blockIdx.y) * x.num_lists;
   T* out = const_cast<T*>(element_pointer<T>(x, x.num_lists + blockIdx.y, piece));
   for (int64_t i = threadIdx.x; i < piece.length; i += kThreads) {
-    C y = 0;
-    for (int64_t a = 0; a < x.num_lists; ++a) {
-      if (w[a] == 0) continue;
-      const Split<C> split(w[a]);
-      const C v = to_compute(element_pointer<T>(x, a, piece)[i]);
-      y += split.high * v;
-      y += split.low * v;
-    }
-    from_compute(y, out + i);
+    double y = 0;
+    for (int64_t a = 0; a < x.num_lists; ++a)
+      if (w[a] != 0) y += w[a] * to_compute(element_pointer<T>(x, a, piece)[i]);
+    from_compute(static_cast<Compute<T>>(y), out + i);
   }
 }
 
@@ -295,7 +302,9 @@ template <typename Body>
 void for_each_table(const Lists& x, void* const* out, int64_t num_outputs, Body body) {
   const int64_t columns = x.num_lists + num_outputs;
   if (columns > kMaxPointers || x.num_lists > kMaxLists)
-    throw std::invalid_argument("projection: at most 256 vectors at a time on CUDA");
+    throw std::invalid_argument(
+        "projection: CUDA takes 256 vectors at a time, derivatives of g and v among them, got " +
+        std::to_string(x.num_lists));
   const int64_t fit =
       kMaxPointers / columns < kMaxPositions ? kMaxPointers / columns : kMaxPositions;
   for (int64_t begin = 0; begin < x.num_positions; begin += fit) {
@@ -315,6 +324,7 @@ void for_each_table(const Lists& x, void* const* out, int64_t num_outputs, Body 
       for (int64_t c = 0; c < num_outputs; ++c)
         table.data[(x.num_lists + c) * table.count + t] = out[c * x.num_positions + begin + t];
     }
+    if (table.num_pieces > kMaxBlocks) throw std::invalid_argument("projection: too many rows");
     body(table);
   }
 }
@@ -352,8 +362,10 @@ void launch_combine(const Table& table, const double* weights, int64_t num_outpu
 void gram(const Lists& x, double* partials, double* gram, const Rule* rule, double* weights,
           void* stream_) {
   const auto stream = static_cast<cuda_stream>(stream_);
-  const dim3 segments(x.batch * x.segments), block(kThreads);
-  if (x.batch * x.segments == 0) return;
+  const int64_t num_segments = x.batch * x.segments;
+  if (num_segments == 0) return;
+  if (num_segments > kMaxBlocks) throw std::invalid_argument("projection: too many rows");
+  const dim3 segments(num_segments), block(kThreads);
   bool first = true;
   for_each_table(x, nullptr, 0, [&](const Table& table) {
     if (table.num_pieces > 0) {

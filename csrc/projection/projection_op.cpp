@@ -23,8 +23,10 @@ class Arguments {
       : tensors_(contiguous(tensors)) {
     STD_TORCH_CHECK(!tensors.empty() && num_lists > 0 && tensors.size() % num_lists == 0,
                     "projection: ", tensors.size(), " tensors do not make ", num_lists, " lists");
+    STD_TORCH_CHECK(scope >= 0 && scope <= 2, "projection: scope must be 0, 1 or 2, got ", scope);
     const auto positions = static_cast<int64_t>(tensors.size()) / num_lists;
     check_alike(positions);
+    if (batched) check_batch();
     lay_out(positions, static_cast<Scope>(scope), batched, piece_length);
     for (const Tensor& tensor : tensors_) data_.push_back(tensor.const_data_ptr());
     const int64_t batch = batched ? tensors_[0].size(0) : 1;
@@ -63,6 +65,12 @@ class Arguments {
                           tensor.device() == tensors_[0].device(),
                       "projection: tensor ", i, " differs in dtype or device from the first");
     }
+  }
+
+  void check_batch() const {
+    for (size_t i = 0; i < tensors_.size(); ++i)
+      STD_TORCH_CHECK(tensors_[i].dim() > 0 && tensors_[i].size(0) == tensors_[0].size(0),
+                      "projection: tensor ", i, " differs from the first in its batch size");
   }
 
   void lay_out(int64_t positions, Scope scope, bool batched, int64_t piece_length) {
@@ -140,17 +148,15 @@ void parallel_over_pieces(const Arguments& x, const Body& body) {
 // Sums the pieces of each segment in their order, so that the result is the same for any number of
 // threads.
 void sum_pieces(const Arguments& x, const double* partials, double* gram) {
-  const Lists& lists = x.lists();
-  const int64_t m = lists.num_lists, pairs = num_pairs(m);
+  const int64_t m = x.lists().num_lists, pairs = num_pairs(m);
   std::fill(gram, gram + x.num_segments() * m * m, 0.0);
-  for (int64_t piece = 0, position = 0; piece < x.num_pieces(); ++piece) {
-    while (position + 1 < lists.num_positions && lists.positions[position + 1].first_piece <= piece)
-      ++position;
-    const int64_t segment =
-        locate(lists.positions, position, lists.segments, kPieceLength, piece).segment;
+  if (x.num_pieces() == 0) return;
+  Walker walker(x.lists(), 0);
+  for (int64_t piece = 0; piece < x.num_pieces(); ++piece, walker.advance()) {
+    double* sums = gram + walker.piece().segment * m * m;
     for (int64_t a = 0; a < m; ++a)
       for (int64_t b = a; b < m; ++b)
-        gram[(segment * m + a) * m + b] += partials[piece * pairs + pair_index(a, b, m)];
+        sums[a * m + b] += partials[piece * pairs + pair_index(a, b, m)];
   }
   for (int64_t s = 0; s < x.num_segments(); ++s)
     for (int64_t a = 0; a < m; ++a)
@@ -197,9 +203,11 @@ std::vector<Tensor> linear_combination_op(std::vector<Tensor> tensors, Tensor we
   const int64_t num_outputs = weights.size(weights.dim() - 2);
   const int64_t num_lists = weights.size(weights.dim() - 1);
   const Arguments x(tensors, num_lists, scope, batched, kPieceLength);
-  STD_TORCH_CHECK(weights.numel() == x.num_segments() * num_outputs * num_lists,
+  STD_TORCH_CHECK(weights.sizes().equals(x.sizes(num_outputs, num_lists, batched)),
                   "projection: weights must hold one matrix for each of ", x.num_segments(),
                   " segments");
+  STD_TORCH_CHECK(weights.device() == x.first().device(),
+                  "projection: weights must be on the device of the tensors");
   const Tensor dense = torch::stable::contiguous(weights);
   std::vector<Tensor> out = x.new_lists(num_outputs);
   const std::vector<void*> pointers = data_pointers(out);

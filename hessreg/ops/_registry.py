@@ -67,40 +67,47 @@ def _fill_order(results: Sequence[Any], layout: Sequence[Any]) -> list[Any]:
 
 
 def _wanted(needs: Sequence[Any]) -> list[Any]:
-    """Per argument whether any of its tensors wants a gradient; lists keep one entry a tensor."""
+    """Which tensors want a gradient, with lists where torch hands over tuples."""
     return [list(need) if isinstance(need, (list, tuple)) else need for need in needs]
 
 
-def _is_special(tensors: Sequence[Tensor]) -> bool:
+def _is_tracked(tensors: Sequence[Tensor]) -> bool:
     """Whether anything differentiates or batches this call: it needs more than the kernel."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-        or _batched_grads_level() > 0
-    )
+    return _is_transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
-def _batched_grads_level() -> int:
-    """How deep ``torch.autograd.grad(is_grads_batched=True)`` is nested around this call."""
-    torch._C._vmapmode_increment_nesting()
-    return int(torch._C._vmapmode_decrement_nesting())
+def _is_transformed() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _is_nested_forward() -> bool:
+    """Forward mode within forward mode, in which torch drops terms of any ``autograd.Function``."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1
+
+
+# ``torch.autograd.grad(is_grads_batched=True)`` has batched tensors of its own, other than those of
+# ``torch.func.vmap``, and no rule for operators that take lists.
+_is_batched_grad = torch._C._functorch.is_legacy_batchedtensor
+
+
+def _level_of(tensor: Tensor) -> int:
+    """How deep in batched gradients a tensor was batched; 0 if it was not."""
+    level = 0
+    while _is_batched_grad(torch._remove_batch_dim(tensor, level, 1, 0) if level else tensor):
+        level += 1
+    return level
 
 
 def _unwrap_batched_grads(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int | None], int]:
-    """The tensors with the batch that ``grad(is_grads_batched=True)`` hides in front.
-
-    That mode has its own batched tensors, not those of ``torch.func.vmap``, and no rule for
-    operators that take lists.
-
-    Returns:
-        The tensors, their batch dimension (0 or None), and the level of the batching.
-    """
-    level = _batched_grads_level()
+    """The tensors with their hidden batch in front, its dimension (0 or None), and its level."""
+    level = max(_level_of(tensor) for tensor in tensors)
     plain: list[Tensor] = []
     dims: list[int | None] = []
     for tensor in tensors:
-        batched = torch._C._functorch.is_legacy_batchedtensor(tensor)
+        batched = _is_batched_grad(tensor)
         plain.append(torch._remove_batch_dim(tensor, level, 0, 0) if batched else tensor)
         dims.append(0 if batched else None)
     return plain, dims, level
@@ -151,13 +158,15 @@ class Operator:
         first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
         if not _backend.runs_compiled(first.device):
             return self.reference(*arguments)
-        if torch.compiler.is_compiling():
-            return self._kernel(*arguments)
+        if torch.compiler.is_compiling():  # a registered operator has no transforms
+            return (self.reference if _is_transformed() else self._kernel)(*arguments)
         tensors, layout = _flatten(arguments)
-        if not _is_special(tensors):
-            return self._run_kernel(arguments)
-        if any(map(torch._C._functorch.is_legacy_batchedtensor, tensors)):
+        if any(map(_is_batched_grad, tensors)):
             return self._call_batched_grads(tensors, layout)
+        if not _is_tracked(tensors):
+            return self._run_kernel(arguments)
+        if _is_nested_forward():
+            return self.reference(*arguments)
         outputs = self._function.apply(layout, *tensors)
         return list(outputs) if isinstance(outputs, tuple) else outputs
 

@@ -21,8 +21,10 @@ from torch import Tensor
 
 from hessreg.ops._registry import Arguments, Operator
 
-_SCOPES = {"global": 0, "tensor": 1, "row": 2}
-_GLOBAL, _, _ROW = _SCOPES.values()
+_GLOBAL, _TENSOR, _ROW = range(3)
+_SCOPES = {"global": _GLOBAL, "tensor": _TENSOR, "row": _ROW}
+_LARGEST = torch.finfo(torch.float64).max
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MODES = ("always", "conflict")
 
 
@@ -84,16 +86,19 @@ def project_reference(
     tensors: Sequence[Tensor], strength: float, conflict_only: bool, scope: int, batched: bool
 ) -> list[Tensor]:
     """In each segment y = g - strength <g, v> / <v, v> v, by definition."""
-    gram = gram_reference(tensors, 2, scope, batched)
-    coefficient = _coefficient(gram[..., 0, 1], gram, conflict_only)
+    if strength == 0:
+        return [t.clone() for t in tensors[: len(tensors) // 2]]
+    products = gram_reference(tensors, 2, scope, batched)
+    coefficient = _coefficient(products[..., 0, 1], products, conflict_only)
     weights = torch.stack([torch.ones_like(coefficient), -strength * coefficient], -1)[..., None, :]
     projected = linear_combination_reference(tensors, weights, scope, batched)
     if strength != 1:
         return projected
     # What is left of collinear vectors is rounding error: its value is zero, its derivative is not.
-    residual = gram[..., 0, 0] - coefficient * gram[..., 0, 1]
+    residual = products[..., 0, 0] - coefficient * products[..., 0, 1]
     tolerance = 16 * torch.finfo(torch.promote_types(tensors[0].dtype, torch.float32)).eps
-    vanishes = (residual <= tolerance**2 * gram[..., 0, 0]) & gram[..., 0, 0].isfinite()
+    gg = products[..., 0, 0]
+    vanishes = (residual <= tolerance**2 * gg) & gg.isfinite()
     vanishes &= coefficient != 0
     rounding = linear_combination_reference(
         [y.detach() for y in projected], vanishes.double()[..., None, None], scope, batched
@@ -162,17 +167,13 @@ def _combination_jvp(arguments: Arguments, tangents: Arguments) -> list[Tensor]:
     return linear_combination([*moved, *tensors], both, scope, batched)
 
 
-def _coefficient(product: Tensor, gram: Tensor, conflict_only: bool) -> Tensor:
-    """Product / <v, v> where g is projected, else 0; ``gram`` is that of (g, v, ...)."""
-    active = _active(gram, conflict_only)
-    return torch.where(active, product, 0) / torch.where(active, gram[..., 1, 1], 1)
-
-
-def _active(gram: Tensor, conflict_only: bool) -> Tensor:
-    """Where g is projected."""
-    vv = gram[..., 1, 1]
+def _coefficient(numerator: Tensor, products: Tensor, conflict_only: bool) -> Tensor:
+    """The numerator / <v, v> where g is projected, else 0; of the inner products of (g, v, ...)."""
+    vv = products[..., 1, 1]
     active = (vv > 0) & vv.isfinite()
-    return active & (gram[..., 0, 1] < 0) if conflict_only else active
+    if conflict_only:
+        active = active & (products[..., 0, 1] < 0)
+    return torch.where(active, numerator, 0) / torch.where(active, vv, 1)
 
 
 def _rows(*rows: Sequence[Tensor | float], like: Tensor) -> Tensor:
@@ -224,28 +225,39 @@ def _lead_all(
     return [_lead(t, dim, batch_size, batched) for t, dim in pairs]
 
 
-def _restore(tensor: Tensor, batch_size: int, batched: bool) -> Tensor:
-    return tensor.unflatten(0, (batch_size, -1)) if batched else tensor
+def _inner_batch(tensor: Tensor, dim: int | None, batched: bool) -> int | None:
+    """The size of the batch that is there already."""
+    sizes = list(tensor.shape)
+    if dim is not None:
+        sizes.pop(dim)
+    return sizes[0] if batched else None
+
+
+def _restore(tensor: Tensor, batch_size: int, inner: int | None) -> Tensor:
+    return tensor if inner is None else tensor.unflatten(0, (batch_size, inner))
 
 
 def _gram_vmap(batch_size: int, arguments: Arguments, dims: Arguments) -> Tensor:
     tensors, num_lists, scope, batched = arguments
     moved = _lead_all(tensors, dims[0], batch_size, batched)
-    return _restore(gram(moved, num_lists, scope, True), batch_size, batched)
+    inner = _inner_batch(tensors[0], dims[0][0], batched)
+    return _restore(gram(moved, num_lists, scope, True), batch_size, inner)
 
 
 def _combination_vmap(batch_size: int, arguments: Arguments, dims: Arguments) -> list[Tensor]:
     tensors, weights, scope, batched = arguments
     moved = _lead_all(tensors, dims[0], batch_size, batched)
+    inner = _inner_batch(tensors[0], dims[0][0], batched)
     combined = linear_combination(moved, _lead(weights, dims[1], batch_size, batched), scope, True)
-    return [_restore(y, batch_size, batched) for y in combined]
+    return [_restore(y, batch_size, inner) for y in combined]
 
 
 def _project_vmap(batch_size: int, arguments: Arguments, dims: Arguments) -> list[Tensor]:
     tensors, strength, conflict_only, scope, batched = arguments
     moved = _lead_all(tensors, dims[0], batch_size, batched)
+    inner = _inner_batch(tensors[0], dims[0][0], batched)
     projected = project(moved, strength, conflict_only, scope, True)
-    return [_restore(y, batch_size, batched) for y in projected]
+    return [_restore(y, batch_size, inner) for y in projected]
 
 
 # ---- shapes ------------------------------------------------------------------------------------
@@ -407,15 +419,15 @@ def _check_alike(g: list[Tensor], against: list[Tensor]) -> None:
 
 def _all_of_one_kind(tensors: list[Tensor]) -> bool:
     dtype, device, dense = tensors[0].dtype, tensors[0].device, torch.strided
-    return dtype.is_floating_point and all(
+    return dtype in _DTYPES and all(
         t.dtype is dtype and t.device == device and t.layout is dense for t in tensors
     )
 
 
 def _check_kind(name: str, tensor: Tensor, model: Tensor) -> None:
-    if not tensor.is_floating_point() or tensor.layout is not torch.strided:
+    if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided:
         raise TypeError(
-            f"{name} must be a dense tensor of a floating-point dtype, "
+            f"{name} must be a dense tensor of float16, bfloat16, float32 or float64, "
             f"got {tensor.dtype}, {tensor.layout}"
         )
     if tensor.dtype is not model.dtype or tensor.device != model.device:
@@ -432,5 +444,5 @@ def _check_options(mode: str, scope: str, strength: float) -> None:
         raise ValueError(f"scope must be one of {', '.join(_SCOPES)}, got {scope!r}")
     if isinstance(strength, bool) or not isinstance(strength, (int, float)):
         raise TypeError(f"strength must be a number, got {type(strength)}")
-    if not math.isfinite(strength):
+    if not -_LARGEST <= strength <= _LARGEST:  # traceable, which math.isfinite is not
         raise ValueError(f"strength must be finite, got {strength}")
