@@ -21,7 +21,8 @@ SOURCES := $(shell find csrc -type f)
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/hessreg compare digits --methods none,r1,hsn1r --seconds $(SECONDS_EACH) --out runs/demo
+	$(BIN)/hessreg compare digits --methods none,r1,hsn1r --seconds $(SECONDS_EACH) --jobs $(JOBS) \
+	  --out runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n $(JOBS)

@@ -1,0 +1,160 @@
+"""What a run is made of: plain dataclasses, which become flags, YAML and checks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+__all__ = ["METHODS", "HSN1RConfig", "R1Config", "TrainConfig"]
+
+METHODS = ("none", "r1", "hsn1r", "hsn1r+r1")
+
+
+def _require(condition: bool, name: str, wanted: str, value: object) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def _require_at_least(config: Any, minimum: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(math.isfinite(value), name, "finite", value)
+        _require(value >= minimum, name, f"at least {minimum:g}", value)
+
+
+@dataclass
+class R1Config:
+    """Options of the gradient penalty on real images.
+
+    Args:
+        gamma: Its weight.
+    """
+
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, 0, "gamma")
+
+
+@dataclass
+class HSN1RConfig:
+    """Options of the penalty on the norms of both networks' loss Hessians.
+
+    Args:
+        norm: Sum of absolute eigenvalues, largest absolute eigenvalue, largest column sum, or root
+            of the sum of squares.
+        weight: Weight of the generator's norm.
+        discriminator_weight: Weight of the discriminator's norm.
+        every: Apply it in every k-th step.
+        num_steps: Lanczos or power iterations for one norm.
+        num_probes: Random vectors for one norm, where it is estimated.
+        target: Penalise only what exceeds this norm.
+    """
+
+    norm: Literal["nuclear", "spectral", "one", "fro"] = "nuclear"
+    weight: float = 1e-4
+    discriminator_weight: float = 3e-4
+    every: int = 16
+    num_steps: int = 4
+    num_probes: int = 1
+    target: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, 0, "weight", "discriminator_weight", "target")
+        _require_at_least(self, 1, "every", "num_steps", "num_probes")
+
+
+@dataclass
+class TrainConfig:
+    """Everything that determines a run.
+
+    Args:
+        dataset: Images to train on.
+        method: Regularisers to use.
+        steps: Stop after this many steps; 0 for no limit.
+        seconds: Stop when the training steps have used this much CPU time; 0 for no limit.
+            With neither limit a run takes 40 seconds.
+        seed: Seed of everything random.
+        device: Where to train; auto takes a GPU if there is one.
+        threads: CPU threads.
+        architecture: Kind of networks.
+        activation: Activation of the hidden layers.
+        width: Units of a hidden layer, or channels of the widest feature map.
+        latent_dim: Number of noise components.
+        batch_size: Images in a batch.
+        generator_lr: Adam's learning rate for the generator.
+        discriminator_lr: Adam's learning rate for the discriminator.
+        ema_decay: Decay of the averaged generator that makes the samples.
+        log_every: Steps between rows of metrics.jsonl.
+        eval_every: Steps between evaluations by the judge.
+        save_every: Steps between checkpoints.
+        tensorboard: Write TensorBoard events as well.
+        r1: Options of method r1.
+        hsn1r: Options of method hsn1r.
+    """
+
+    dataset: Literal["digits"] = "digits"
+    method: Literal["none", "r1", "hsn1r", "hsn1r+r1"] = "hsn1r"
+    steps: int = 0
+    seconds: float = 0.0
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 1
+    architecture: Literal["mlp", "dcgan"] = "mlp"
+    activation: Literal["silu", "softplus", "tanh", "leaky_relu"] = "silu"
+    width: int = 128
+    latent_dim: int = 32
+    batch_size: int = 64
+    generator_lr: float = 5e-4
+    discriminator_lr: float = 5e-4
+    ema_decay: float = 0.999
+    log_every: int = 100
+    eval_every: int = 2000
+    save_every: int = 1000
+    tensorboard: bool = True
+    r1: R1Config = field(default_factory=R1Config)
+    hsn1r: HSN1RConfig = field(default_factory=HSN1RConfig)
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, 0, "steps", "seconds", "seed", "generator_lr", "discriminator_lr")
+        _require_at_least(self, 1, "threads", "latent_dim", "batch_size")
+        _require_at_least(self, 1, "log_every", "eval_every", "save_every")
+        _require(self.threads <= 1024, "threads", "at most 1024", self.threads)
+        _require(2 <= self.width <= 8192, "width", "in [2, 8192]", self.width)
+        _require(self.latent_dim <= 8192, "latent_dim", "at most 8192", self.latent_dim)
+        _require(self.seed < 2**63, "seed", "below 2**63", self.seed)
+        _require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
+        _require(self.method in METHODS, "method", f"one of {', '.join(METHODS)}", self.method)
+        if not self.steps and not self.seconds:
+            self.seconds = 40.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain nested dictionaries, as they are written to YAML."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> TrainConfig:
+        """Build a configuration from what `to_dict` returned, refusing anything else.
+
+        Raises:
+            ValueError: If a name is unknown, or a value is missing or of the wrong kind.
+        """
+        nested = {"r1": R1Config, "hsn1r": HSN1RConfig}
+        plain = {k: _build(nested[k], v) if k in nested else v for k, v in _mapping(values).items()}
+        return _build(cls, plain)
+
+
+def _mapping(values: Any) -> dict[str, Any]:
+    _require(isinstance(values, dict), "a configuration", "a mapping of names to values", values)
+    return values
+
+
+def _build(kind: type[Any], values: Any) -> Any:
+    names = [f.name for f in fields(kind)]
+    unknown = sorted(map(str, _mapping(values).keys() - set(names)))
+    _require(not unknown, "names", f"among {', '.join(names)}", ", ".join(unknown))
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(str(error)) from None

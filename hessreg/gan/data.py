@@ -1,0 +1,101 @@
+"""Real images to train on, and an endless sampler whose position can be saved exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["DATASETS", "Dataset", "ShuffledSampler", "load_dataset"]
+
+DATASETS = ("digits",)
+_TEST_SIZE = 360
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images in [-1, 1] of shape ``[n, channels, height, width]`` with integer labels ``[n]``."""
+
+    name: str
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+def load_dataset(name: str) -> Dataset:
+    """Load a data set by name.
+
+    Args:
+        name: ``"digits"``: the 1797 handwritten 8 x 8 digits that come with scikit-learn, always
+            split into the same 1437 training and 360 test images. Nothing is downloaded.
+
+    Returns:
+        The data set, on the CPU.
+
+    Raises:
+        ValueError: If there is no such data set.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}; choose from {', '.join(DATASETS)}")
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).to(torch.float32).div(8.0).sub(1.0).unsqueeze(1)
+    labels = torch.from_numpy(digits.target).to(torch.int64)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    test, train = order[:_TEST_SIZE], order[_TEST_SIZE:]
+    return Dataset(name, images[train], labels[train], images[test], labels[test])
+
+
+class ShuffledSampler:
+    """Endless mini-batches: every sample once in each pass, in a new random order every time.
+
+    A batch that reaches the end of a pass is completed from the next one, so all batches have
+    the same size.
+
+    Args:
+        size: Number of samples to choose from.
+        batch_size: Number of indices in a batch, at most ``size``.
+        seed: Seed of the order.
+
+    Example:
+        >>> sampler = ShuffledSampler(size=4, batch_size=2, seed=0)
+        >>> sorted(torch.cat([next(sampler), next(sampler)]).tolist())
+        [0, 1, 2, 3]
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int) -> None:
+        if not 1 <= batch_size <= size:
+            raise ValueError(
+                f"batch_size must be in [1, {size}] for {size} samples, got {batch_size}"
+            )
+        self.size = size
+        self.batch_size = batch_size
+        self._generator = torch.Generator().manual_seed(seed)
+        self._queue = torch.empty(0, dtype=torch.int64)
+
+    def __iter__(self) -> ShuffledSampler:
+        """Return itself: there is one stream of batches."""
+        return self
+
+    def __next__(self) -> Tensor:
+        """Return the next batch of indices, shape ``[batch_size]``."""
+        if len(self._queue) < self.batch_size:
+            order = torch.randperm(self.size, generator=self._generator)
+            self._queue = torch.cat([self._queue, order])
+        batch, self._queue = self._queue.split(
+            [self.batch_size, len(self._queue) - self.batch_size]
+        )
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the exact position in the stream."""
+        return {"queue": self._queue.clone(), "generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a position that `state_dict` returned."""
+        self._queue = state["queue"].clone()
+        self._generator.set_state(state["generator"])

@@ -1,0 +1,212 @@
+"""How good are samples? A small judge network and several metrics in its feature space.
+
+Each metric can be fooled alone, so they are computed and shown together:
+
+- ``fdd``: Frechet distance of Gaussians fitted to the features of samples and of test images.
+- ``classes``: number of classes that get at least a fifth of their fair share of the samples.
+- ``precision``, ``recall``: k-nearest-neighbour manifolds (Kynkaanniemi et al., 2019).
+- ``coverage``: share of test images with a sample nearby (Naeem et al., 2020).
+- ``copies``: share of samples that reproduce a training image.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hessreg.gan.data import Dataset
+
+__all__ = [
+    "Judge",
+    "classes_covered",
+    "copied_share",
+    "coverage",
+    "frechet_distance",
+    "precision_recall",
+    "reference_rows",
+]
+
+_NEIGHBOURS = 3
+_COVERAGE_NEIGHBOURS = 5
+_JUDGE_EPOCHS = 80
+
+
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """Return the Frechet distance between Gaussians fitted to two sets of features.
+
+    Equivalent to ``|mx - my|^2 + tr(Cx + Cy - 2 (Cx Cy)^(1/2))`` with means m and covariances C.
+
+    Args:
+        x: Features ``[n, d]``.
+        y: Features ``[m, d]``.
+
+    Returns:
+        The distance, computed in float64.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 1.0], [2.0, 1.0], [1.0, 0.0], [1.0, 2.0]])
+        >>> round(frechet_distance(x, x + 3.0), 6)
+        18.0
+    """
+    x, y = x.double(), y.double()
+    cov_x, cov_y = torch.cov(x.T), torch.cov(y.T)
+    values, vectors = torch.linalg.eigh(cov_x)
+    root_x = (vectors * values.clamp(min=0.0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root_x @ cov_y @ root_x).clamp(min=0.0).sqrt().sum()
+    mean_term = (x.mean(0) - y.mean(0)).square().sum()
+    return float(mean_term + cov_x.trace() + cov_y.trace() - 2.0 * cross)
+
+
+def _radii(points: Tensor, neighbours: int) -> Tensor:
+    """Distance of each point to its k-th nearest other point, ``[n]``."""
+    distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+    return distances.kthvalue(neighbours + 1, dim=1).values  # the nearest one is the point itself
+
+
+def precision_recall(
+    real: Tensor, fake: Tensor, neighbours: int = _NEIGHBOURS
+) -> tuple[float, float]:
+    """Return the improved precision and recall of ``fake`` against ``real``.
+
+    Precision is the share of ``fake`` inside the union of balls around ``real`` that reach to
+    each one's k-th nearest neighbour; recall swaps the two sets.
+
+    Args:
+        real: Features ``[n, d]``.
+        fake: Features ``[m, d]``.
+        neighbours: k.
+
+    Returns:
+        Precision and recall in [0, 1].
+    """
+    distances = torch.cdist(real, fake)
+    precision = (distances <= _radii(real, neighbours)[:, None]).any(0).double().mean()
+    recall = (distances <= _radii(fake, neighbours)[None, :]).any(1).double().mean()
+    return float(precision), float(recall)
+
+
+def coverage(real: Tensor, fake: Tensor, neighbours: int = _COVERAGE_NEIGHBOURS) -> float:
+    """Return the share of ``real [n, d]`` whose k-nearest ball holds some of ``fake [m, d]``."""
+    nearest = torch.cdist(real, fake).min(dim=1).values
+    return float((nearest <= _radii(real, neighbours)).double().mean())
+
+
+def classes_covered(predictions: Tensor, num_classes: int) -> int:
+    """Return how many classes get at least a fifth of their fair share of ``predictions [n]``.
+
+    Example:
+        >>> classes_covered(torch.tensor([3] * 99 + [4]), num_classes=10)
+        1
+    """
+    counts = torch.bincount(predictions, minlength=num_classes)
+    return int((counts >= 0.2 * len(predictions) / num_classes).sum())
+
+
+def copied_share(images: Tensor, training_images: Tensor) -> float:
+    """Return the share of images that reproduce a training image.
+
+    A copy is nearer to a training image than half the way from there to the next training image.
+
+    Args:
+        images: ``[n, ...]``.
+        training_images: ``[m, ...]``.
+
+    Returns:
+        A share in [0, 1].
+    """
+    training = training_images.flatten(1)
+    distances, nearest = torch.cdist(images.flatten(1), training).min(dim=1)
+    return float((distances < 0.5 * _radii(training, 1)[nearest]).double().mean())
+
+
+class Judge:
+    """A small classifier of the training images and the metrics in its last hidden layer.
+
+    Training is deterministic and takes about a second, so nothing is downloaded or cached.
+
+    Args:
+        dataset: The data set. Its test images are the "real" side of every metric.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+        self.num_classes = int(dataset.train_labels.max()) + 1
+        self._network = _train_classifier(dataset, self.num_classes)
+        self._test_features = self.features(dataset.test_images)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the last hidden layer, ``[n, 32]``, of images ``[n, 1, 8, 8]``."""
+        with torch.no_grad():
+            return self._network[:-1](images.to("cpu", torch.float32))
+
+    def classify(self, images: Tensor) -> Tensor:
+        """Return the predicted class, ``[n]``, of images ``[n, 1, 8, 8]``."""
+        with torch.no_grad():
+            return self._network(images.to("cpu", torch.float32)).argmax(1)
+
+    def accuracy(self) -> float:
+        """Return the share of test images that the judge classifies correctly."""
+        correct = self.classify(self.dataset.test_images) == self.dataset.test_labels
+        return float(correct.double().mean())
+
+    def evaluate(self, images: Tensor) -> dict[str, float]:
+        """Return every metric of images ``[n, 1, 8, 8]`` in [-1, 1] (n of 100 or more)."""
+        images = images.to("cpu", torch.float32)
+        features = self.features(images)
+        precision, recall = precision_recall(self._test_features, features)
+        return {
+            "fdd": frechet_distance(features, self._test_features),
+            "classes": classes_covered(self.classify(images), self.num_classes),
+            "precision": precision,
+            "recall": recall,
+            "coverage": coverage(self._test_features, features),
+            "copies": copied_share(images, self.dataset.train_images),
+        }
+
+
+def _train_classifier(dataset: Dataset, num_classes: int) -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(dataset.train_images[0].numel(), 128),
+            nn.ReLU(),
+            nn.Linear(128, 32),
+            nn.ReLU(),
+            nn.Linear(32, num_classes),
+        )
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    order = torch.Generator().manual_seed(0)
+    for _ in range(_JUDGE_EPOCHS):
+        for batch in torch.randperm(len(dataset.train_images), generator=order).split(128):
+            loss = functional.cross_entropy(
+                network(dataset.train_images[batch]), dataset.train_labels[batch]
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return network.requires_grad_(False)
+
+
+def reference_rows(judge: Judge) -> dict[str, dict[str, float]]:
+    """Return the metrics of four known "generators", from the ideal to a mode collapse.
+
+    They give the numbers of a run a scale: ``training images``, ``training images + noise``,
+    ``Gaussian fitted to pixels`` and ``one image per class``.
+    """
+    images = judge.dataset.train_images
+    noise = torch.Generator().manual_seed(0)
+    flat = images.flatten(1).double()
+    spread = torch.linalg.qr(flat - flat.mean(0)).R / (len(flat) - 1) ** 0.5
+    gaussian = torch.randn(len(flat), spread.shape[1], generator=noise, dtype=torch.float64)
+    first = torch.stack(
+        [(judge.dataset.train_labels == c).nonzero()[0, 0] for c in range(judge.num_classes)]
+    )
+    rows = {
+        "training images": images,
+        "training images + noise": images + 0.35 * torch.randn(images.shape, generator=noise),
+        "Gaussian fitted to pixels": (gaussian @ spread + flat.mean(0)).view_as(images),
+        "one image per class": images[first].repeat(len(images) // len(first), 1, 1, 1),
+    }
+    return {name: judge.evaluate(row.clamp(-1.0, 1.0)) for name, row in rows.items()}

@@ -1,0 +1,137 @@
+"""The folder of a run: configuration, metrics, checkpoints and pictures.
+
+Everything but the TensorBoard events is written to a temporary file and renamed, or appended in
+whole lines that a resumed run cuts back to its checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from hessreg.gan.checkpoint import CheckpointError, load_state, save_state, write_atomically
+from hessreg.gan.config import TrainConfig
+
+__all__ = ["RunFolder", "RunFolderError"]
+
+_KEEP = 2
+
+
+class RunFolderError(ValueError):
+    """A run folder cannot be created or read."""
+
+
+class RunFolder:
+    """Paths and files of one run.
+
+    ``config.yaml``, ``metrics.jsonl``, ``result.json``, ``samples.png``, ``curves.png``,
+    ``tensorboard/`` and ``checkpoints/step-*.safetensors`` (the last two are kept).
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics_file = path / "metrics.jsonl"
+
+    def create(self, config: TrainConfig) -> None:
+        """Make the folder, which must be new or empty, and write the configuration.
+
+        Raises:
+            RunFolderError: If the folder has content already or cannot be written.
+        """
+        try:
+            if self.path.exists() and any(self.path.iterdir()):
+                raise RunFolderError(
+                    f"{self.path} is not empty: choose another folder, or continue its run with:"
+                    f" hessreg resume {self.path}"
+                )
+            self.checkpoints.mkdir(parents=True)
+            self.write_config(config)
+        except OSError as error:
+            raise RunFolderError(f"cannot write to {self.path}: {error.strerror}") from None
+
+    def write_config(self, config: TrainConfig) -> None:
+        """Write ``config.yaml``."""
+        import yaml
+
+        text = yaml.safe_dump(config.to_dict(), sort_keys=False)
+        write_atomically(self.path / "config.yaml", text.encode())
+
+    def read_config(self) -> TrainConfig:
+        """Read ``config.yaml``.
+
+        Raises:
+            RunFolderError: If it is missing or damaged.
+        """
+        import yaml
+
+        file = self.path / "config.yaml"
+        try:
+            return TrainConfig.from_dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+        except OSError as error:
+            raise RunFolderError(
+                f"{self.path} is not a run folder: no readable config.yaml ({error.strerror})"
+            ) from None
+        except (ValueError, TypeError, yaml.YAMLError) as error:
+            raise RunFolderError(f"{file} is damaged: {' '.join(str(error).split())}") from None
+
+    def save_checkpoint(self, step: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint and remove all but the last two."""
+        save_state(self.checkpoints / f"step-{step:09d}.safetensors", state)
+        for old in self._checkpoint_files()[:-_KEEP]:
+            old.unlink()
+
+    def last_checkpoint(self) -> Path:
+        """Return the newest checkpoint.
+
+        Raises:
+            CheckpointError: If there is none.
+        """
+        files = self._checkpoint_files()
+        if not files:
+            raise CheckpointError(f"no checkpoint in {self.checkpoints}")
+        return files[-1]
+
+    def load_checkpoint(self) -> dict[str, Any]:
+        """Read the newest checkpoint and remove what a killed process left half written."""
+        state = load_state(self.last_checkpoint())
+        for leftover in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
+            leftover.unlink()
+        return state
+
+    def append_metrics(self, row: dict[str, float]) -> None:
+        """Append one line to ``metrics.jsonl``, so that no later checkpoint can outlive it."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read_metrics(self) -> list[dict[str, float]]:
+        """Return the rows of ``metrics.jsonl``; a torn last line is left out."""
+        if not self.metrics_file.exists():
+            return []
+        text = self.metrics_file.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop the rows after ``step``: the resumed run writes them again."""
+        rows = [row for row in self.read_metrics() if row["step"] <= step]
+        write_atomically(
+            self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows).encode()
+        )
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Write ``result.json``."""
+        write_atomically(self.path / "result.json", json.dumps(result, indent=2).encode())
+
+    def read_result(self) -> dict[str, Any]:
+        """Return what `write_result` wrote."""
+        return json.loads((self.path / "result.json").read_text(encoding="utf-8"))
+
+    def _checkpoint_files(self) -> list[Path]:
+        return sorted(self.checkpoints.glob("step-*.safetensors"))
