@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import report
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -49,3 +51,7 @@ def test_commands_parse(command, monkeypatch, capsys):
             cli.main(known)
     else:
         assert cli.main(known) == 0, capsys.readouterr().err
+
+
+def test_benchmark_page_is_what_the_results_say():
+    assert report.PAGE.read_text() == report.page()
