@@ -101,7 +101,7 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="hessreg", description=hessreg.__doc__, exit_on_error=False)
     commands = parser.add_subcommands(dest="command")
     commands.add_subcommand("train", _train_parser(), help="train a GAN")
-    commands.add_subcommand("resume", _resume_parser(), help="continue an interrupted run")
+    commands.add_subcommand("resume", _resume_parser(), help="continue a run; also train --resume")
     commands.add_subcommand("compare", _compare_parser(), help="several methods at equal cost")
     doctor = ArgumentParser(exit_on_error=False, description="Show versions and devices.")
     commands.add_subcommand("doctor", doctor, help="show versions and devices")
@@ -148,6 +148,8 @@ def _resume_parser() -> ArgumentParser:
 def _parse(args: list[str]) -> tuple[str, dict[str, Any]]:
     from jsonargparse import ArgumentError
 
+    if args[:2] == ["train", "--resume"]:
+        args = ["resume", *args[2:]]
     parser = _parser()
     try:
         options = parser.instantiate(parser.parse_args(args))

@@ -160,6 +160,7 @@ def refused(capsys, *args) -> str:
         ("compare digits --methods r1,r1", "methods must be different names"),
         ("compare digits --jobs 0", "jobs must be at least 1, got 0"),
         ("resume missing", "missing is not a run folder"),
+        ("train --resume missing", "missing is not a run folder"),
         ("resume missing --steps x", "--steps: Expected int. Got value: x"),
     ],
 )
