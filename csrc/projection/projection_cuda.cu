@@ -189,11 +189,10 @@ __global__ void __launch_bounds__(kThreads)
 // that infinities in it stay where they are.
 template <typename C, int M>
 struct Weights {
-  const double* exact;
   C high[M], low[M];
   bool used[M], fit = true;
 
-  __device__ explicit Weights(const double* weights) : exact(weights) {
+  __device__ explicit Weights(const double* weights) {
     HESSREG_UNROLL
     for (int a = 0; a < M; ++a) {
       const Split<C> split(weights[a]);
@@ -207,7 +206,6 @@ struct Weights {
   // The high parts first: where they cancel, the sum is small and rounds as finely as the low
   // parts need.
   __device__ C combine(const C (&v)[M]) const {
-    if (!fit) return combine_in_float64(v);
     C y = 0;
     HESSREG_UNROLL
     for (int a = 0; a < M; ++a) y += high[a] * v[a];
@@ -217,13 +215,6 @@ struct Weights {
         if (low[a] != 0) y += low[a] * v[a];  // zero times infinity would be NaN
     }
     return y;
-  }
-
-  __device__ C combine_in_float64(const C (&v)[M]) const {
-    double y = 0;
-    HESSREG_UNROLL
-    for (int a = 0; a < M; ++a) y += exact[a] * v[a];
-    return static_cast<C>(y);
   }
 };
 
@@ -247,14 +238,28 @@ __device__ void combine_packs(const T* const (&x)[M], const Weights<Compute<T>, 
   }
 }
 
+// The same element by element in float64: for many lists, and for weights beyond float32.
+template <typename T>
+__device__ void combine_in_float64(const Table& x, const Piece& piece, const double* weights,
+                                   T* out) {
+  for (int64_t i = threadIdx.x; i < piece.length; i += kThreads) {
+    double y = 0;
+    for (int64_t a = 0; a < x.num_lists; ++a)
+      if (weights[a] != 0) y += weights[a] * to_compute(element_pointer<T>(x, a, piece)[i]);
+    from_compute(static_cast<Compute<T>>(y), out + i);
+  }
+}
+
 // One block a piece and output (blockIdx.y).
 template <typename T, int M>
 __global__ void __launch_bounds__(kThreads, 4)  // or ptxas spills to save registers
     combine_kernel(const Table __grid_constant__ x, const double* weights) {
   using C = Compute<T>;
   const Piece piece = piece_of_block(x);
-  const Weights<C, M> w(weights + (piece.segment * gridDim.y + blockIdx.y) * M);
+  const double* own = weights + (piece.segment * gridDim.y + blockIdx.y) * M;
+  const Weights<C, M> w(own);
   T* out = const_cast<T*>(element_pointer<T>(x, M + blockIdx.y, piece));
+  if (!w.fit) return combine_in_float64<T>(x, piece, own, out);
   const T* pointers[M];
   bool aligned = is_aligned(out);
   HESSREG_UNROLL
@@ -272,19 +277,14 @@ __global__ void __launch_bounds__(kThreads, 4)  // or ptxas spills to save regis
   }
 }
 
-// The same for many lists, element by element in float64.
+// The same for many lists.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     combine_many_kernel(const Table __grid_constant__ x, const double* weights) {
   const Piece piece = piece_of_block(x);
-  const double* w = weights + (piece.segment * gridDim.y + blockIdx.y) * x.num_lists;
+  const double* own = weights + (piece.segment * gridDim.y + blockIdx.y) * x.num_lists;
   T* out = const_cast<T*>(element_pointer<T>(x, x.num_lists + blockIdx.y, piece));
-  for (int64_t i = threadIdx.x; i < piece.length; i += kThreads) {
-    double y = 0;
-    for (int64_t a = 0; a < x.num_lists; ++a)
-      if (w[a] != 0) y += w[a] * to_compute(element_pointer<T>(x, a, piece)[i]);
-    from_compute(static_cast<Compute<T>>(y), out + i);
-  }
+  combine_in_float64<T>(x, piece, own, out);
 }
 
 template <typename Body>
