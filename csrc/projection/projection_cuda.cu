@@ -252,7 +252,7 @@ __device__ void combine_in_float64(const Table& x, const Piece& piece, const dou
 
 // One block a piece and output (blockIdx.y).
 template <typename T, int M>
-__global__ void __launch_bounds__(kThreads, 4)  // or ptxas spills to save registers
+__global__ void __launch_bounds__(kThreads, 3)  // or ptxas spills to save registers
     combine_kernel(const Table __grid_constant__ x, const double* weights) {
   using C = Compute<T>;
   const Piece piece = piece_of_block(x);
