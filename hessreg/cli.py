@@ -24,7 +24,7 @@ import hessreg
 from hessreg.gan.compare import Comparison, ComparisonError
 from hessreg.gan.config import METHODS, TrainConfig
 from hessreg.gan.data import DATASETS
-from hessreg.gan.progress import make_progress
+from hessreg.gan.progress import make_progress, say
 from hessreg.gan.run import Run
 from hessreg.gan.trainer import NonFiniteError
 
@@ -91,7 +91,8 @@ def _input() -> Iterator[None]:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"hessreg: {' '.join(message.split())}", file=sys.stderr)
+    # One write with its end, or the lines of two processes run together.
+    sys.stderr.write(f"hessreg: {' '.join(message.split())}\n")
     return code
 
 
@@ -155,7 +156,7 @@ def _parse(args: list[str]) -> tuple[str, dict[str, Any]]:
         options = parser.instantiate(parser.parse_args(args))
     except UnicodeDecodeError as error:
         raise _InputError(f"--config: not a text file ({error})") from None
-    except (ArgumentError, ValueError) as error:
+    except (ArgumentError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise _InputError(_readable(str(error))) from None
     return options.command, dict(vars(options[options.command]))
 
@@ -179,14 +180,15 @@ def _out(options: dict[str, Any], name: str) -> Path:
 def _train(options: dict[str, Any]) -> None:
     with _input():
         config = _train_config(options)
+        progress = make_progress(config.method, options["plain"])
         run = Run.create(_out(options, f"{config.dataset}-{config.method}"), config)
-    print(run.train(make_progress(run.config.method, options["plain"])))
+    say(run.train(progress))
 
 
 def _resume(options: dict[str, Any]) -> None:
     with _input():
         run = Run.resume(Path(options["out"]), options["steps"], options["seconds"])
-    print(run.train(make_progress(run.config.method, options["plain"])))
+    say(run.train(make_progress(run.config.method, options["plain"])))
 
 
 def _compare(options: dict[str, Any]) -> None:
@@ -195,17 +197,17 @@ def _compare(options: dict[str, Any]) -> None:
         config = _train_config(options)
         out = _out(options, f"{config.dataset}-compare")
         comparison = Comparison.create(out, methods, config, options["jobs"])
-    print(comparison.train())
+    say(comparison.train())
 
 
 def _doctor(options: dict[str, Any]) -> None:
     for name, value in hessreg.build_info().items():
-        print(f"{name}: {value}")
+        say(f"{name}: {value}")
     for name in _PACKAGES:
-        print(f"{name}: {_version(name)}")
-    print(f"cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+        say(f"{name}: {_version(name)}")
+    say(f"cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     for index in range(torch.cuda.device_count()):
-        print(f"cuda:{index}: {torch.cuda.get_device_name(index)}")
+        say(f"cuda:{index}: {torch.cuda.get_device_name(index)}")
 
 
 def _version(package: str) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from hessreg.cli import main
 from hessreg.gan.checkpoint import load_state
+from hessreg.gan.progress import PlainProgress
 from hessreg.gan.run_folder import RunFolder
 
 for package in ("jsonargparse", "matplotlib", "PIL", "rich", "safetensors", "sklearn", "yaml"):
@@ -152,6 +153,9 @@ def refused(capsys, *args) -> str:
         ("train digits --seconds inf", "seconds"),
         ("train digits --hsn1r.weight 1e400", "weight must be finite, got inf"),
         ("train digits --threads 1000000", "threads must be at most 1024"),
+        ("train digits --seed 1" + "0" * 400, "seed must be in (-2**63, 2**63), got 1"),
+        ("train digits --seconds 1" + "0" * 400, "too large"),
+        ("train digits --seed 1" + "0" * 5000, "seed"),
         ("train digits --lr 1", "unrecognized arguments: --lr 1"),
         ("train digits --config missing.yaml", "--config: File does not exist"),
         ("train digits --batch_size 5000", "batch_size must be in [1, 1437]"),
@@ -178,7 +182,8 @@ def test_missing_gpu_is_refused(capsys, tmp_path):
 
 def test_damaged_config_file_is_refused(capsys, tmp_path):
     file = tmp_path / "config.yaml"
-    for text in ("method: [", "- 1", "depth: 3", "steps: many"):
+    texts = ("method: [", "- 1", "depth: 3", "steps: many", "[" * 3000, "steps: " + "9" * 400)
+    for text in texts:
         file.write_text(text)
         refused(capsys, "train", "digits", f"--config={file}", f"--out={tmp_path / 'run'}")
     file.write_bytes(b"\xff\xfe\x00")
@@ -215,6 +220,18 @@ def test_missing_package_is_named(capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     small = [*SMALL, "--method=none", f"--out={tmp_path / 'run'}", "--steps=2"]
     assert "pip install 'hessreg[gan]'" in refused(capsys, "train", "digits", *small)
+
+
+def test_a_broken_pipe_does_not_stop_training(tmp_path, monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as nobody_reads:
+        monkeypatch.setattr(sys, "stdout", nobody_reads)
+        PlainProgress("none", interval=0.0).update({"step": 1, "cpu_seconds": 1.0}, 0.5)
+        small = [*SMALL, "--method=none", f"--out={tmp_path / 'run'}", "--steps=2"]
+        assert main(["train", "digits", *small]) == 0
+        monkeypatch.undo()
+    assert RunFolder(tmp_path / "run").read_result()["steps"] == 2
 
 
 def test_divergence_stops_the_run_and_names_the_last_checkpoint(capsys, tmp_path):

@@ -7,11 +7,13 @@ import torch.nn.functional as F
 from scipy.sparse.linalg import eigsh
 from torch import nn
 from torch.func import functional_call, jacrev
+from torch.utils.checkpoint import checkpoint
 
 from hessreg.curvature import (
     DenseOperator,
     HessianOperator,
     LinearOperator,
+    NonFiniteError,
     frobenius_norm,
     lanczos,
     norm,
@@ -631,3 +633,59 @@ def test_no_graph_without_gradients(ord):
     with torch.no_grad():
         assert not norm(op, ord).requires_grad
     assert norm(op, ord).requires_grad
+
+
+# --- what cannot be differentiated, counts that are none
+
+
+def test_reentrant_checkpoint_is_refused():
+    first, last = nn.Linear(3, 4), nn.Linear(4, 1)
+    x = torch.randn(6, 3, requires_grad=True)
+    params = [*first.parameters(), *last.parameters()]
+
+    def loss(reentrant):
+        return last(checkpoint(first, x, use_reentrant=reentrant)).square().mean()
+
+    for refused in (loss(True), lambda: loss(True)):
+        with pytest.raises(ValueError, match="pass use_reentrant=False"):
+            HessianOperator(refused, params)
+    assert HessianOperator(loss(False), params).gradient[:12].any()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_module_is_refused():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    compiled = torch.compile(model, backend="aot_eager")
+    x = torch.randn(6, 3)
+    with pytest.raises(ValueError, match="pass the module before it is compiled"):
+        HessianOperator(lambda: compiled(x).square().mean(), model.parameters())
+    linear = torch.compile(model[0], backend="aot_eager")
+    with pytest.raises(ValueError, match="pass the module before it is compiled"):
+        HessianOperator(linear(x).square().mean(), model[0].parameters())
+
+
+def test_non_finite_values_have_their_own_error():
+    x = torch.ones(2, requires_grad=True)
+    op = HessianOperator(x.square().sum(), x)
+    for call in (
+        lambda: HessianOperator(x.sum() / 0, x),
+        lambda: HessianOperator((x - 1).abs().sqrt().sum(), x),
+        lambda: op.check_finite(torch.tensor([0.0, float("nan")])),
+    ):
+        with pytest.raises(NonFiniteError):
+            call()
+
+
+@pytest.mark.parametrize("bad", [2.5, True, "2"])
+def test_counts_must_be_integers(bad):
+    op = DenseOperator(torch.eye(3))
+    for call in (
+        lambda: lanczos(op, bad),
+        lambda: power_iteration(op, bad),
+        lambda: norm(op, "nuclear", num_steps=bad),
+        lambda: norm(op, "one", num_steps=bad),
+        lambda: norm(op, "nuclear", num_deflated=bad),
+        lambda: norm(op, "fro", num_probes=bad),
+    ):
+        with pytest.raises(TypeError, match="must be an int, got"):
+            call()

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from hessreg.curvature import NonFiniteError as NonFiniteCurvatureError
 from hessreg.gan import (
     Discriminator,
     Generator,
@@ -26,7 +30,14 @@ from hessreg.gan import (
     load_dataset,
     reference_rows,
 )
-from hessreg.gan.checkpoint import CheckpointError, load_state, save_state, write_atomically
+from hessreg.gan.checkpoint import (
+    CheckpointError,
+    _digest,
+    load_state,
+    save_state,
+    write_atomically,
+)
+from hessreg.gan.compare import _Children, _prepare
 from hessreg.gan.metrics import (
     classes_covered,
     copied_share,
@@ -209,7 +220,7 @@ def test_r1_acts_on_the_discriminator_only_and_needs_data():
     assert R1().loss_terms(StepContext(0, network, network, loss, None)) == (None, None)
     with pytest.raises(ValueError, match="needs a batch of real data"):
         R1().loss_terms(StepContext(0, network, network, None, loss))
-    with pytest.raises(ValueError, match="gamma must not be negative, got -1"):
+    with pytest.raises(ValueError, match=r"gamma must be .*not negative, got -1"):
         R1(gamma=-1)
 
 
@@ -337,7 +348,9 @@ class Poison(BaseRegularizer):
         if self.what == "penalty" and ctx.discriminator_loss is not None:
             return None, torch.tensor(math.nan)
         if self.what == "product":
-            raise ValueError("Hessian-vector product of params[0] is nan at (0,)")
+            raise NonFiniteCurvatureError("Hessian-vector product of params[0] is nan at (0,)")
+        if self.what == "value":
+            raise ValueError("nan is not an option")
         return None, None
 
     def precondition(self, network, grads, ctx):
@@ -362,11 +375,33 @@ def test_nothing_is_trained_on_what_is_not_finite(what, message):
     assert equal(before, [p.detach() for p in trainer.discriminator.parameters()])
 
 
+def test_other_errors_of_a_regularizer_stay_what_they_are():
+    with pytest.raises(ValueError, match="nan is not an option"):
+        small_trainer([Poison("value")]).step()
+
+
 def test_a_loss_that_is_not_finite_is_named():
     trainer = small_trainer([HSN1R(norm="spectral", weight=0.1)])
     trainer.images.fill_(math.nan)
     with pytest.raises(NonFiniteError, match="step 1: discriminator loss is not finite"):
         trainer.step()
+
+
+def test_frozen_and_unused_parameters_are_left_alone(tmp_path):
+    trainer, other = small_trainer(), small_trainer(seed=1)
+    for each in (trainer, other):
+        each.discriminator.layers[1].weight.requires_grad_(False)
+        each.discriminator.unused = nn.Parameter(torch.ones(2))
+    frozen = trainer.discriminator.layers[1].weight.clone()
+    trainer.step()
+    assert torch.equal(trainer.discriminator.layers[1].weight, frozen)
+    assert trainer.discriminator.layers[1].weight.grad is None
+    assert trainer.discriminator.unused.grad is None
+    save_state(tmp_path / "state", trainer.state_dict())
+    other.load_state_dict(load_state(tmp_path / "state"))
+    trainer.step()
+    other.step()
+    assert equal(trainer.discriminator.state_dict(), other.discriminator.state_dict())
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
@@ -413,6 +448,146 @@ def test_missing_and_damaged_checkpoints_are_refused(tmp_path):
             load_state(path)
 
 
+def test_a_flipped_byte_is_noticed_and_the_older_checkpoint_named(tmp_path):
+    Run.create(tmp_path / "run", run_config(method="none", steps=5)).train()
+    older, last = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    damaged = bytearray(last.read_bytes())
+    damaged[-50] ^= 0x40
+    last.write_bytes(damaged)
+    with pytest.raises(CheckpointError) as error:
+        Run.resume(tmp_path / "run")
+    message = f"checkpoint {last} is damaged (wrong checksum); delete it to continue from {older}"
+    assert str(error.value) == message
+    last.unlink()
+    assert Run.resume(tmp_path / "run").trainer.steps_done == 0
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    path = tmp_path_factory.mktemp("trained") / "run"
+    run = Run.create(path, run_config(method="none"))
+    for _ in range(3):
+        run.trainer.step()
+    run._save()
+    run.close()
+    return run
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (["trainer", "optimizers"], [{}, {}]),
+        (["trainer", "optimizers"], 5),
+        (["trainer", "optimizers", 0, "0"], "x"),
+        (["trainer", "optimizers", 0, "0", "exp_avg"], torch.zeros(3)),
+        (["trainer", "optimizers", 1, "0", "exp_avg_sq"], torch.zeros(8, 64).double()),
+        (["trainer", "optimizers", 1, "0", "step"], torch.zeros(2)),
+        (["trainer", "sampler", "queue"], "abc"),
+        (["trainer", "sampler", "queue"], torch.full((50,), 99999)),
+        (["trainer", "sampler", "queue"], torch.rand(50)),
+        (["trainer", "steps_done"], "abc"),
+        (["trainer", "steps_done"], -5),
+        (["trainer", "steps_done"], 10**400),
+        (["trainer", "summed_steps"], None),
+        (["trainer", "sums"], {"loss_g": 3}),
+        (["trainer", "sums"], 3),
+        (["trainer", "noise"], 5),
+        (["trainer", "generator"], [1]),
+        (["trainer"], [1]),
+        (["cpu_seconds"], math.nan),
+        (["cpu_seconds"], 10**400),
+    ],
+)
+def test_a_state_that_no_run_writes_is_refused(trained, monkeypatch, keys, value):
+    state = load_state(trained.folder.last_checkpoint())
+    inner = state
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    monkeypatch.setattr(trained.folder, "load_checkpoint", lambda: state)
+    with pytest.raises(CheckpointError, match="does not fit the configuration"):
+        trained._load()
+
+
+def test_deeply_nested_metadata_is_refused(tmp_path):
+    save = pytest.importorskip("safetensors.torch").save_file
+    for state in ("[" * 100_000, "3", '{"__tensor__": ["x"]}'):
+        digest = _digest(state, {"x": torch.ones(2)})
+        save({"x": torch.ones(2)}, tmp_path / "state", {"state": state, "sha256": digest})
+        with pytest.raises(CheckpointError, match="is damaged"):
+            load_state(tmp_path / "state")
+
+
+@pytest.mark.parametrize("line", ["garbage", "[1]", '{"a": 1}', '{"step": "x", "cpu_seconds": 1}'])
+def test_damaged_metrics_are_refused_with_file_and_line(tmp_path, line):
+    folder = RunFolder(tmp_path)
+    folder.metrics_file.write_text(f'{{"step": 1, "cpu_seconds": 0.5}}\n{line}\n')
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl is damaged: line 2 is not"):
+        folder.read_metrics()
+
+
+def test_a_folder_belongs_to_one_process(tmp_path):
+    run = Run.create(tmp_path / "run", run_config(method="none"))
+    script = (
+        "import sys, pathlib; from hessreg.gan.run_folder import RunFolder\n"
+        "RunFolder(pathlib.Path(sys.argv[1])).lock()"
+    )
+    command = [sys.executable, "-c", script, str(run.folder.path)]
+    other = subprocess.run(command, capture_output=True, text=True)
+    assert f"{run.folder.path} is in use by another process" in other.stderr
+    run.close()
+    assert subprocess.run(command).returncode == 0
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_failed_create_leaves_nothing(tmp_path, monkeypatch, existed):
+    path = tmp_path / "run"
+    if existed:
+        path.mkdir()
+
+    def fail(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=r"No space left on device: '.*config\.yaml'"):
+        Run.create(path, run_config(method="none"))
+    assert [*tmp_path.rglob("*")] == [path] * existed
+
+
+def test_missing_packages_are_noticed_before_anything_is_made(tmp_path, monkeypatch):
+    for package in ("matplotlib", "PIL", "sklearn", "tensorboard"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            with pytest.raises(ModuleNotFoundError, match=package):
+                Run.create(tmp_path / "run", run_config(method="none", tensorboard=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_child_outlives_or_follows_a_stop():
+    children = _Children()
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(children.run(sleep)))
+    thread.start()
+    while not children._processes:
+        pass
+    children.stop()
+    thread.join(10)
+    assert codes == [-15]
+    assert children.run(sleep) == 130
+    assert len(children._processes) == 1
+
+
+def test_a_comparison_reuses_runs_of_equal_configuration(tmp_path):
+    config = run_config(method="none")
+    _prepare(tmp_path / "none", config)
+    first = (tmp_path / "none" / "config.yaml").stat().st_mtime_ns
+    _prepare(tmp_path / "none", config)
+    assert (tmp_path / "none" / "config.yaml").stat().st_mtime_ns == first
+    with pytest.raises(RunFolderError, match="is not empty"):
+        _prepare(tmp_path / "none", run_config(method="none", seed=1))
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_atomically(path, b"old")
@@ -437,7 +612,7 @@ def test_run_folder_holds_what_it_promises(tmp_path):
     path = tmp_path / "run"
     last_line = Run.create(path, run_config(method="hsn1r+r1", tensorboard=True)).train()
     assert str(path / "samples.png") in last_line
-    names = {"config.yaml", "metrics.jsonl", "result.json", "samples.png", "curves.png"}
+    names = {".lock", "config.yaml", "metrics.jsonl", "result.json", "samples.png", "curves.png"}
     assert {p.name for p in path.iterdir()} == names | {"tensorboard", "checkpoints"}
     assert sorted(p.name for p in (path / "checkpoints").iterdir()) == [
         "step-000000015.safetensors",
@@ -484,7 +659,18 @@ def test_configuration_survives_yaml_and_is_checked(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.create(config)
     assert folder.read_config() == config
-    for text in ("steps: -1", "stepz: 1", "[1", "r1: 3", "steps: x", ""):
+    for text in (
+        "[" * 5000,
+        "width: 8.5",
+        "hsn1r: {norm: foo}",
+        "seed: 1" + "0" * 400,
+        "steps: -1",
+        "stepz: 1",
+        "[1",
+        "r1: 3",
+        "steps: x",
+        "",
+    ):
         (folder.path / "config.yaml").write_text(text)
         with pytest.raises(RunFolderError, match="is damaged"):
             folder.read_config()
@@ -498,6 +684,16 @@ def test_configuration_survives_yaml_and_is_checked(tmp_path):
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
         ({"method": "wgan"}, "method must be one of none, r1, hsn1r"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 8.0}, "batch_size must be an integer, got 8.0"),
+        ({"batch_size": True}, "batch_size must be an integer, got True"),
+        ({"ema_decay": False}, "ema_decay must be a number, got False"),
+        ({"generator_lr": "1e-3"}, "generator_lr must be a number, got '1e-3'"),
+        ({"tensorboard": "no"}, "tensorboard must be true or false, got 'no'"),
+        ({"architecture": "vit"}, "architecture must be one of mlp, dcgan, got 'vit'"),
+        ({"method": ["none"]}, "method must be one of none, r1"),
+        ({"r1": None}, "r1 must be a mapping of names to values, got None"),
+        ({"seed": 10**400}, r"seed must be in \(-2\*\*63, 2\*\*63\), got 1"),
+        ({"seconds": 10**400}, r"seconds must be in \(-2\*\*63, 2\*\*63\), got 1"),
     ],
 )
 def test_bad_options_are_refused(options, message):

@@ -12,6 +12,7 @@ from torch import nn
 from hessreg.curvature import third_order_safe
 from hessreg.regularizers import (
     HSN1R,
+    R1,
     BaseRegularizer,
     Regularizer,
     StepContext,
@@ -383,3 +384,33 @@ def test_base_regularizer_does_nothing():
     base.load_state_dict({})
     with pytest.raises(ValueError, match=r"BaseRegularizer has no state, got \['a'\]"):
         base.load_state_dict({"a": 1})
+
+
+# --- arguments and states
+
+
+@pytest.mark.parametrize("name", ["weight", "discriminator_weight", "target", "smoothing"])
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
+def test_refuses_numbers_that_are_no_weights(name, bad):
+    with pytest.raises(ValueError, match=f"{name} must be finite and not negative"):
+        HSN1R(**{name: bad})
+    with pytest.raises(ValueError, match="gamma must be finite and not negative"):
+        R1(gamma=bad)
+
+
+@pytest.mark.parametrize("name", ["every", "num_steps", "num_probes", "num_deflated"])
+@pytest.mark.parametrize("bad", [2.5, True, "4"])
+def test_refuses_counts_that_are_no_integers(name, bad):
+    with pytest.raises(TypeError, match=f"{name} must be an int"):
+        HSN1R(**{name: bad})
+
+
+def test_a_refused_state_changes_nothing():
+    reg = HSN1R(norm="spectral")
+    before = reg.state_dict()
+    other = torch.Generator().manual_seed(9).get_state()
+    with pytest.raises(ValueError, match=r"unknown entries \['junk'\]"):
+        reg.load_state_dict({"norm": "spectral", "random": other, "junk": 1})
+    with pytest.raises(ValueError, match=r"no entries \['norm'\]"):
+        reg.load_state_dict({"random": other})
+    torch.testing.assert_close(reg.state_dict()["random"], before["random"], rtol=0, atol=0)

@@ -293,3 +293,43 @@ def test_gradient_penalty_counts_as_a_derivative(training):
     else:
         HessianOperator(penalty(), params).matvec(v)
     HessianOperator(penalty, params).matvec(v)
+
+
+WEIGHT_NORMS = {
+    "rows": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+    "columns": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4), dim=1),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHT_NORMS)
+def test_weight_norm_is_right(name):
+    """Its native second derivative is wrong already: only values and gradients are compared."""
+    layer, x = make(WEIGHT_NORMS[name], FLAT)
+    params = list(layer.parameters())
+    results = [run(layer, x, safe) for safe in (False, True)]
+    grads = [torch.autograd.grad(y.tanh().sum(), params) for y in results]
+    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(grads[1], grads[0])
+    curved = Curved(layer, x)
+    origin = nn.utils.parameters_to_vector(curved.params).detach()
+    slopes, curvatures = [], []
+    for sign in (1, -1):
+        nn.utils.vector_to_parameters(origin + sign * 1e-5 * curved.v, curved.params)
+        loss = F.softplus(curved.model(x)).sum()
+        parts = torch.autograd.grad(loss, curved.params)
+        slopes.append(torch.cat([p.flatten() for p in parts]) @ curved.v)
+        nn.utils.vector_to_parameters(origin + sign * 1e-5 * curved.u, curved.params)
+        curvatures.append(curved.curvature(safe=True).item())
+    nn.utils.vector_to_parameters(origin, curved.params)
+    second, third = ((a - b) / 2e-5 for a, b in (slopes, curvatures))
+    assert curved.curvature(safe=True).item() == pytest.approx(second.item(), rel=1e-5)
+    assert curved.slope(safe=True) == pytest.approx(third, rel=1e-5)
+
+
+def test_native_weight_norm_is_refused_where_it_is_wrong():
+    model = WEIGHT_NORMS["rows"]()
+    loss = model(torch.randn(FLAT)).square().sum()
+    assert native_norms(loss, derivatives=1) == []
+    assert native_norms(loss, derivatives=2) == ["weight normalisation"]
+    with pytest.raises(ValueError, match=r"weight normalisation.*third_order_safe"):
+        HessianOperator(loss, model.parameters())

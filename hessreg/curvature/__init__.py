@@ -1,5 +1,6 @@
 """Curvature of a loss without forming its Hessian."""
 
+from hessreg.curvature._checks import NonFiniteError
 from hessreg.curvature.lanczos import lanczos, power_iteration
 from hessreg.curvature.norms import (
     NormEstimate,
@@ -17,6 +18,7 @@ __all__ = [
     "DenseOperator",
     "HessianOperator",
     "LinearOperator",
+    "NonFiniteError",
     "NormEstimate",
     "NormOrder",
     "frobenius_norm",

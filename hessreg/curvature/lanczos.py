@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hessreg.curvature._checks import check_at_least
+from hessreg.curvature._checks import NonFiniteError, check_at_least
 from hessreg.curvature.operators import LinearOperator
 
 __all__ = ["lanczos", "power_iteration"]
@@ -34,6 +34,7 @@ def power_iteration(
         The Rayleigh quotient [] and the unit vector [n] it belongs to.
 
     Raises:
+        TypeError: num_iterations is not an int.
         ValueError: num_iterations < 1, or a v0 that is zero, not finite or of the wrong shape.
 
     Example:
@@ -78,8 +79,9 @@ def lanczos(
         residual (0 at an invariant subspace); Q [n, m]. m <= min(num_steps, n).
 
     Raises:
-        ValueError: num_steps < 1; a v0 that is zero, not finite or of the wrong shape; NaN or
-            infinity in a product.
+        TypeError: num_steps is not an int.
+        ValueError: num_steps < 1, or a v0 that is zero, not finite or of the wrong shape.
+        NonFiniteError: NaN or infinity in a product.
 
     Example:
         >>> from hessreg.curvature import DenseOperator
@@ -131,7 +133,7 @@ def _report(op: LinearOperator, vector: Tensor) -> None:
     check_finite = getattr(op, "check_finite", None)
     if check_finite is not None:
         check_finite(op.matvec(vector))
-    raise ValueError("a product of the operator has NaN or infinity")
+    raise NonFiniteError("a product of the operator has NaN or infinity")
 
 
 def _start_vector(

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from hessreg.curvature._checks import check_at_least
+from hessreg.curvature._checks import check_at_least, check_not_negative
 from hessreg.curvature.lanczos import lanczos
 from hessreg.curvature.operators import LinearOperator
 
@@ -69,8 +69,10 @@ def norm(
         Scalar [].
 
     Raises:
-        ValueError: an unknown ``ord``, a count below its minimum, NaN or infinity in a product, or
-            a loss that cannot be differentiated three times.
+        TypeError: a count that is not an int.
+        ValueError: an unknown ``ord``, a count below its minimum, or a loss that cannot be
+            differentiated three times.
+        NonFiniteError: NaN or infinity in a product.
 
     Example:
         >>> from hessreg.curvature import DenseOperator
@@ -124,7 +126,7 @@ def spectral_norm(
         The norm [] and the Ritz vector [n].
 
     Raises:
-        ValueError: as :func:`norm`.
+        TypeError, ValueError: as :func:`norm`.
 
     Example:
         >>> from hessreg.curvature import DenseOperator
@@ -177,7 +179,7 @@ def nuclear_norm(
         The norm [] and, if pairs are deflated, the sum of their vectors [n].
 
     Raises:
-        ValueError: as :func:`norm`.
+        TypeError, ValueError: as :func:`norm`.
 
     Example:
         >>> from hessreg.curvature import DenseOperator
@@ -185,8 +187,9 @@ def nuclear_norm(
         >>> round(nuclear_norm(H, num_probes=4).value.item(), 4)
         5.5
     """
-    check_at_least(1, num_probes=num_probes)
-    check_at_least(0, num_deflated=num_deflated, smoothing=smoothing)
+    check_at_least(1, num_steps=num_steps, num_probes=num_probes)
+    check_at_least(0, num_deflated=num_deflated)
+    check_not_negative(smoothing=smoothing)
     generator = generator or torch.Generator().manual_seed(0)
     U, value = _deflate(op, num_steps, num_deflated, v0, generator)
     start = U.sum(1) if U.shape[1] else None
@@ -220,7 +223,7 @@ def one_norm(op: LinearOperator, *, num_steps: int = 20, v0: Tensor | None = Non
         The norm [] and the unit vector of the column [n].
 
     Raises:
-        ValueError: as :func:`norm`.
+        TypeError, ValueError: as :func:`norm`.
 
     Example:
         >>> from hessreg.curvature import DenseOperator
@@ -252,7 +255,7 @@ def frobenius_norm(
         The norm [] and None: a start has no meaning.
 
     Raises:
-        ValueError: as :func:`norm`.
+        TypeError, ValueError: as :func:`norm`.
 
     Example:
         >>> from hessreg.curvature import DenseOperator

@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from hessreg.curvature.third_order import require_third_order_safe, third_order_safe
+from hessreg.curvature._checks import NonFiniteError
+from hessreg.curvature.third_order import (
+    refuse_opaque,
+    require_third_order_safe,
+    third_order_safe,
+)
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
@@ -107,7 +112,8 @@ class HessianOperator(SymmetricOperator):
         loss: a scalar with its graph (kept alive, never freed), or a callable without arguments
             that returns one. The callable is evaluated once, here, under
             :func:`~hessreg.curvature.third_order.third_order_safe`, and the buffers and the random
-            state are put back afterwards.
+            state are put back afterwards. Nothing in it may go through ``torch.compile``: a
+            compiled module is refused, a compiled function may raise torch's own error.
         params: the tensors to differentiate by: one, or several of one dtype and device. Vectors
             are their flat concatenation, [n]. Those the loss does not use count as zeros.
 
@@ -119,8 +125,9 @@ class HessianOperator(SymmetricOperator):
     Raises:
         TypeError: a loss or a parameter of the wrong type.
         ValueError: no scalar, no graph, no parameters, a parameter twice, a mixture of dtypes or
-            devices, NaN or infinity in the loss or the gradient, a gradient penalty through a
-            normalisation layer that torch differentiates wrongly.
+            devices, a gradient penalty through a normalisation layer that torch differentiates
+            wrongly, native weight normalisation, a reentrant checkpoint, a compiled module.
+        NonFiniteError: NaN or infinity in the loss or the gradient.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -138,6 +145,7 @@ class HessianOperator(SymmetricOperator):
         n = sum(p.numel() for p in self.params)
         self.shape = (n, n)
         self.loss = _check_loss(loss if isinstance(loss, Tensor) else _evaluate(loss, self.device))
+        refuse_opaque(self.loss)
         require_third_order_safe(self.loss, derivatives=2)
         grads = torch.autograd.grad(
             self.loss, self.params, create_graph=True, materialize_grads=True
@@ -162,9 +170,10 @@ class HessianOperator(SymmetricOperator):
 
         Raises:
             TypeError: v is not a tensor, or of another dtype.
-            ValueError: v has another shape or device; NaN or infinity in the product (looked for
-                on the CPU only: on a GPU the check would wait for the device); a product to be
-                differentiated through a normalisation layer that torch differentiates wrongly.
+            ValueError: v has another shape or device; a product to be differentiated through a
+                normalisation layer that torch differentiates wrongly.
+            NonFiniteError: NaN or infinity in the product (looked for on the CPU only: on a GPU
+                the check would wait for the device).
         """
         self._check_vectors("v", v, ndim=1)
         if create_graph:
@@ -188,14 +197,17 @@ class HessianOperator(SymmetricOperator):
         """Reports NaN or infinity in a product [n] by parameter and position.
 
         Raises:
-            ValueError: names the first parameter concerned, its shape, the position and the value.
+            NonFiniteError: names the first parameter concerned, its shape, the position and the
+                value.
 
         Example:
             >>> x = torch.ones(2, requires_grad=True)
             >>> H = HessianOperator(x.square().sum(), x)
-            >>> H.check_finite(torch.tensor([0.0, float("nan")]))
+            >>> H.check_finite(  # doctest: +IGNORE_EXCEPTION_DETAIL
+            ...     torch.tensor([0.0, float("nan")])
+            ... )
             Traceback (most recent call last):
-            ValueError: Hessian-vector product of params[0], shape (2,), is nan at (1,)
+            NonFiniteError: Hessian-vector product of params[0], shape (2,), is nan at (1,)
         """
         self._check_finite("Hessian-vector product", product.detach())
 
@@ -233,7 +245,7 @@ class HessianOperator(SymmetricOperator):
             bad = (~torch.isfinite(part)).nonzero()
             if len(bad):
                 place = tuple(bad[0].tolist())
-                raise ValueError(
+                raise NonFiniteError(
                     f"{what} of params[{i}], shape {tuple(part.shape)},"
                     f" is {part[place].item()} at {place}"
                 )
@@ -317,7 +329,7 @@ def _check_loss(loss: Tensor) -> Tensor:
     if not loss.requires_grad:
         raise ValueError("loss must have a graph, got one that requires no gradient")
     if not torch.isfinite(loss):
-        raise ValueError(f"loss must be finite, got {loss.item()}")
+        raise NonFiniteError(f"loss must be finite, got {loss.item()}")
     return loss
 
 
@@ -354,6 +366,11 @@ def _buffers_restored() -> Iterator[None]:
     thread = threading.get_ident()
 
     def save(module: nn.Module, args: Any) -> None:
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None):
+            raise ValueError(
+                "loss cannot be differentiated twice through torch.compile: pass the module before"
+                " it is compiled"
+            )
         if threading.get_ident() == thread and module not in saved:
             buffers = module.named_buffers(recurse=False)
             saved[module] = {k: (b, b.detach().clone(), b._version) for k, b in buffers}

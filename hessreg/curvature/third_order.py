@@ -1,10 +1,10 @@
-"""Third derivatives through normalisation layers.
+"""Second and third derivatives through normalisation.
 
 The gradient of a Hessian norm is a third derivative of the loss. torch's fused batch, layer and
 instance normalisation have right first and second derivatives and a wrong third one, off by
-20-50 %, without a warning. Group and RMS normalisation, and batch normalisation in evaluation
-mode, are right. Here the wrong ones are written in primitive operations, which are right to every
-order.
+20-50 %, without a warning; of its fused weight normalisation the second is wrong already. Group
+and RMS normalisation, and batch normalisation in evaluation mode, are right. Here the wrong ones
+are written in primitive operations, which are right to every order.
 """
 
 from __future__ import annotations
@@ -19,26 +19,42 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["native_norms", "require_third_order_safe", "third_order_safe"]
+__all__ = ["native_norms", "refuse_opaque", "require_third_order_safe", "third_order_safe"]
 
-_NATIVE_NODES = {
-    "NativeBatchNorm": "batch or instance normalisation",
-    "CudnnBatchNorm": "batch or instance normalisation",
-    "MiopenBatchNorm": "batch or instance normalisation",
-    "BatchNormWithUpdate": "batch or instance normalisation",
-    "SyncBatchNorm": "synchronised batch normalisation",
-    "NativeLayerNorm": "layer normalisation",
+# What torch calls a layer in its graph: the kind, and how many of its derivatives are right.
+_NATIVE_NODES: dict[str, tuple[str, int]] = {
+    "NativeBatchNorm": ("batch or instance normalisation", 2),
+    "CudnnBatchNorm": ("batch or instance normalisation", 2),
+    "MiopenBatchNorm": ("batch or instance normalisation", 2),
+    "BatchNormWithUpdate": ("batch or instance normalisation", 2),
+    "SyncBatchNorm": ("synchronised batch normalisation", 2),
+    "NativeLayerNorm": ("layer normalisation", 2),
+    "WeightNormInterface": ("weight normalisation", 1),
+}
+
+# Nodes whose gradient has no graph, and the way out.
+_OPAQUE_NODES = {
+    "CheckpointFunctionBackward": "a reentrant checkpoint: pass use_reentrant=False",
+    "CompiledFunctionBackward": "torch.compile: pass the module before it is compiled",
 }
 
 
 @contextmanager
 def third_order_safe(*modules: nn.Module) -> Iterator[None]:
-    """Runs batch, layer and instance normalisation as operations right to the third derivative.
+    """Runs batch, layer, instance and weight normalisation right to the third derivative.
 
     Every such layer evaluated in the context, as a module or through ``torch.nn.functional``, runs
     as a composition of primitives with the values, derivatives, running statistics and errors of
     the native layer. Contexts nest, and act on the thread that entered them only. What has been
-    evaluated inside may be differentiated outside.
+    evaluated inside may be differentiated outside, except a part under
+    ``torch.utils.checkpoint(..., use_reentrant=False)`` that holds such a layer: it is evaluated
+    again when it is differentiated, so differentiate inside the context, else torch raises
+    CheckpointError.
+
+    The ``spectral_norm`` parametrisation holds its vectors u and v constant, and so do its
+    derivatives: a finite difference, in training mode, moves them and differs. What torch cannot
+    differentiate often enough raises torch's own error: ``cdist``, and fused attention, for which
+    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`` is the way out.
 
     Args:
         *modules: the modules about to be evaluated; they are checked for parts that the context
@@ -65,8 +81,9 @@ def native_norms(tensor: Tensor, derivatives: int = 3) -> list[str]:
 
     Args:
         tensor: any tensor; its autograd graph is walked back to the leaves.
-        derivatives: how many times it is to be differentiated. Two are right, except where the
-            tensor is made from a gradient already, as a gradient penalty is.
+        derivatives: how many times it is to be differentiated. Two are right, of weight
+            normalisation one, and fewer where the tensor is made from a gradient already, as a
+            gradient penalty is.
 
     Returns:
         The kinds found, sorted, each once; empty if all those derivatives are right. Batch
@@ -83,8 +100,9 @@ def native_norms(tensor: Tensor, derivatives: int = 3) -> list[str]:
         layer, *passes = node.name().lstrip("_").split("Backward")
         # Forward and first gradient call their mode by different names.
         training = getattr(node, "_saved_training", getattr(node, "_saved_train", True))
-        if layer in _NATIVE_NODES and training and len(passes) - 1 + derivatives > 2:
-            found.add(_NATIVE_NODES[layer])
+        kind, right = _NATIVE_NODES.get(layer, ("", 0))
+        if kind and training and len(passes) - 1 + derivatives > right:
+            found.add(kind)
     return sorted(found)
 
 
@@ -105,10 +123,31 @@ def require_third_order_safe(loss: Tensor, derivatives: int = 3) -> None:
     found = native_norms(loss, derivatives)
     if found:
         raise ValueError(
-            f"loss went through torch's native {' and '.join(found)}, whose third derivative is"
-            " wrong: compute it under `with third_order_safe(model):`, or pass a callable that"
-            " computes it"
+            f"loss went through torch's native {' and '.join(found)}, which torch"
+            f" differentiates wrongly {derivatives} times: compute it under"
+            " `with third_order_safe(model):`, or pass a callable that computes it"
         )
+
+
+def refuse_opaque(loss: Tensor) -> None:
+    """Refuses a loss with a part whose gradient cannot be differentiated.
+
+    Args:
+        loss: tensor with its autograd graph.
+
+    Raises:
+        ValueError: a reentrant checkpoint, whose parameters would count as unused, or a compiled
+            function.
+
+    Example:
+        >>> x = torch.randn(5, 3, requires_grad=True)
+        >>> refuse_opaque(x.square().sum())
+    """
+    for node in _graph_nodes(loss):
+        if node.name() in _OPAQUE_NODES:
+            raise ValueError(
+                f"loss cannot be differentiated twice through {_OPAQUE_NODES[node.name()]}"
+            )
 
 
 def _graph_nodes(tensor: Tensor) -> Iterator[Node]:
@@ -247,6 +286,10 @@ def _torch_layer_norm(
     return _layer_norm(input, normalized_shape, weight, bias, eps)
 
 
+def _torch_weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
 _COMPOSITES: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
@@ -254,6 +297,7 @@ _COMPOSITES: dict[Callable[..., Any], Callable[..., Tensor]] = {
     torch.batch_norm: _torch_batch_norm,
     torch.instance_norm: _torch_instance_norm,
     torch.layer_norm: _torch_layer_norm,
+    torch._weight_norm: _torch_weight_norm,
 }
 
 

@@ -6,14 +6,18 @@ plain state can never come from different moments.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["CheckpointError", "load_state", "save_state", "write_atomically"]
+__all__ = ["CheckpointError", "load_state", "naming", "save_state", "write_atomically"]
 
 _TENSOR = "__tensor__"
 
@@ -22,15 +26,27 @@ class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, or of another configuration."""
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let a failed write say which file it was: a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file that, whenever the process is killed, is either the old or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with naming(path):
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -58,6 +74,15 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
     return value
 
 
+def _digest(plain: str, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of everything in a checkpoint; the format itself has no checksum."""
+    digest = hashlib.sha256(plain.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write nested dictionaries and lists of tensors and plain values, atomically.
 
@@ -67,7 +92,8 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
     tensors: dict[str, Tensor] = {}
     plain = json.dumps(_pack(state, "state", tensors))
-    write_atomically(path, save(tensors, metadata={"state": plain}))
+    digest = _digest(plain, tensors)
+    write_atomically(path, save(tensors, metadata={"state": plain, "sha256": digest}))
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -80,10 +106,15 @@ def load_state(path: Path) -> dict[str, Any]:
 
     try:
         with safe_open(path, framework="pt") as file:
-            plain = json.loads(file.metadata()["state"])
+            metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return _unpack(plain, tensors)
+        if metadata["sha256"] != _digest(metadata["state"], tensors):
+            raise CheckpointError("wrong checksum")
+        state = _unpack(json.loads(metadata["state"]), tensors)
+        if not isinstance(state, dict):
+            raise CheckpointError("not a state")
+        return state
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint at {path}") from None
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged ({error})") from None

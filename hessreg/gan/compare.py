@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -58,7 +59,7 @@ class Comparison:
         """Prepare one run for each method.
 
         Args:
-            path: New folder.
+            path: New folder, or that of an unfinished comparison with equal options.
             methods: Names from `METHODS`, each once.
             config: Everything else; its ``method`` is ignored.
             jobs: Methods to run at once.
@@ -71,7 +72,7 @@ class Comparison:
         if jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {jobs}")
         for method in methods:
-            Run.create(path / method, replace(config, method=cast(Any, method)))
+            _prepare(path / method, replace(config, method=cast(Any, method)))
         return cls(path, methods, config.dataset, jobs)
 
     def train(self) -> str:
@@ -101,28 +102,57 @@ def _check_methods(methods: Sequence[str]) -> None:
         raise ValueError(f"methods must be different names, got {', '.join(methods)!r}")
 
 
+def _prepare(path: Path, config: TrainConfig) -> None:
+    """Make a run for a process of its own, unless it is there already."""
+    if (path / "config.yaml").exists() and RunFolder(path).read_config() == config:
+        return
+    Run.create(path, config).close()
+
+
+class _Children:
+    """Processes that end together: after `stop` none is started any more."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def run(self, command: Sequence[str]) -> int:
+        """Run a command to its end and return its exit code."""
+        with self._lock:
+            if self._stopping.is_set():
+                return _INTERRUPTED
+            process = subprocess.Popen(command)  # noqa: S603
+            self._processes.append(process)
+        return process.wait()
+
+    def stop(self) -> None:
+        """Tell all processes to save their states and end."""
+        self._stopping.set()
+        with self._lock:
+            for process in self._processes:
+                process.terminate()
+
+
 def _train_all(path: Path, methods: Sequence[str], jobs: int) -> None:
-    processes: list[subprocess.Popen[bytes]] = []
+    children = _Children()
 
     def train(method: str) -> int:
         command = [sys.executable, "-m", "hessreg", "resume", str(path / method)]
         # Two bars would overwrite each other.
-        process = subprocess.Popen(command if jobs == 1 else [*command, "--plain"])  # noqa: S603
-        processes.append(process)
-        if process.wait() == _INTERRUPTED:
+        code = children.run(command if jobs == 1 else [*command, "--plain"])
+        if code == _INTERRUPTED:
+            children.stop()
             raise KeyboardInterrupt
-        return process.returncode
+        return code
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
             codes = list(pool.map(train, methods))
         except KeyboardInterrupt:
+            children.stop()
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
-                process.terminate()  # it saves its state
-            raise Interrupted(
-                f"stopped; continue each run with: hessreg resume {path}/METHOD"
-            ) from None
+            raise Interrupted(f"stopped; continue with the same command and --out {path}") from None
     failed = [method for method, code in zip(methods, codes, strict=True) if code]
     if failed:
         raise ComparisonError(f"{', '.join(failed)} did not finish; see {path}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+import reprlib
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal, get_args, get_type_hints
 
 __all__ = ["METHODS", "HSN1RConfig", "R1Config", "TrainConfig"]
 
@@ -13,7 +14,7 @@ METHODS = ("none", "r1", "hsn1r", "hsn1r+r1")
 
 def _require(condition: bool, name: str, wanted: str, value: object) -> None:
     if not condition:
-        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+        raise ValueError(f"{name} must be {wanted}, got {reprlib.repr(value)}")
 
 
 def _require_at_least(config: Any, minimum: float, *names: str) -> None:
@@ -21,6 +22,31 @@ def _require_at_least(config: Any, minimum: float, *names: str) -> None:
         value = getattr(config, name)
         _require(math.isfinite(value), name, "finite", value)
         _require(value >= minimum, name, f"at least {minimum:g}", value)
+
+
+def _check_types(config: Any) -> None:
+    """Refuse values that are not of the annotated types: YAML and Python give anything."""
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        wanted = _WANTED.get(hint) or f"one of {', '.join(get_args(hint))}"
+        if is_dataclass(hint):
+            wanted = "a mapping of names to values"
+        _require(_fits(value, hint), name, wanted, value)
+        if isinstance(value, int):
+            _require(abs(value) < 2**63, name, "in (-2**63, 2**63)", value)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if choices := get_args(hint):
+        return isinstance(value, str) and value in choices
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(
+            value, bool
+        )
+    return isinstance(value, hint)
+
+
+_WANTED: dict[Any, str] = {int: "an integer", float: "a number", bool: "true or false"}
 
 
 @dataclass
@@ -34,6 +60,7 @@ class R1Config:
     gamma: float = 1.0
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require_at_least(self, 0, "gamma")
 
 
@@ -61,6 +88,7 @@ class HSN1RConfig:
     target: float = 0.0
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require_at_least(self, 0, "weight", "discriminator_weight", "target")
         _require_at_least(self, 1, "every", "num_steps", "num_probes")
 
@@ -117,15 +145,14 @@ class TrainConfig:
     hsn1r: HSN1RConfig = field(default_factory=HSN1RConfig)
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require_at_least(self, 0, "steps", "seconds", "seed", "generator_lr", "discriminator_lr")
         _require_at_least(self, 1, "threads", "latent_dim", "batch_size")
         _require_at_least(self, 1, "log_every", "eval_every", "save_every")
         _require(self.threads <= 1024, "threads", "at most 1024", self.threads)
         _require(2 <= self.width <= 8192, "width", "in [2, 8192]", self.width)
         _require(self.latent_dim <= 8192, "latent_dim", "at most 8192", self.latent_dim)
-        _require(self.seed < 2**63, "seed", "below 2**63", self.seed)
         _require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
-        _require(self.method in METHODS, "method", f"one of {', '.join(METHODS)}", self.method)
         if not self.steps and not self.seconds:
             self.seconds = 40.0
 

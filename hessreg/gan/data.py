@@ -96,6 +96,15 @@ class ShuffledSampler:
         return {"queue": self._queue.clone(), "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a position that `state_dict` returned."""
-        self._queue = state["queue"].clone()
+        """Continue from a position that `state_dict` returned.
+
+        Raises:
+            ValueError: If the queue is not made of indices of samples.
+        """
+        queue = state["queue"]
+        if not isinstance(queue, Tensor) or queue.dtype != torch.int64 or queue.dim() != 1:
+            raise ValueError("the sampler's queue is not a list of indices")
+        if len(queue) and not 0 <= int(queue.min()) <= int(queue.max()) < self.size:
+            raise ValueError(f"the sampler's queue has indices outside [0, {self.size})")
+        self._queue = queue.clone()
         self._generator.set_state(state["generator"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-__all__ = ["BarProgress", "PlainProgress", "ProgressReport", "make_progress"]
+__all__ = ["BarProgress", "PlainProgress", "ProgressReport", "make_progress", "say"]
 
 _SHORT = {
     "loss_g": "loss_g",
@@ -46,6 +47,16 @@ class ProgressReport(Protocol):
 def make_progress(title: str, plain: bool = False) -> ProgressReport:
     """Return a bar if standard output is a terminal and ``plain`` is false, else plain lines."""
     return PlainProgress(title) if plain or not sys.stdout.isatty() else BarProgress(title)
+
+
+def say(line: str) -> None:
+    """Print a line; once nobody reads standard output (``| head``), all goes to nowhere."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _numbers(row: Mapping[str, float]) -> str:
@@ -84,7 +95,7 @@ class PlainProgress:
         """Print the row if the last line is long enough ago."""
         if time.monotonic() - self._last >= self.interval:
             self._last = time.monotonic()
-            print(f"{self.title}  {100 * fraction:3.0f} %  {_numbers(row)}", flush=True)
+            say(f"{self.title}  {100 * fraction:3.0f} %  {_numbers(row)}")
 
 
 class BarProgress:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import math
 import platform
 import signal
 import threading
@@ -31,6 +33,21 @@ from hessreg.regularizers.r1 import R1
 __all__ = ["Interrupted", "Run", "build_trainer", "resolve_device"]
 
 _SHOWN_SAMPLES = 64
+_PACKAGES = "matplotlib", "PIL", "safetensors", "sklearn", "yaml"
+_NOT_A_STATE = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+def _check_packages(config: TrainConfig) -> None:
+    """Fail before anything is made or trained, not when the package is first used."""
+    for name in (*_PACKAGES, *(["tensorboard"] if config.tensorboard else [])):
+        importlib.import_module(name)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -85,6 +102,7 @@ class Run:
     """
 
     def __init__(self, folder: RunFolder, config: TrainConfig) -> None:
+        _check_packages(config)
         torch.set_num_threads(config.threads)
         self.folder = folder
         self.config = config
@@ -103,7 +121,11 @@ class Run:
         """
         run = cls(RunFolder(path), config)
         run.folder.create(config)
-        run._save()
+        try:
+            run._save()
+        except BaseException:
+            run.folder.discard()
+            raise
         return run
 
     @classmethod
@@ -117,17 +139,22 @@ class Run:
 
         Raises:
             ValueError: If a limit is negative.
-            RunFolderError: If this is not a run folder.
+            RunFolderError: If this is not a run folder, or another process uses it.
             CheckpointError: If there is no readable checkpoint that fits the configuration.
         """
         folder = RunFolder(path)
         config = folder.read_config()
         if steps or seconds:
             config = replace(config, steps=steps, seconds=seconds)
+        folder.lock()
         run = cls(folder, config)
         run._load()
         folder.write_config(config)
         return run
+
+    def close(self) -> None:
+        """Let other processes use the folder; `train` does so at its end."""
+        self.folder.unlock()
 
     def train(self, progress: ProgressReport | None = None) -> str:
         """Train up to the limit and write metrics, checkpoints, pictures and ``result.json``.
@@ -141,7 +168,15 @@ class Run:
         Raises:
             Interrupted: If SIGINT or SIGTERM arrived; the state of the last step is saved.
             NonFiniteError: If something was not finite; names the last good checkpoint.
+            RunFolderError: If another process uses the folder.
         """
+        self.folder.lock()
+        try:
+            return self._train(progress)
+        finally:
+            self.close()
+
+    def _train(self, progress: ProgressReport | None) -> str:
         path, events_from = self.folder.path, self.trainer.steps_done
         with (
             progress or make_progress(self.config.method) as report,
@@ -213,9 +248,11 @@ class Run:
     def _load(self) -> None:
         state = self.folder.load_checkpoint()
         try:
-            self.trainer.load_state_dict(state["trainer"])
             self.cpu_seconds = float(state["cpu_seconds"])
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            if not 0 <= self.cpu_seconds < math.inf:
+                raise ValueError(f"cpu_seconds is {self.cpu_seconds}")
+            self.trainer.load_state_dict(state["trainer"])
+        except _NOT_A_STATE as error:
             reason = " ".join(str(error).split())
             last = self.folder.last_checkpoint()
             raise CheckpointError(f"{last} does not fit the configuration: {reason}") from None

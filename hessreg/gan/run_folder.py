@@ -8,10 +8,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
-from hessreg.gan.checkpoint import CheckpointError, load_state, save_state, write_atomically
+from hessreg.gan.checkpoint import (
+    CheckpointError,
+    load_state,
+    naming,
+    save_state,
+    write_atomically,
+)
 from hessreg.gan.config import TrainConfig
 
 __all__ = ["RunFolder", "RunFolderError"]
@@ -37,12 +46,15 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.metrics_file = path / "metrics.jsonl"
+        self._existed = False
+        self._unlock: weakref.finalize[..., RunFolder] | None = None
 
     def create(self, config: TrainConfig) -> None:
-        """Make the folder, which must be new or empty, and write the configuration.
+        """Make the folder, which must be new or empty, lock it and write the configuration.
 
         Raises:
-            RunFolderError: If the folder has content already or cannot be written.
+            RunFolderError: If the folder has content already or cannot be written. Nothing is left
+                of a folder that was made.
         """
         try:
             if self.path.exists() and any(self.path.iterdir()):
@@ -50,10 +62,49 @@ class RunFolder:
                     f"{self.path} is not empty: choose another folder, or continue its run with:"
                     f" hessreg resume {self.path}"
                 )
+            self._existed = self.path.exists()
             self.checkpoints.mkdir(parents=True)
-            self.write_config(config)
         except OSError as error:
             raise RunFolderError(f"cannot write to {self.path}: {error.strerror}") from None
+        try:
+            self.lock()
+            self.write_config(config)
+        except BaseException:
+            self.discard()
+            raise
+
+    def discard(self) -> None:
+        """Remove what `create` made."""
+        self.unlock()
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._existed:
+            self.path.mkdir()
+
+    def lock(self) -> None:
+        """Keep other processes out until `unlock`, or the end of this object or process.
+
+        Raises:
+            RunFolderError: If another process has the lock.
+        """
+        if sys.platform == "win32" or self._unlock is not None:
+            return
+        import fcntl
+
+        file = self.path / ".lock"
+        with naming(file):
+            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(handle)
+            raise RunFolderError(f"{self.path} is in use by another process") from None
+        self._unlock = weakref.finalize(self, os.close, handle)
+
+    def unlock(self) -> None:
+        """Let other processes in."""
+        if self._unlock is not None:
+            self._unlock()
+            self._unlock = None
 
     def write_config(self, config: TrainConfig) -> None:
         """Write ``config.yaml``."""
@@ -77,7 +128,7 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path} is not a run folder: no readable config.yaml ({error.strerror})"
             ) from None
-        except (ValueError, TypeError, yaml.YAMLError) as error:
+        except (ValueError, TypeError, OverflowError, RecursionError, yaml.YAMLError) as error:
             raise RunFolderError(f"{file} is damaged: {' '.join(str(error).split())}") from None
 
     def save_checkpoint(self, step: int, state: dict[str, Any]) -> None:
@@ -98,25 +149,48 @@ class RunFolder:
         return files[-1]
 
     def load_checkpoint(self) -> dict[str, Any]:
-        """Read the newest checkpoint and remove what a killed process left half written."""
-        state = load_state(self.last_checkpoint())
+        """Read the newest checkpoint and remove what a killed process left half written.
+
+        Raises:
+            CheckpointError: If there is none or it is damaged; names the one before it.
+        """
+        last = self.last_checkpoint()
+        try:
+            state = load_state(last)
+        except CheckpointError as error:
+            older = self._checkpoint_files()[:-1]
+            hint = f"; delete it to continue from {older[-1]}" if older else ""
+            raise CheckpointError(f"{error}{hint}") from None
         for leftover in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
             leftover.unlink()
         return state
 
     def append_metrics(self, row: dict[str, float]) -> None:
         """Append one line to ``metrics.jsonl``, so that no later checkpoint can outlive it."""
-        with self.metrics_file.open("a", encoding="utf-8") as file:
+        with naming(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
     def read_metrics(self) -> list[dict[str, float]]:
-        """Return the rows of ``metrics.jsonl``; a torn last line is left out."""
+        """Return the rows of ``metrics.jsonl``; a torn last line is left out.
+
+        Raises:
+            RunFolderError: If a line is damaged.
+        """
         if not self.metrics_file.exists():
             return []
-        text = self.metrics_file.read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        lines = self.metrics_file.read_bytes().split(b"\n")[:-1]
+        return [self._metrics_row(number, line) for number, line in enumerate(lines, 1)]
+
+    def _metrics_row(self, number: int, line: bytes) -> dict[str, float]:
+        try:
+            row = json.loads(line)
+            if row.keys() >= {"step", "cpu_seconds"} and {*map(type, row.values())} <= {int, float}:
+                return row
+        except (ValueError, AttributeError, RecursionError):
+            pass
+        raise RunFolderError(f"{self.metrics_file} is damaged: line {number} is not a metrics row")
 
     def truncate_metrics(self, step: int) -> None:
         """Drop the rows after ``step``: the resumed run writes them again."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hessreg.curvature import NonFiniteError as NonFiniteCurvatureError
 from hessreg.curvature import third_order_safe
 from hessreg.gan.data import ShuffledSampler
 from hessreg.gan.losses import discriminator_loss, generator_loss
@@ -117,9 +117,7 @@ class Trainer:
             "generator": self.generator.state_dict(),
             "discriminator": self.discriminator.state_dict(),
             "ema": self.ema.state_dict(),
-            "optimizers": [
-                optimizer.state_dict()["state"] for optimizer in self.optimizers.values()
-            ],
+            "optimizers": [_moments(optimizer) for optimizer in self.optimizers.values()],
             "regularizers": [regularizer.state_dict() for regularizer in self.regularizers],
             "sampler": self.sampler.state_dict(),
             "noise": self.noise.get_state(),
@@ -133,12 +131,21 @@ class Trainer:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` returned, also after a round trip through a file."""
+        """Continue from what `state_dict` returned, also after a round trip through a file.
+
+        Raises:
+            ValueError: If counters, sums or Adam's moments are not what `state_dict` returns. What
+                networks, random states and regularisers refuse has torch's and their own types.
+        """
+        _check_counters(state)
+        optimizers = list(zip(self.optimizers.values(), state["optimizers"], strict=True))
+        for optimizer, moments in optimizers:
+            _check_moments(optimizer, moments)
         for name in ("generator", "discriminator", "ema"):
             getattr(self, name).load_state_dict(state[name])
-        for optimizer, moments in zip(self.optimizers.values(), state["optimizers"], strict=True):
+        for optimizer, moments in optimizers:
             groups = optimizer.state_dict()["param_groups"]
-            by_index = {int(index): values for index, values in moments.items()}
+            by_index = {int(index): values for index, values in moments.items() if values}
             optimizer.load_state_dict({"state": by_index, "param_groups": groups})
         for regularizer, own in zip(self.regularizers, state["regularizers"], strict=True):
             regularizer.load_state_dict(own)
@@ -169,8 +176,8 @@ class Trainer:
         side = 0 if network is self.generator else 1
         self._check(side, loss=loss)
         penalty = self._penalty(side, loss, context)
-        parameters = list(network.parameters())
-        grads: Gradients = torch.autograd.grad(loss + penalty, parameters)
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        grads: Gradients = torch.autograd.grad(loss + penalty, parameters, allow_unused=True)
         for regularizer in self.regularizers:
             g_grads, d_grads = (grads, None) if side == 0 else (None, grads)
             grads = regularizer.transform_grads(g_grads, d_grads, context)[side] or grads
@@ -178,6 +185,7 @@ class Trainer:
         norm = nn.utils.get_total_norm([grad for grad in grads if grad is not None])
         self._check(side, penalty=penalty, grad_norm=norm, grads=grads)
         self._measure(side, loss=loss, penalty=penalty, grad_norm=norm)
+        network.zero_grad()  # those that are frozen or unused stay without a gradient
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad
         self.optimizers[network].step()
@@ -185,10 +193,8 @@ class Trainer:
     def _penalty(self, side: int, loss: Tensor, context: StepContext) -> Tensor:
         try:
             terms = [regularizer.loss_terms(context)[side] for regularizer in self.regularizers]
-        except ValueError as error:
-            if re.search(r"\b(nan|inf|NaN)\b", str(error)):
-                raise self._failure(side, f"penalty: {error}") from None
-            raise
+        except NonFiniteCurvatureError as error:
+            raise self._failure(side, f"penalty: {error}") from None
         return sum((term for term in terms if term is not None), torch.zeros_like(loss))
 
     def _check(self, side: int, grads: Gradients = (), **scalars: Tensor) -> None:
@@ -238,7 +244,49 @@ class Trainer:
 
 
 def _first_non_finite(network: nn.Module, grads: Gradients) -> str:
-    for (name, _), grad in zip(network.named_parameters(), grads, strict=True):
+    names = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    for name, grad in zip(names, grads, strict=True):
         if grad is not None and not grad.isfinite().all():
             return f"gradient of {name}"
     return "gradient norm"
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> dict[int, Any]:
+    """Adam's state of every parameter; empty for those that never had a gradient."""
+    state = optimizer.state_dict()["state"]
+    return {index: state.get(index, {}) for index in range(len(_parameters(optimizer)))}
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return optimizer.param_groups[0]["params"]
+
+
+def _check_moments(optimizer: torch.optim.Optimizer, moments: Any) -> None:
+    """Refuse what fused Adam would take unchecked: it writes by the parameter's size."""
+    parameters = _parameters(optimizer)
+    if {str(index) for index in moments} != {str(index) for index in range(len(parameters))}:
+        raise ValueError(f"Adam's state is not that of {len(parameters)} parameters")
+    for index, values in moments.items():
+        if values and not _fits_adam(values, parameters[int(index)]):
+            raise ValueError(f"Adam's state of parameter {index} has a wrong shape, dtype or name")
+
+
+def _fits_adam(values: Any, parameter: Tensor) -> bool:
+    if not isinstance(values, dict) or values.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+        return False
+    wanted = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+    return all(
+        isinstance(values[name], Tensor)
+        and values[name].shape == shape
+        and values[name].dtype == (torch.float32 if name == "step" else parameter.dtype)
+        for name, shape in wanted.items()
+    )
+
+
+def _check_counters(state: dict[str, Any]) -> None:
+    for name in ("steps_done", "summed_steps"):
+        if type(state[name]) is not int or not 0 <= state[name] < 2**63:
+            raise ValueError(f"{name} must be an integer of at least 0, got {state[name]!r:.40}")
+    for name, total in state["sums"].items():
+        if not isinstance(total, Tensor) or total.dim() or not state["summed_steps"]:
+            raise ValueError(f"the sum of {name} is not that of {state['summed_steps']} steps")

@@ -2,9 +2,11 @@
 
 from hessreg.regularizers._protocol import BaseRegularizer, Gradients, Regularizer, StepContext
 from hessreg.regularizers.hsn1r import HSN1R, hsn1r_loss, original_loss
+from hessreg.regularizers.r1 import R1
 
 __all__ = [
     "HSN1R",
+    "R1",
     "BaseRegularizer",
     "Gradients",
     "Regularizer",

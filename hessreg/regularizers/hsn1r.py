@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hessreg.curvature._checks import check_at_least
+from hessreg.curvature._checks import check_at_least, check_not_negative
 from hessreg.curvature.norms import (
     NormEstimate,
     NormOrder,
@@ -38,7 +38,7 @@ class HSN1R(BaseRegularizer):
     H_G is the Hessian of the generator's own loss in the generator's own parameters, H_D likewise.
     The norm is differentiated exactly with its directions held fixed (see
     :mod:`hessreg.curvature.norms`): a third derivative of the loss, so a loss that goes through
-    batch, layer or instance normalisation must be computed under
+    batch, layer, instance or weight normalisation must be computed under
     :func:`~hessreg.curvature.third_order_safe`; another is refused. Random probes come from a
     generator of its own on the CPU: the global random state stays as it is, and the probes are the
     same on every device.
@@ -64,7 +64,9 @@ class HSN1R(BaseRegularizer):
         seed: of the random probes.
 
     Raises:
-        ValueError: an unknown norm, or a negative or zero count.
+        TypeError: a count that is not an int, or a weight that is not a number.
+        ValueError: an unknown norm, a count below its minimum, or a weight, target or smoothing
+            that is negative or not finite.
 
     Example:
         >>> A = torch.tensor([[2.0, 0.0], [0.0, -3.0]])
@@ -94,12 +96,15 @@ class HSN1R(BaseRegularizer):
         if norm not in get_args(NormOrder):
             raise ValueError(f"norm must be one of {get_args(NormOrder)}, got {norm!r}")
         check_at_least(1, every=every, num_steps=num_steps, num_probes=num_probes)
-        check_at_least(0, num_deflated=num_deflated, smoothing=smoothing)
+        check_at_least(0, num_deflated=num_deflated)
+        d_weight = weight if discriminator_weight is None else discriminator_weight
+        check_not_negative(weight=weight, discriminator_weight=d_weight)
+        check_not_negative(target=target, smoothing=smoothing)
         self.generator = generator
         self.discriminator = discriminator
         self.norm = norm
         self.weight = weight
-        self.discriminator_weight = weight if discriminator_weight is None else discriminator_weight
+        self.discriminator_weight = d_weight
         self.every = every
         self.target = target
         self.num_steps = num_steps
@@ -183,9 +188,10 @@ class HSN1R(BaseRegularizer):
         """Restores what :meth:`state_dict` gave, so that a resumed run is the same bit for bit.
 
         Raises:
-            KeyError: no state of the probes.
-            ValueError: the state of another norm, or unknown entries.
+            ValueError: the state of another norm, or missing or unknown entries; the regulariser
+                is as it was.
         """
+        _check_entries(state)
         if state["norm"] != self.norm:
             raise ValueError(
                 f"state is of norm {state['norm']!r}, this regulariser's {self.norm!r}"
@@ -193,8 +199,6 @@ class HSN1R(BaseRegularizer):
         self._random.set_state(state["random"].cpu())
         self._starts = _section(state, "start.")
         self._norms = _section(state, "value.")
-        if unknown := sorted(set(state) - set(self.state_dict())):
-            raise ValueError(f"state has unknown entries {unknown}")
 
     def _total(self, ctx: StepContext, *losses: Tensor) -> Tensor:
         terms = [term for term in self._terms(ctx, 1) if term is not None]
@@ -342,6 +346,15 @@ def _latent_shape(generator: nn.Module) -> tuple[int, ...]:
         "the size of the noise is unknown: give the generator an attribute latent_dim, its first"
         " layer is neither Linear nor ConvTranspose2d"
     )
+
+
+def _check_entries(state: Mapping[str, Any]) -> None:
+    required = {"norm", "random"}
+    if missing := sorted(required - set(state)):
+        raise ValueError(f"state has no entries {missing}")
+    known = required | {f"{kind}.{name}" for kind in ("start", "value") for name in _METRICS}
+    if unknown := sorted(set(state) - known):
+        raise ValueError(f"state has unknown entries {unknown}")
 
 
 def _section(state: Mapping[str, Any], prefix: str) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hessreg.curvature._checks import check_not_negative
 from hessreg.regularizers._protocol import BaseRegularizer, StepContext
 
 __all__ = ["R1"]
@@ -17,7 +18,8 @@ class R1(BaseRegularizer):
         gamma: weight of the penalty.
 
     Raises:
-        ValueError: a negative weight.
+        TypeError: a weight that is not a number.
+        ValueError: a weight that is negative or not finite.
 
     Example:
         >>> D = torch.nn.Linear(2, 1)
@@ -29,8 +31,7 @@ class R1(BaseRegularizer):
     """
 
     def __init__(self, gamma: float = 1.0) -> None:
-        if gamma < 0:
-            raise ValueError(f"gamma must not be negative, got {gamma}")
+        check_not_negative(gamma=gamma)
         self.gamma = gamma
         self._penalty: Tensor | None = None
 
