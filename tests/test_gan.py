@@ -47,8 +47,7 @@ from hessreg.gan.metrics import (
 )
 from hessreg.gan.pictures import tile
 from hessreg.gan.run_folder import RunFolder, RunFolderError
-from hessreg.regularizers import HSN1R, BaseRegularizer, StepContext
-from hessreg.regularizers.r1 import R1
+from hessreg.regularizers import HSN1R, R1, BaseRegularizer, StepContext
 
 for package in ("matplotlib", "PIL", "safetensors", "sklearn", "yaml"):
     pytest.importorskip(package)

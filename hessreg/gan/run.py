@@ -27,8 +27,7 @@ from hessreg.gan.networks import Discriminator, Generator
 from hessreg.gan.progress import ProgressReport, make_progress
 from hessreg.gan.run_folder import RunFolder
 from hessreg.gan.trainer import NonFiniteError, Trainer
-from hessreg.regularizers import HSN1R, Regularizer
-from hessreg.regularizers.r1 import R1
+from hessreg.regularizers import HSN1R, R1, Regularizer
 
 __all__ = ["Interrupted", "Run", "build_trainer", "resolve_device"]
 
