@@ -20,7 +20,7 @@ constexpr int64_t kMaxBlocks = 0x7fffffff;
 struct Table {
   Position positions[kMaxPositions];
   const void* data[kMaxPointers];  // [num_lists, count], then the outputs [num_outputs, count]
-  int64_t count, num_lists, batch, segments, num_pieces;
+  int64_t count, num_lists, segments, num_pieces;
 };
 
 __device__ float to_compute(float x) { return x; }
@@ -311,7 +311,6 @@ void for_each_table(const Lists& x, void* const* out, int64_t num_outputs, Body 
     Table table;
     table.count = x.num_positions - begin < fit ? x.num_positions - begin : fit;
     table.num_lists = x.num_lists;
-    table.batch = x.batch;
     table.segments = x.segments;
     table.num_pieces = 0;
     for (int64_t t = 0; t < table.count; ++t) {

@@ -66,11 +66,6 @@ def _fill_order(results: Sequence[Any], layout: Sequence[Any]) -> list[Any]:
     return flat
 
 
-def _wanted(needs: Sequence[Any]) -> list[Any]:
-    """Which tensors want a gradient, with lists where torch hands over tuples."""
-    return [list(need) if isinstance(need, (list, tuple)) else need for need in needs]
-
-
 def _is_tracked(tensors: Sequence[Tensor]) -> bool:
     """Whether anything differentiates or batches this call: it needs more than the kernel."""
     return _is_transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
@@ -191,7 +186,7 @@ class Operator:
 
         def backward(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
             arguments = _unflatten(ctx.saved_tensors, ctx.layout)
-            return tuple(self._backward(arguments, _wanted(ctx.needs_input_grad), cotangent))
+            return tuple(self._backward(arguments, ctx.needs_input_grad, cotangent))
 
         def vmap(info: Any, dims: Any, *arguments: Any) -> tuple[Any, Any]:
             outputs = self._vmap(info.batch_size, arguments, dims)
