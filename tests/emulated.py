@@ -31,12 +31,13 @@ def load_family(family: str, *, check: bool = False) -> ModuleType:
 @contextlib.contextmanager
 def kernels(*, check: bool = False) -> Iterator[None]:
     """Within the block, CPU tensors are served by the emulated CUDA kernels."""
-    family = Projection(load_family("projection", check=check))
     library = torch.library.Library("hessreg", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")
-        for name in ("gram", "linear_combination", "project"):
-            library.impl(name, getattr(family, name), "CPU", allow_override=True)
+        for family in (Gaussian, Projection):
+            operators = family(load_family(family.__name__.lower(), check=check))
+            for name in family.operators:
+                library.impl(name, getattr(operators, name), "CPU", allow_override=True)
     try:
         yield
     finally:
@@ -48,8 +49,62 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
     return (dense.view(torch.uint16) if dense.dtype == torch.bfloat16 else dense).numpy()
 
 
+class Gaussian:
+    """The operators of the gaussian family as csrc/gaussian/gaussian_op.cpp does them."""
+
+    operators = ("gaussian_matrix", "gaussian_sum", "gaussian_energy")
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+
+    def gaussian_matrix(
+        self, x: Tensor, y: Tensor, gamma: Tensor, coefficient: Tensor, allow_tf32: bool
+    ) -> Tensor:
+        out = x.new_empty(x.shape[0], x.shape[1], y.shape[1])
+        arrays = map(to_numpy, (x, y, gamma, coefficient))
+        self.module.matrix(*arrays, allow_tf32, to_numpy(out))
+        return out
+
+    def gaussian_sum(
+        self,
+        x: Tensor,
+        y: Tensor,
+        gamma: Tensor,
+        coefficient: Tensor,
+        left: Sequence[Tensor],
+        right: Sequence[Tensor],
+        v: Tensor,
+        allow_tf32: bool,
+    ) -> Tensor:
+        out = x.new_empty(x.shape[0], x.shape[1], v.shape[2])
+        arrays = map(to_numpy, (x, y, gamma, coefficient))
+        factors = [to_numpy(t) for t in left], [to_numpy(t) for t in right]
+        self.module.sum(*arrays, *factors, to_numpy(v), allow_tf32, to_numpy(out))
+        return out
+
+    def gaussian_energy(
+        self,
+        z: Tensor,
+        gamma: Tensor,
+        first: int,
+        within_first: float,
+        across: float,
+        within_rest: float,
+        allow_tf32: bool,
+        with_gradient: bool,
+    ) -> list[Tensor]:
+        out = [z.new_empty(z.shape[0], dtype=torch.float64)]
+        out += [z.new_empty(z.shape)] if with_gradient else []
+        weights = within_first, across, within_rest
+        arrays = [to_numpy(y) for y in out] + [None] * (not with_gradient)
+        self.module.energy(to_numpy(z), to_numpy(gamma), first, *weights, allow_tf32, *arrays)
+        return out
+
+
 class Projection:
     """The operators of the projection family as csrc/projection/projection_op.cpp does them."""
+
+    operators = ("gram", "linear_combination", "project")
 
     def __init__(self, module: ModuleType) -> None:
         self.module = module

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import torch
 
 import hessreg
+from hessreg.ops.gaussian import gaussian_energy, gaussian_matrix, gaussian_sum
 from hessreg.ops.projection import gram, linear_combination
 
 SHAPES = [(1,), (257,), (3, 4097), (0,)]
@@ -27,8 +29,23 @@ def projection(dtype: torch.dtype) -> None:
     hessreg.project_orthogonal(tensors[:half], tensors[half : 2 * half])
 
 
+def gaussian(dtype: torch.dtype) -> None:
+    gamma = torch.tensor([[0.5, 0.1]], dtype=torch.float64, device="cuda")
+    for (n, m), d in itertools.product([(70, 33), (130, 1)], [2, 17, 40]):
+        x, y = (torch.randn(1, count, d, device="cuda").to(dtype) for count in (n, m))
+        for tf32 in (False, True):
+            gaussian_matrix(x, y, gamma, gamma, tf32)
+            if dtype in (torch.float32, torch.float64):
+                for e in (1, 70):
+                    v = y[..., :1].expand(1, m, e)
+                    gaussian_sum(x, y, gamma, gamma, [x, x], [y, y], v, tf32)
+                gaussian_energy(x, gamma, n // 3, 1.0, -1.0, 2.0, tf32, True)
+                gaussian_energy(x, gamma, n // 3, 1.0, -1.0, 2.0, tf32, False)
+
+
 CASES = {
-    f"projection {dtype}": lambda dtype=dtype: projection(dtype)
+    f"{family.__name__} {dtype}": lambda family=family, dtype=dtype: family(dtype)
+    for family in (gaussian, projection)
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hessreg.ops.gaussian import gaussian_energy, gaussian_matrix, gaussian_sum
 from hessreg.ops.projection import gram, linear_combination
 from tests import emulated
 
@@ -26,3 +27,27 @@ def test_projection_kernels_agree(num_lists, dtype):
     rounding = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
     for a, b in zip(linear_combination(on_gpu, weights.cuda(), 0, False), combined, strict=True):
         torch.testing.assert_close(a.cpu(), b, **rounding)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("d", [2, 17, 40, 200])
+def test_gaussian_kernels_agree(d, dtype, tf32):
+    """Up to the last bits of ex2 and the order of summation within an mma."""
+    x, y = torch.randn(1, 130, d).to(dtype), torch.randn(1, 70, d).to(dtype)
+    gamma = torch.tensor([[1 / d, 0.2 / d]], dtype=torch.float64)
+
+    def run(x, y, gamma):
+        v = torch.cat([y, y[..., :1]], -1)
+        return [
+            gaussian_matrix(x, y, gamma, gamma, tf32),
+            gaussian_sum(x, y, gamma, gamma, [x], [y], v, tf32),
+            *gaussian_energy(x, gamma, 50, 1.0, -1.0, 2.0, tf32, True),
+        ]
+
+    with emulated.kernels():
+        expected = run(x, y, gamma)
+    rounding = 1e-12 if dtype == torch.float64 else 2e-5
+    for a, b in zip(run(x.cuda(), y.cuda(), gamma.cuda()), expected, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=rounding, atol=rounding * float(b.abs().max()))

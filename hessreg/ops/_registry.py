@@ -66,7 +66,7 @@ def _fill_order(results: Sequence[Any], layout: Sequence[Any]) -> list[Any]:
     return flat
 
 
-def _is_tracked(tensors: Sequence[Tensor]) -> bool:
+def is_tracked(tensors: Sequence[Tensor]) -> bool:
     """Whether anything differentiates or batches this call: it needs more than the kernel."""
     return _is_transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
@@ -128,6 +128,8 @@ class Operator:
         fake: output shapes for tracing; takes the operator's arguments.
         backward: ``(arguments, needs, cotangent) -> cotangents of the arguments``: None for plain
             values; ``needs`` has the form of the arguments with a flag for each tensor.
+        keeps_outputs: ``backward`` takes the outputs too, as a fourth argument, and cotangents may
+            be None: for an operator that returns what its own derivative needs.
         jvp: ``(arguments, tangents) -> tangent of the output``; a missing tangent is None.
         vmap: ``(batch_size, arguments, dims) -> output`` with the batch in front.
     """
@@ -138,11 +140,13 @@ class Operator:
         *,
         reference: Callable[..., Any],
         fake: Callable[..., Any],
-        backward: Callable[[Arguments, Arguments, Any], Sequence[Any]],
+        backward: Callable[..., Sequence[Any]],
         jvp: Callable[[Arguments, Arguments], Any],
         vmap: Callable[[int, Arguments, Arguments], Any],
+        keeps_outputs: bool = False,
     ) -> None:
         self.reference, self._backward, self._jvp, self._vmap = reference, backward, jvp, vmap
+        self._keeps_outputs = keeps_outputs
         self._function = self._make_function(name)
         if _backend.compiled():
             self._kernel = getattr(torch.ops.hessreg, name).default
@@ -158,7 +162,7 @@ class Operator:
         tensors, layout = _flatten(arguments)
         if any(map(_is_batched_grad, tensors)):
             return self._call_batched_grads(tensors, layout)
-        if not _is_tracked(tensors):
+        if not is_tracked(tensors):
             return self._run_kernel(arguments)
         if _is_nested_forward():
             return self.reference(*arguments)
@@ -179,14 +183,28 @@ class Operator:
             return [torch._add_batch_dim(y, 0, level) for y in outputs]
         return torch._add_batch_dim(outputs, 0, level)
 
+    def _save(self, ctx: Any, tensors: Sequence[Tensor], output: Any) -> None:
+        ctx.num_inputs = len(tensors)
+        if not self._keeps_outputs:
+            ctx.save_for_backward(*tensors)
+            return
+        ctx.set_materialize_grads(False)  # zeros would cost a second derivative
+        ctx.save_for_backward(*tensors, *output)
+
+    def _derive(self, ctx: Any, needs: Arguments, cotangent: Any) -> Sequence[Any]:
+        tensors, outputs = ctx.saved_tensors[: ctx.num_inputs], ctx.saved_tensors[ctx.num_inputs :]
+        arguments = _unflatten(tensors, ctx.layout)
+        if not self._keeps_outputs:
+            return self._backward(arguments, needs, cotangent)
+        return self._backward(arguments, needs, cotangent, outputs)
+
     def _register(self, qualified_name: str, fake: Callable[..., Any]) -> None:
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             tensors, ctx.layout = _flatten(inputs)
-            ctx.save_for_backward(*tensors)
+            self._save(ctx, tensors, output)
 
         def backward(ctx: Any, cotangent: Any) -> tuple[Any, ...]:
-            arguments = _unflatten(ctx.saved_tensors, ctx.layout)
-            return tuple(self._backward(arguments, ctx.needs_input_grad, cotangent))
+            return tuple(self._derive(ctx, ctx.needs_input_grad, cotangent))
 
         def vmap(info: Any, dims: Any, *arguments: Any) -> tuple[Any, Any]:
             outputs = self._vmap(info.batch_size, arguments, dims)
@@ -206,15 +224,14 @@ class Operator:
             def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
                 ctx.layout, *tensors = inputs
                 ctx.returns_list = isinstance(output, tuple)
-                ctx.save_for_backward(*tensors)
+                operator._save(ctx, tensors, output)
                 ctx.save_for_forward(*tensors)
 
             @staticmethod
             def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
-                arguments = _unflatten(ctx.saved_tensors, ctx.layout)
                 needs = _unflatten(ctx.needs_input_grad[1:], ctx.layout)
                 incoming = list(cotangents) if ctx.returns_list else cotangents[0]
-                results = operator._backward(arguments, needs, incoming)
+                results = operator._derive(ctx, needs, incoming)
                 return (None, *_fill_order(results, ctx.layout))
 
             @staticmethod

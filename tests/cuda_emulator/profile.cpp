@@ -20,7 +20,7 @@ struct Request {
   size_t bytes;
   bool shared;
   Access access;
-  std::vector<uintptr_t> addresses;
+  std::map<int, uintptr_t> addresses;  // by lane
 };
 
 struct Tally {
@@ -51,17 +51,21 @@ uint64_t count_wavefronts(const uintptr_t* begin, const uintptr_t* end, size_t b
 void tally_shared(const Request& request, Tally& tally) {
   const size_t lanes = kWavefrontBytes / std::max(kBankBytes, request.bytes);
   const auto& addresses = request.addresses;
-  for (size_t first = 0; first < addresses.size(); first += lanes) {
-    const size_t last = std::min(first + lanes, addresses.size());
+  for (size_t first = 0; first < 32; first += lanes) {
+    std::vector<uintptr_t> group;
+    const auto end = addresses.lower_bound(static_cast<int>(first + lanes));
+    for (auto entry = addresses.lower_bound(static_cast<int>(first)); entry != end; ++entry)
+      group.push_back(entry->second);
+    if (group.empty()) continue;
     tally.transactions +=
-        count_wavefronts(addresses.data() + first, addresses.data() + last, request.bytes);
+        count_wavefronts(group.data(), group.data() + group.size(), request.bytes);
     ++tally.fewest_possible;
   }
 }
 
 void tally_global(const Request& request, Tally& tally) {
   std::set<uintptr_t> sectors, bytes;
-  for (const uintptr_t address : request.addresses) {
+  for (const auto& [lane, address] : request.addresses) {
     for (uintptr_t byte = address; byte < address + request.bytes; ++byte) {
       bytes.insert(byte);
       sectors.insert(byte / kSectorBytes);
@@ -81,7 +85,7 @@ void note_profiled_access(const void* address, size_t bytes, Access access, Site
   request.bytes = bytes;
   request.shared = shared;
   request.access = access;
-  request.addresses.push_back(reinterpret_cast<uintptr_t>(address));
+  request.addresses[fiber.lane] = reinterpret_cast<uintptr_t>(address);
 }
 
 void finish_profiled_block(const Block& block) {
