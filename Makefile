@@ -21,7 +21,7 @@ SOURCES := $(shell find csrc -type f)
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/hessreg compare digits --methods none,r1,hsn1r --seconds $(SECONDS_EACH) --jobs $(JOBS) \
+	$(BIN)/hessreg compare digits --regularizers none,r1,hsn1r --seconds $(SECONDS_EACH) --jobs $(JOBS) \
 	  --out runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 test: .venv/installed
@@ -45,7 +45,9 @@ format: .venv/installed
 	  | xargs $(BIN)/clang-format -i
 
 bench: .venv/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt geomloss gpytorch pykeops
 	$(BIN)/python -m benchmarks.bench_projection
+	$(BIN)/python -m benchmarks.bench_gaussian
 
 # On a machine with a GPU, its torch and toolkit, and no network: nothing is installed.
 gpu-check:

@@ -6,33 +6,39 @@ failure is one line on standard error.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import re
+import reprlib
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 import hessreg
 from hessreg.gan.compare import Comparison, ComparisonError
-from hessreg.gan.config import METHODS, TrainConfig
-from hessreg.gan.data import DATASETS
+from hessreg.gan.config import DEFAULTS, TrainConfig, parse_sigma
 from hessreg.gan.progress import make_progress, say
 from hessreg.gan.run import Run
+from hessreg.gan.sample_files import load_samples
 from hessreg.gan.trainer import NonFiniteError
+from hessreg.kernels import TwoSampleTest, median_bandwidth, mmd2, mmd2_test
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 __all__ = ["main"]
 
+_ESTIMATORS = ("unbiased", "biased", "linear")
+_COMPARED = "none,r1,hsn1r,gaussian"
 _PACKAGES = ("numpy", "scikit-learn", "safetensors", "matplotlib", "tensorboard", "rich")
 
 
@@ -61,7 +67,14 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _run(args: list[str]) -> None:
     command, options = _parse(args)
-    {"train": _train, "resume": _resume, "compare": _compare, "doctor": _doctor}[command](options)
+    commands = {
+        "train": _train,
+        "resume": _resume,
+        "compare": _compare,
+        "mmd": _mmd,
+        "doctor": _doctor,
+    }
+    commands[command](options)
 
 
 @contextmanager
@@ -101,37 +114,81 @@ def _parser() -> ArgumentParser:
 
     parser = ArgumentParser(prog="hessreg", description=hessreg.__doc__, exit_on_error=False)
     commands = parser.add_subcommands(dest="command")
-    commands.add_subcommand("train", _train_parser(), help="train a GAN")
+    _add_per_dataset(commands, "train", "train a GAN", _train_parser)
     commands.add_subcommand("resume", _resume_parser(), help="continue a run; also train --resume")
-    commands.add_subcommand("compare", _compare_parser(), help="several methods at equal cost")
+    _add_per_dataset(commands, "compare", "several regularisers at equal cost", _compare_parser)
+    commands.add_subcommand("mmd", _mmd_parser(), help="maximum mean discrepancy of two samples")
     doctor = ArgumentParser(exit_on_error=False, description="Show versions and devices.")
     commands.add_subcommand("doctor", doctor, help="show versions and devices")
     return parser
 
 
-def _config_parser(description: str, skip: set[str]) -> ArgumentParser:
+def _add_per_dataset(
+    commands: Any, name: str, purpose: str, make: Callable[[str], ArgumentParser]
+) -> None:
+    """Add a command with a parser for each data set: each has defaults of its own."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False, description=purpose)
+    commands.add_subcommand(name, parser, help=purpose)
+    datasets = parser.add_subcommands(dest="dataset")
+    for dataset in DEFAULTS:
+        datasets.add_subcommand(dataset, make(dataset), help=f"{purpose} on {dataset}")
+
+
+def _config_parser(dataset: str, description: str, skip: set[str]) -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False, description=description)
-    parser.add_argument("dataset", choices=DATASETS, help="Images to train on.")
     parser.add_argument("--config", action="config", help="YAML file with any of the options.")
     parser.add_argument("--out", type=str, default="", help="New folder; by default in runs/.")
+    # Hidden: it only lets --config be the config.yaml of a run.
+    parser.add_argument("--dataset", choices=[dataset], default=dataset, help=argparse.SUPPRESS)
     parser.add_class_arguments(TrainConfig, skip={"dataset", *skip})
+    defaults = _flat(DEFAULTS[dataset].to_dict())
+    parser.set_defaults({k: v for k, v in defaults.items() if k not in {*skip, "seconds"}})
     return parser
 
 
-def _train_parser() -> ArgumentParser:
-    parser = _config_parser("Train a GAN and show what it draws.", set())
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dots in the names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else None
+        flat.update({prefix + name: value} if inner is None else inner)
+    return flat
+
+
+def _train_parser(dataset: str) -> ArgumentParser:
+    parser = _config_parser(dataset, f"Train a GAN on {dataset} and show what it draws.", set())
     parser.add_argument("--plain", action="store_true", help="Plain lines instead of a bar.")
     return parser
 
 
-def _compare_parser() -> ArgumentParser:
-    parser = _config_parser("Train several methods at equal cost.", {"method"})
-    parser.add_argument(
-        "--methods", type=str, default=",".join(METHODS), help="Names, with commas."
+def _compare_parser(dataset: str) -> ArgumentParser:
+    purpose = f"Train with several regularisers on {dataset} at equal cost."
+    parser = _config_parser(dataset, purpose, {"regularizer"})
+    parser.add_argument("--regularizers", type=str, default=_COMPARED, help="Names, with commas.")
+    parser.add_argument("--jobs", type=int, default=1, help="Runs at once.")
+    return parser
+
+
+def _mmd_parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    files = "a .npy or .npz file [n, ...], or a folder of PNG or JPEG images"
+    parser = ArgumentParser(
+        exit_on_error=False, description="Squared maximum mean discrepancy of two samples."
     )
-    parser.add_argument("--jobs", type=int, default=1, help="Methods to run at once.")
+    parser.add_argument("real", type=str, help=f"First sample: {files}.")
+    parser.add_argument("fake", type=str, help="Second sample, likewise.")
+    parser.add_argument(
+        "--sigma", type=str, default="median", help="median, or bandwidth(s): 0.5,1"
+    )
+    parser.add_argument("--estimator", choices=_ESTIMATORS, default="unbiased", help="Of MMD^2.")
+    parser.add_argument("--permutations", type=int, default=0, help="For a p-value; 0: none.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the permutations.")
+    parser.add_argument("--key", type=str, default=None, help="Array to take from .npz files.")
     return parser
 
 
@@ -158,7 +215,9 @@ def _parse(args: list[str]) -> tuple[str, dict[str, Any]]:
         raise _InputError(f"--config: not a text file ({error})") from None
     except (ArgumentError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise _InputError(_readable(str(error))) from None
-    return options.command, dict(vars(options[options.command]))
+    chosen = options[options.command]
+    per_dataset = options.command in ("train", "compare")
+    return options.command, dict(vars(chosen[chosen.dataset] if per_dataset else chosen))
 
 
 def _readable(message: str) -> str:
@@ -180,24 +239,62 @@ def _out(options: dict[str, Any], name: str) -> Path:
 def _train(options: dict[str, Any]) -> None:
     with _input():
         config = _train_config(options)
-        progress = make_progress(config.method, options["plain"])
-        run = Run.create(_out(options, f"{config.dataset}-{config.method}"), config)
+        progress = make_progress(config.regularizer, options["plain"])
+        run = Run.create(_out(options, f"{config.dataset}-{config.regularizer}"), config)
     say(run.train(progress))
 
 
 def _resume(options: dict[str, Any]) -> None:
     with _input():
         run = Run.resume(Path(options["out"]), options["steps"], options["seconds"])
-    say(run.train(make_progress(run.config.method, options["plain"])))
+    say(run.train(make_progress(run.config.regularizer, options["plain"])))
 
 
 def _compare(options: dict[str, Any]) -> None:
-    methods = [name.strip() for name in options["methods"].split(",")]
+    names = [name.strip() for name in options["regularizers"].split(",")]
     with _input():
         config = _train_config(options)
         out = _out(options, f"{config.dataset}-compare")
-        comparison = Comparison.create(out, methods, config, options["jobs"])
+        comparison = Comparison.create(out, names, config, options["jobs"])
     say(comparison.train())
+
+
+def _mmd(options: dict[str, Any]) -> None:
+    with _input():
+        real, fake = (
+            load_samples(Path(options[name]), options["key"]) for name in ("real", "fake")
+        )
+        sigma = _sigma(options["sigma"], real, fake)
+        value = mmd2(real, fake, sigma, estimator=options["estimator"])
+        test = _test(options, real, fake, sigma)
+    shown = ", ".join(f"{s:.4g}" for s in torch.as_tensor(sigma).reshape(-1).tolist())
+    say(f"MMD^2: {value.item():.6g} ({options['estimator']})")
+    say(f"sigma: {shown}{' (median)' if options['sigma'] == 'median' else ''}")
+    say(f"n: {len(real)}, m: {len(fake)}, d: {real.shape[1]}")
+    if test is not None:
+        count = options["permutations"]
+        say(f"p-value: {test.p_value.item():.4g} ({count} permutations of the unbiased estimate)")
+
+
+def _sigma(text: str, real: Tensor, fake: Tensor) -> Tensor | list[float]:
+    if real.shape[1] != fake.shape[1]:
+        raise ValueError(
+            f"samples must have equal dimensions: {real.shape[1]} in the first,"
+            f" {fake.shape[1]} in the second"
+        )
+    values = parse_sigma(text, ("median",))
+    return median_bandwidth(real, fake) if isinstance(values, str) else values
+
+
+def _test(
+    options: dict[str, Any], real: Tensor, fake: Tensor, sigma: Tensor | list[float]
+) -> TwoSampleTest | None:
+    if options["permutations"] == 0:
+        return None
+    if not 0 <= options["seed"] < 2**63:
+        raise ValueError(f"seed must be in [0, 2**63), got {reprlib.repr(options['seed'])}")
+    generator = torch.Generator().manual_seed(options["seed"])
+    return mmd2_test(real, fake, sigma, options["permutations"], generator)
 
 
 def _doctor(options: dict[str, Any]) -> None:

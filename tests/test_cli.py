@@ -9,16 +9,23 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
+from hessreg import mmd2
 from hessreg.cli import main
+from hessreg.gan import DEFAULTS
 from hessreg.gan.checkpoint import load_state
 from hessreg.gan.progress import PlainProgress
 from hessreg.gan.run_folder import RunFolder
+from hessreg.kernels import median_bandwidth
 
 for package in ("jsonargparse", "matplotlib", "PIL", "rich", "safetensors", "sklearn", "yaml"):
     pytest.importorskip(package)
+
+import yaml  # noqa: E402
+from PIL import Image  # noqa: E402
 
 SMALL = ["--width=8", "--latent_dim=4", "--batch_size=8", "--tensorboard=false"]
 LONG = ["--steps=320", "--log_every=7", "--save_every=40", "--eval_every=150", "--hsn1r.every=4"]
@@ -66,9 +73,17 @@ def assert_same(a, b) -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
-def test_a_run_resumes_bit_for_bit_whatever_stopped_it(tmp_path):
+@pytest.mark.parametrize(
+    "task",
+    [
+        ["digits", "--regularizer=hsn1r+r1"],
+        ["ring", "--regularizer=gaussian", "--gaussian.sigma=learned", "--save_every=20"],
+    ],
+    ids=lambda task: task[0],
+)
+def test_a_run_resumes_bit_for_bit_whatever_stopped_it(tmp_path, task):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    command = ["train", "digits", "--method=hsn1r+r1", *SMALL, *LONG]
+    command = ["train", *task[:1], *SMALL, *LONG, *task[1:]]
     run(*command, f"--out={whole}")
 
     process = start(*command, f"--out={broken}")
@@ -94,7 +109,7 @@ def assert_says_how_to_continue(folder, error) -> None:
 
 def test_compare_writes_pictures_and_tables(tmp_path, capfd):
     folder = tmp_path / "compare"
-    args = ["--methods=none,hsn1r", "--steps=20", f"--out={folder}", "--jobs=2", *SMALL]
+    args = ["--regularizers=none,hsn1r", "--steps=20", f"--out={folder}", "--jobs=2", *SMALL]
     assert main(["compare", "digits", *args]) == 0
     printed = capfd.readouterr().out
     for name in ("none", "hsn1r", "training images", "one image per class", "Lowest FDD"):
@@ -106,16 +121,62 @@ def test_compare_writes_pictures_and_tables(tmp_path, capfd):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+def test_kernels_keep_all_modes_of_the_ring(tmp_path):
+    args = ["--regularizer=gaussian", "--steps=3000", "--tensorboard=false"]
+    assert main(["train", "ring", *args, f"--out={tmp_path / 'run'}"]) == 0
+    result = RunFolder(tmp_path / "run").read_result()
+    assert result["modes"] == 8
+    assert result["tv"] < 0.05
+    assert (tmp_path / "run" / "kernel.png").exists()
+
+
+def test_compare_on_the_ring(tmp_path, capfd):
+    folder = tmp_path / "compare"
+    args = ["--regularizers=none,gaussian+r1", "--steps=20", f"--out={folder}", *SMALL]
+    assert main(["compare", "ring", *args]) == 0
+    printed = capfd.readouterr().out
+    for name in ("none", "gaussian+r1", "training points", "seven modes", "Lowest MMD"):
+        assert name in printed
+    assert (folder / "comparison.csv").read_text().startswith("name,modes,quality,tv,mmd,steps")
+    assert (folder / "gaussian+r1" / "kernel.png").exists()
+
+
+def test_each_data_set_has_defaults_of_its_own(capsys):
+    for dataset, config in DEFAULTS.items():
+        with pytest.raises(SystemExit):
+            main(["train", dataset, "--print_config"])
+        printed = yaml.safe_load(capsys.readouterr().out)
+        del printed["out"], printed["plain"]
+        assert {"dataset": dataset, **printed} == config.to_dict() | {"seconds": 0.0}
+
+
+def test_the_configuration_of_a_run_can_be_used_again(tmp_path, capsys):
+    args = [
+        "--regularizer=gaussian",
+        "--gaussian.sigma=0.5",
+        "--steps=2",
+        f"--out={tmp_path / 'a'}",
+    ]
+    assert main(["train", "ring", *SMALL, *args]) == 0
+    config = f"--config={tmp_path / 'a' / 'config.yaml'}"
+    assert main(["train", "ring", config, f"--out={tmp_path / 'b'}"]) == 0
+    assert RunFolder(tmp_path / "a").read_config() == RunFolder(tmp_path / "b").read_config()
+    capsys.readouterr()
+    assert "dataset" in refused(capsys, "train", "digits", config)
+
+
 def test_config_file_and_flags_give_the_printed_configuration(tmp_path, capsys):
     file = tmp_path / "config.yaml"
-    file.write_text("method: r1\nr1:\n  gamma: 0.5\nsteps: 7\n")
+    file.write_text("regularizer: r1\nr1:\n  gamma: 0.5\ngaussian:\n  sigma: 0.5\nsteps: 7\n")
     args = ["train", "digits", f"--config={file}", "--r1.gamma=0.25", "--print_config"]
     with pytest.raises(SystemExit) as stop:
         main(args)
     assert stop.value.code == 0
     printed = capsys.readouterr().out
-    assert "method: r1" in printed
+    assert "regularizer: r1" in printed
     assert "gamma: 0.25" in printed
+    assert "sigma: 0.5" in printed
     assert "steps: 7" in printed
 
 
@@ -139,11 +200,11 @@ def refused(capsys, *args) -> str:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("", "train,resume,compare,doctor"),
+        ("", "train,resume,compare,mmd,doctor"),
         ("paint", "invalid choice: 'paint'"),
         ("train", "dataset"),
         ("train mnist", "invalid choice: 'mnist'"),
-        ("train digits --method wgan", "--method: Expected one of 'none', 'r1', 'hsn1r'"),
+        ("train digits --regularizer wgan", "or r1, hsn1r, gaussian joined by +, got 'wgan'"),
         ("train digits --hsn1r.norm max", "--hsn1r.norm: Expected one of 'nuclear'"),
         ("train digits --hsn1r.weight=-1", "weight must be at least 0, got -1.0"),
         ("train digits --hsn1r.every 0", "every must be at least 1, got 0"),
@@ -160,9 +221,12 @@ def refused(capsys, *args) -> str:
         ("train digits --config missing.yaml", "--config: File does not exist"),
         ("train digits --batch_size 5000", "batch_size must be in [1, 1437]"),
         ("train digits --width 1000000", "width must be in [2, 8192]"),
-        ("compare digits --methods none,foo", "unknown method 'foo'"),
-        ("compare digits --methods r1,r1", "methods must be different names"),
+        ("compare digits --regularizers none,foo", "joined by +, got 'foo'"),
+        ("compare digits --regularizers r1,r1", "regularizers must be different names"),
         ("compare digits --jobs 0", "jobs must be at least 1, got 0"),
+        ("train ring --architecture dcgan", "dcgan is for samples of shape (1, 8, 8), got (2,)"),
+        ("train ring --gaussian.sigma 0", "sigma must be median, ema, learned or positive"),
+        ("train ring --gaussian.interaction_weight 1e400", "interaction_weight must be finite"),
         ("resume missing", "missing is not a run folder"),
         ("train --resume missing", "missing is not a run folder"),
         ("resume missing --steps x", "--steps: Expected int. Got value: x"),
@@ -182,7 +246,7 @@ def test_missing_gpu_is_refused(capsys, tmp_path):
 
 def test_damaged_config_file_is_refused(capsys, tmp_path):
     file = tmp_path / "config.yaml"
-    texts = ("method: [", "- 1", "depth: 3", "steps: many", "[" * 3000, "steps: " + "9" * 400)
+    texts = ("regularizer: [", "- 1", "depth: 3", "steps: many", "[" * 3000, "steps: " + "9" * 400)
     for text in texts:
         file.write_text(text)
         refused(capsys, "train", "digits", f"--config={file}", f"--out={tmp_path / 'run'}")
@@ -204,7 +268,7 @@ def test_folders_that_cannot_be_used_are_refused(capsys, tmp_path):
 
 def test_missing_and_damaged_checkpoints_are_refused(capsys, tmp_path):
     folder = tmp_path / "run"
-    small = [*SMALL, "--method=none", f"--out={folder}", "--steps=2"]
+    small = [*SMALL, "--regularizer=none", f"--out={folder}", "--steps=2"]
     assert main(["train", "digits", *small]) == 0
     capsys.readouterr()
     last = RunFolder(folder).last_checkpoint()
@@ -218,7 +282,7 @@ def test_missing_and_damaged_checkpoints_are_refused(capsys, tmp_path):
 def test_missing_package_is_named(capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    small = [*SMALL, "--method=none", f"--out={tmp_path / 'run'}", "--steps=2"]
+    small = [*SMALL, "--regularizer=none", f"--out={tmp_path / 'run'}", "--steps=2"]
     assert "pip install 'hessreg[gan]'" in refused(capsys, "train", "digits", *small)
 
 
@@ -228,7 +292,7 @@ def test_a_broken_pipe_does_not_stop_training(tmp_path, monkeypatch):
     with os.fdopen(write, "w") as nobody_reads:
         monkeypatch.setattr(sys, "stdout", nobody_reads)
         PlainProgress("none", interval=0.0).update({"step": 1, "cpu_seconds": 1.0}, 0.5)
-        small = [*SMALL, "--method=none", f"--out={tmp_path / 'run'}", "--steps=2"]
+        small = [*SMALL, "--regularizer=none", f"--out={tmp_path / 'run'}", "--steps=2"]
         assert main(["train", "digits", *small]) == 0
         monkeypatch.undo()
     assert RunFolder(tmp_path / "run").read_result()["steps"] == 2
@@ -236,9 +300,133 @@ def test_a_broken_pipe_does_not_stop_training(tmp_path, monkeypatch):
 
 def test_divergence_stops_the_run_and_names_the_last_checkpoint(capsys, tmp_path):
     folder = tmp_path / "run"
-    options = ["--method=r1", "--discriminator_lr=1e30", "--steps=50", f"--out={folder}"]
+    options = ["--regularizer=r1", "--discriminator_lr=1e30", "--steps=50", f"--out={folder}"]
     assert main(["train", "digits", *SMALL, *options]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "is not finite" in error
     assert str(folder / "checkpoints" / "step-000000000.safetensors") in error
+
+
+# Two samples
+
+
+def samples(folder, name, array):
+    path = folder / name
+    if path.suffix == ".npz":
+        np.savez(path, **array)
+    else:
+        np.save(path, array, allow_pickle=True)
+    return path
+
+
+def images(folder, shapes, suffix=".png"):
+    folder.mkdir()
+    for i, shape in enumerate(shapes):
+        grey = np.full(shape, 51 * i, dtype=np.uint8)
+        Image.fromarray(grey).save(folder / f"{i}{suffix}")
+    return folder
+
+
+def printed(capsys, *args) -> dict[str, str]:
+    """What ``hessreg mmd`` says, by what it is."""
+    assert main(["mmd", *map(str, args)]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return dict(line.split(": ", 1) for line in captured.out.splitlines())
+
+
+def test_mmd_of_arrays(tmp_path, capsys):
+    x, y = np.random.default_rng(0).normal(size=(2, 40, 2, 3))
+    files = samples(tmp_path, "x.npy", x.astype(np.float32)), samples(tmp_path, "y.npz", {"a": y})
+    points = [torch.from_numpy(a.reshape(40, 6)) for a in (x.astype(np.float32), y)]
+    points = [p.double() for p in points]
+    result = printed(capsys, *files)
+    sigma = median_bandwidth(*points)
+    assert result["MMD^2"] == f"{mmd2(*points, sigma).item():.6g} (unbiased)"
+    assert result["sigma"] == f"{sigma.item():.4g} (median)"
+    assert result["n"] == "40, m: 40, d: 6"
+    several = printed(capsys, *files, "--sigma=0.5,2", "--estimator=biased")
+    assert several["MMD^2"] == f"{mmd2(*points, (0.5, 2.0), 'biased').item():.6g} (biased)"
+    assert several["sigma"] == "0.5, 2"
+    keyed = samples(tmp_path, "two.npz", {"a": x, "b": y + 5})
+    far = printed(capsys, files[0], keyed, "--key=b", "--permutations=99")
+    assert far["p-value"].startswith("0.01 (99 permutations")
+    same = printed(capsys, files[0], keyed, "--key=a", "--permutations=99")
+    assert same["p-value"].startswith("1 (")
+
+
+def test_mmd_of_folders_of_images(tmp_path, capsys):
+    shapes = [(4, 5)] * 3
+    png, jpg = images(tmp_path / "png", shapes), images(tmp_path / "jpg", shapes, ".jpg")
+    (png / "notes.txt").touch()
+    result = printed(capsys, png, jpg, "--sigma=10")
+    assert result["n"] == "3, m: 3, d: 20"
+    # Grey levels of 51 i in [-1, 1] are 0.4 i - 1; both folders hold the same.
+    levels = 0.4 * torch.arange(3, dtype=torch.float64)[:, None].expand(3, 20)
+    assert float(result["MMD^2"].split()[0]) == pytest.approx(mmd2(levels, levels, 10.0).item())
+    colour = images(tmp_path / "colour", [(4, 5, 3)] * 2)
+    assert printed(capsys, colour, colour)["n"] == "2, m: 2, d: 60"
+
+
+def test_samples_that_cannot_be_compared_are_refused(tmp_path, capsys):
+    good = samples(tmp_path, "good.npy", np.zeros((3, 2)))
+
+    def error(other, *options):
+        return refused(capsys, "mmd", good, other, *options)
+
+    holed = np.zeros((3, 2))
+    holed[1, 0] = np.nan
+    assert "holds nan at (1, 0)" in error(samples(tmp_path, "nan.npy", holed))
+    wide = samples(tmp_path, "wide.npy", np.zeros((3, 5)))
+    assert "equal dimensions: 2 in the first, 5 in the second" in error(wide)
+    texts = samples(tmp_path, "text.npy", np.array(["a", "b"]))
+    assert "must hold real numbers, got dtype <U1" in error(texts)
+    pickled = samples(tmp_path, "pickle.npy", np.array([{}, {}], dtype=object))
+    assert "not a readable array (Object arrays cannot be loaded" in error(pickled)
+    assert "at least 2 samples" in error(samples(tmp_path, "one.npy", np.zeros((1, 2))))
+    assert "at least 2 samples" in error(samples(tmp_path, "scalar.npy", np.zeros(())))
+    assert f"there is no file {tmp_path / 'no.npy'}" in error(tmp_path / "no.npy")
+    assert "must be a .npy or .npz file or a folder" in error(tmp_path / "no")
+    two = samples(tmp_path, "two.npz", {"a": holed, "b": holed})
+    assert "choose one with --key: a, b" in error(two)
+    assert "has no array 'c', only a, b" in error(two, "--key=c")
+    for name in ("bad.npy", "bad.npz"):
+        (tmp_path / name).write_bytes(b"PK\x03\x04 no array")
+        assert "is not a readable array" in error(tmp_path / name)
+
+
+def test_folders_that_cannot_be_compared_are_refused(tmp_path, capsys):
+    def error(folder, *options):
+        return refused(capsys, "mmd", folder, folder, *options)
+
+    assert "holds no images (.png, .jpg, .jpeg)" in error(images(tmp_path / "empty", []))
+    mixed = images(tmp_path / "mixed", [(4, 5), (5, 5)])
+    assert "has 5 x 4 pixels, grey" in error(mixed)
+    coloured = images(tmp_path / "coloured", [(4, 5), (4, 5, 3)])
+    assert "1.png has 5 x 4 pixels, colour" in error(coloured)
+    (tmp_path / "empty" / "broken.png").write_bytes(b"\x89PNG nothing")
+    assert "broken.png is not a readable image" in error(tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--sigma=mean", "sigma must be median or positive numbers with commas, got 'mean'"),
+        ("--sigma=ema", "sigma must be median or positive numbers with commas, got 'ema'"),
+        ("--sigma=0", "sigma must be median or positive numbers with commas, got '0'"),
+        ("--sigma=1e-200", "positive numbers with commas, got '1e-200'"),
+        ("--estimator=best", "invalid choice: 'best'"),
+        ("--permutations=-1", "num_permutations must be at least 1, got -1"),
+        ("--permutations=x", "--permutations: Expected int"),
+    ],
+)
+def test_bad_options_of_mmd_are_refused(tmp_path, capsys, option, message):
+    file = samples(tmp_path, "x.npy", np.eye(4))
+    assert message in refused(capsys, "mmd", file, file, option)
+
+
+def test_a_seed_out_of_range_is_refused(tmp_path, capsys):
+    file = samples(tmp_path, "x.npy", np.eye(4))
+    options = "--permutations=9", "--seed=-1"
+    assert "seed must be in [0, 2**63), got -1" in refused(capsys, "mmd", file, file, *options)

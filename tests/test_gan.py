@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,15 @@ from torch import Tensor, nn
 
 from hessreg.curvature import NonFiniteError as NonFiniteCurvatureError
 from hessreg.gan import (
+    DEFAULTS,
+    TASKS,
     Discriminator,
+    GaussianConfig,
     Generator,
-    Judge,
+    ImageJudge,
     NonFiniteError,
     R1Config,
+    RingJudge,
     Run,
     ShuffledSampler,
     TrainConfig,
@@ -28,7 +33,6 @@ from hessreg.gan import (
     discriminator_loss,
     generator_loss,
     load_dataset,
-    reference_rows,
 )
 from hessreg.gan.checkpoint import (
     CheckpointError,
@@ -45,9 +49,11 @@ from hessreg.gan.metrics import (
     frechet_distance,
     precision_recall,
 )
-from hessreg.gan.pictures import tile
+from hessreg.gan.pictures import save_kernel, tile
+from hessreg.gan.ring import CENTRES, RING_STD
+from hessreg.gan.run import build_trainer
 from hessreg.gan.run_folder import RunFolder, RunFolderError
-from hessreg.regularizers import HSN1R, R1, BaseRegularizer, StepContext
+from hessreg.regularizers import HSN1R, R1, BaseRegularizer, GaussianKernel, StepContext
 
 for package in ("matplotlib", "PIL", "safetensors", "sklearn", "yaml"):
     pytest.importorskip(package)
@@ -60,7 +66,12 @@ def digits():
 
 @pytest.fixture(scope="module")
 def judge(digits):
-    return Judge(digits)
+    return ImageJudge(digits)
+
+
+@pytest.fixture(scope="module")
+def ring():
+    return load_dataset("ring")
 
 
 def small_trainer(regularizers=(), seed=0, architecture="mlp"):
@@ -84,17 +95,29 @@ def equal(a, b) -> bool:
 
 
 def test_digits_are_split_once_and_scaled(digits):
-    assert digits.train_images.shape == (1437, 1, 8, 8)
-    assert digits.test_images.shape == (360, 1, 8, 8)
-    assert digits.train_images.min() == -1
-    assert digits.train_images.max() == 1
-    assert torch.equal(digits.train_images, load_dataset("digits").train_images)
-    train = {image.numpy().tobytes() for image in digits.train_images}
-    assert not any(image.numpy().tobytes() in train for image in digits.test_images)
+    assert digits.train_samples.shape == (1437, 1, 8, 8)
+    assert digits.test_samples.shape == (360, 1, 8, 8)
+    assert digits.train_samples.min() == -1
+    assert digits.train_samples.max() == 1
+    assert torch.equal(digits.train_samples, load_dataset("digits").train_samples)
+    train = {image.numpy().tobytes() for image in digits.train_samples}
+    assert not any(image.numpy().tobytes() in train for image in digits.test_samples)
+
+
+def test_ring_is_eight_narrow_gaussians(ring):
+    assert ring.train_samples.shape == (40_000, 2)
+    assert ring.test_samples.shape == (10_000, 2)
+    assert torch.equal(ring.train_samples, load_dataset("ring").train_samples)
+    torch.testing.assert_close(CENTRES.norm(dim=1), torch.full((8,), 2.0))
+    for mode in range(8):
+        points = ring.train_samples[ring.train_labels == mode]
+        assert len(points) == pytest.approx(5000, rel=0.05)
+        torch.testing.assert_close(points.mean(0), CENTRES[mode], atol=2e-3, rtol=0)
+        torch.testing.assert_close(points.std(0), torch.full((2,), RING_STD), rtol=0.05, atol=0)
 
 
 def test_unknown_data_set_is_refused():
-    with pytest.raises(ValueError, match=r"unknown data set 'mnist'; choose from digits"):
+    with pytest.raises(ValueError, match="unknown data set 'mnist'; choose from digits, ring"):
         load_dataset("mnist")
 
 
@@ -123,11 +146,39 @@ def test_networks_have_the_promised_shapes(architecture, activation):
     assert Discriminator(architecture, 8, activation)(images).shape == (3,)
 
 
+def test_networks_for_points():
+    generator, discriminator = Generator(latent_dim=4, shape=(2,)), Discriminator(shape=(2,))
+    with torch.no_grad():
+        generator.layers[-2].bias.fill_(5.0)
+    points = generator.sample(3, torch.Generator())
+    assert points.shape == (3, 2)
+    assert (points > 2).all()
+    assert discriminator(points).shape == (3,)
+
+
+@pytest.mark.parametrize("dataset", TASKS)
+def test_networks_fit_their_data_set(dataset):
+    config = replace(DEFAULTS[dataset], regularizer="none", batch_size=4, width=8)
+    trainer = build_trainer(config, load_dataset(dataset))
+    trainer.step()
+    assert trainer.ema.sample(2, torch.Generator()).shape[1:] == trainer.data.shape[1:]
+
+
+@pytest.mark.parametrize("architecture", ["mlp", "dcgan"])
+def test_features_are_what_the_last_layer_sees(architecture):
+    discriminator = Discriminator(architecture, 8).eval()
+    images = torch.rand(3, 1, 8, 8)
+    logits = discriminator.layers[-1](discriminator.features(images))
+    torch.testing.assert_close(logits.squeeze(1), discriminator(images))
+
+
 def test_unknown_networks_are_refused():
     with pytest.raises(ValueError, match="unknown activation 'relu6'"):
         Generator(activation="relu6")
     with pytest.raises(ValueError, match="unknown architecture 'vit'"):
         Discriminator("vit")
+    with pytest.raises(ValueError, match=r"dcgan is for samples of shape \(1, 8, 8\), got \(2,\)"):
+        Generator("dcgan", shape=(2,))
 
 
 # Metrics
@@ -164,26 +215,49 @@ def test_classes_need_a_fifth_of_their_share():
 
 
 def test_training_images_are_copies_and_test_images_are_not(digits):
-    assert copied_share(digits.train_images, digits.train_images) == 1
-    assert copied_share(digits.test_images, digits.train_images) < 0.01
+    assert copied_share(digits.train_samples, digits.train_samples) == 1
+    assert copied_share(digits.test_samples, digits.train_samples) < 0.01
 
 
 def test_judge_is_deterministic_accurate_and_leaves_the_random_state_alone(digits, judge):
     before = torch.get_rng_state()
-    again = Judge(digits)
+    again = ImageJudge(digits)
     assert torch.equal(before, torch.get_rng_state())
-    assert torch.equal(again.features(digits.test_images), judge.features(digits.test_images))
+    assert torch.equal(again.features(digits.test_samples), judge.features(digits.test_samples))
     assert judge.accuracy() > 0.96
 
 
 def test_reference_rows_span_the_scale(judge):
-    rows = reference_rows(judge)
+    rows = judge.reference_rows()
     fdd = [row["fdd"] for row in rows.values()]
     assert fdd == sorted(fdd)
     assert fdd[0] < 5 < 10 < fdd[1]
     assert fdd[-1] > 40
     assert rows["training images"]["copies"] == 1
     assert rows["one image per class"]["recall"] < 0.05
+
+
+def test_ring_judge_of_known_sets(ring):
+    judge = RingJudge(ring)
+    rows = judge.reference_rows()
+    assert [row["modes"] for row in rows.values()] == [8, 8, 7, 1]
+    assert rows["training points"]["quality"] == pytest.approx(1 - math.exp(-4.5), abs=0.004)
+    assert rows["training points"]["tv"] < 0.02
+    assert rows["seven modes"]["tv"] == pytest.approx(1 / 8, abs=0.02)
+    assert rows["one mode"]["tv"] == pytest.approx(7 / 8)
+    mmd = [row["mmd"] for row in rows.values()]
+    assert mmd == sorted(mmd)
+    assert mmd[0] < 0.01 < mmd[1]
+    assert torch.equal(judge.classify(ring.test_samples), ring.test_labels)
+
+
+def test_a_mode_counts_with_a_fifth_of_its_share_of_good_samples(ring):
+    counts = torch.tensor([25, 25, 25, 25, 25, 25, 5, 4])
+    points = CENTRES.repeat_interleave(counts, 0)
+    far = CENTRES[7].expand(41, 2) + 3.1 * RING_STD  # near enough to be of mode 7, but not good
+    values = RingJudge(ring).evaluate(torch.cat([points, far]))
+    assert values["modes"] == 7
+    assert values["quality"] == pytest.approx(159 / 200)
 
 
 # Losses and regularisers
@@ -229,7 +303,7 @@ def test_r1_acts_on_the_discriminator_only_and_needs_data():
 def test_step_equals_a_hand_written_one():
     trainer = small_trainer([R1(gamma=0.5)])
     by_hand = small_trainer()
-    g, d, images = by_hand.generator, by_hand.discriminator, by_hand.images
+    g, d, images = by_hand.generator, by_hand.discriminator, by_hand.data
     noise = torch.Generator().manual_seed(0)
     g_opt = torch.optim.Adam(g.parameters(), lr=2e-4, betas=(0.5, 0.999), fused=True)
     d_opt = torch.optim.Adam(d.parameters(), lr=2e-4, betas=(0.5, 0.999), fused=True)
@@ -381,7 +455,7 @@ def test_other_errors_of_a_regularizer_stay_what_they_are():
 
 def test_a_loss_that_is_not_finite_is_named():
     trainer = small_trainer([HSN1R(norm="spectral", weight=0.1)])
-    trainer.images.fill_(math.nan)
+    trainer.data.fill_(math.nan)
     with pytest.raises(NonFiniteError, match="step 1: discriminator loss is not finite"):
         trainer.step()
 
@@ -404,7 +478,7 @@ def test_frozen_and_unused_parameters_are_left_alone(tmp_path):
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
-    run = Run.create(tmp_path / "run", run_config(method="none"))
+    run = Run.create(tmp_path / "run", run_config(regularizer="none"))
     with torch.no_grad():
         run.trainer.discriminator.layers[1].weight[0, 0] = math.inf
     message = r"step 0: discriminator layers\.1\.weight is not finite; the last good checkpoint is"
@@ -424,6 +498,14 @@ def test_images_are_tiled_row_by_row_with_gaps():
     centres = torch.from_numpy(grid[26::52, 26::52].astype("float32")).flatten()
     torch.testing.assert_close(centres, torch.linspace(0, 255, 16), atol=0.51, rtol=0)
     assert (grid[0] == grid[0, 0]).all()
+
+
+def test_kernel_is_drawn_of_any_bandwidths(tmp_path):
+    real, fake = torch.rand(6, 2), torch.rand(4, 2)
+    for name, sigma in (("one", torch.tensor(0.5)), ("many", torch.tensor([0.1, 1.0]))):
+        points = (real, torch.arange(6) % 2), (fake, torch.arange(4) % 2)
+        save_kernel(tmp_path / name, *points, sigma)
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_state_survives_a_file(tmp_path):
@@ -448,7 +530,7 @@ def test_missing_and_damaged_checkpoints_are_refused(tmp_path):
 
 
 def test_a_flipped_byte_is_noticed_and_the_older_checkpoint_named(tmp_path):
-    Run.create(tmp_path / "run", run_config(method="none", steps=5)).train()
+    Run.create(tmp_path / "run", run_config(regularizer="none", steps=5)).train()
     older, last = sorted((tmp_path / "run" / "checkpoints").iterdir())
     damaged = bytearray(last.read_bytes())
     damaged[-50] ^= 0x40
@@ -464,7 +546,7 @@ def test_a_flipped_byte_is_noticed_and_the_older_checkpoint_named(tmp_path):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     path = tmp_path_factory.mktemp("trained") / "run"
-    run = Run.create(path, run_config(method="none"))
+    run = Run.create(path, run_config(regularizer="none"))
     for _ in range(3):
         run.trainer.step()
     run._save()
@@ -526,7 +608,7 @@ def test_damaged_metrics_are_refused_with_file_and_line(tmp_path, line):
 
 
 def test_a_folder_belongs_to_one_process(tmp_path):
-    run = Run.create(tmp_path / "run", run_config(method="none"))
+    run = Run.create(tmp_path / "run", run_config(regularizer="none"))
     script = (
         "import sys, pathlib; from hessreg.gan.run_folder import RunFolder\n"
         "RunFolder(pathlib.Path(sys.argv[1])).lock()"
@@ -549,7 +631,7 @@ def test_a_failed_create_leaves_nothing(tmp_path, monkeypatch, existed):
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match=r"No space left on device: '.*config\.yaml'"):
-        Run.create(path, run_config(method="none"))
+        Run.create(path, run_config(regularizer="none"))
     assert [*tmp_path.rglob("*")] == [path] * existed
 
 
@@ -558,7 +640,7 @@ def test_missing_packages_are_noticed_before_anything_is_made(tmp_path, monkeypa
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
             with pytest.raises(ModuleNotFoundError, match=package):
-                Run.create(tmp_path / "run", run_config(method="none", tensorboard=True))
+                Run.create(tmp_path / "run", run_config(regularizer="none", tensorboard=True))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -578,13 +660,13 @@ def test_no_child_outlives_or_follows_a_stop():
 
 
 def test_a_comparison_reuses_runs_of_equal_configuration(tmp_path):
-    config = run_config(method="none")
+    config = run_config(regularizer="none")
     _prepare(tmp_path / "none", config)
     first = (tmp_path / "none" / "config.yaml").stat().st_mtime_ns
     _prepare(tmp_path / "none", config)
     assert (tmp_path / "none" / "config.yaml").stat().st_mtime_ns == first
     with pytest.raises(RunFolderError, match="is not empty"):
-        _prepare(tmp_path / "none", run_config(method="none", seed=1))
+        _prepare(tmp_path / "none", run_config(regularizer="none", seed=1))
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -609,7 +691,7 @@ def run_config(**options) -> TrainConfig:
 def test_run_folder_holds_what_it_promises(tmp_path):
     pytest.importorskip("tensorboard")
     path = tmp_path / "run"
-    last_line = Run.create(path, run_config(method="hsn1r+r1", tensorboard=True)).train()
+    last_line = Run.create(path, run_config(regularizer="hsn1r+r1", tensorboard=True)).train()
     assert str(path / "samples.png") in last_line
     names = {".lock", "config.yaml", "metrics.jsonl", "result.json", "samples.png", "curves.png"}
     assert {p.name for p in path.iterdir()} == names | {"tensorboard", "checkpoints"}
@@ -624,15 +706,38 @@ def test_run_folder_holds_what_it_promises(tmp_path):
     assert json.loads((path / "result.json").read_text())["fdd"] == rows[-1]["fdd"]
 
 
+@pytest.mark.parametrize("space", ["samples", "features"])
+def test_a_run_on_the_ring_counts_modes_and_draws_the_kernel(tmp_path, space):
+    options = {
+        "dataset": "ring",
+        "regularizer": "gaussian",
+        "gaussian": GaussianConfig(space=space),
+    }
+    last_line = Run.create(tmp_path / "run", run_config(**options)).train()
+    assert "0 of 8 modes" in last_line
+    assert "curves.png and kernel.png beside it" in last_line
+    for picture in ("samples.png", "curves.png", "kernel.png"):
+        assert (tmp_path / "run" / picture).read_bytes().startswith(b"\x89PNG")
+    row = RunFolder(tmp_path / "run").read_metrics()[-1]
+    assert {"modes", "quality", "tv", "mmd", "mmd2", "sigma"} <= row.keys()
+
+
+def test_any_set_of_regularizers_can_be_named(digits):
+    config = run_config(regularizer="gaussian+r1+hsn1r", gaussian=GaussianConfig(sigma="0.5,1"))
+    kinds = [type(each) for each in build_trainer(config, digits).regularizers]
+    assert kinds == [HSN1R, R1, GaussianKernel]
+    assert build_trainer(run_config(regularizer="none"), digits).regularizers == ()
+
+
 def test_resuming_a_finished_run_changes_no_metrics(tmp_path):
-    Run.create(tmp_path / "run", run_config(method="none")).train()
+    Run.create(tmp_path / "run", run_config(regularizer="none")).train()
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     Run.resume(tmp_path / "run").train()
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
 def test_rows_after_the_checkpoint_and_half_written_files_are_removed(tmp_path):
-    Run.create(tmp_path / "run", run_config(method="none")).train()
+    Run.create(tmp_path / "run", run_config(regularizer="none")).train()
     folder = RunFolder(tmp_path / "run")
     with folder.metrics_file.open("a") as file:
         file.write('{"step": 25, "cpu_seconds": 1}\n{"step": 30, "cp')
@@ -646,15 +751,15 @@ def test_rows_after_the_checkpoint_and_half_written_files_are_removed(tmp_path):
 
 
 def test_checkpoint_of_another_configuration_is_refused(tmp_path):
-    Run.create(tmp_path / "run", run_config(method="none"))
+    Run.create(tmp_path / "run", run_config(regularizer="none"))
     folder = RunFolder(tmp_path / "run")
-    folder.write_config(run_config(method="none", width=16))
+    folder.write_config(run_config(regularizer="none", width=16))
     with pytest.raises(CheckpointError, match="does not fit the configuration"):
         Run.resume(tmp_path / "run")
 
 
 def test_configuration_survives_yaml_and_is_checked(tmp_path):
-    config = run_config(method="r1", r1=R1Config(gamma=0.25))
+    config = run_config(regularizer="r1", r1=R1Config(gamma=0.25))
     folder = RunFolder(tmp_path / "run")
     folder.create(config)
     assert folder.read_config() == config
@@ -678,10 +783,35 @@ def test_configuration_survives_yaml_and_is_checked(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"sigma": "0.5,x"}, "sigma must be median, ema, learned or positive numbers"),
+        ({"sigma": "0"}, "sigma must be .* positive numbers with commas, got '0'"),
+        ({"sigma": True}, "sigma must be a number or text, got True"),
+        ({"sigma": -1.0}, "sigma must be .* positive numbers with commas, got -1.0"),
+        ({"interaction_weight": math.inf}, "interaction_weight must be finite, got inf"),
+        ({"space": "pixels"}, "space must be one of samples, features, got 'pixels'"),
+    ],
+)
+def test_bad_kernel_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        GaussianConfig(**options)
+
+
+@pytest.mark.parametrize("name", ["r1+r1", "none+r1", "r1+", ""])
+def test_a_set_of_regularizers_has_no_repetition(name):
+    with pytest.raises(ValueError, match="regularizer must be none, or r1, hsn1r, gaussian"):
+        TrainConfig(regularizer=name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ({"steps": -1}, "steps must be at least 0, got -1"),
         ({"seconds": math.nan}, "seconds must be finite, got nan"),
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
-        ({"method": "wgan"}, "method must be one of none, r1, hsn1r"),
+        (
+            {"regularizer": "wgan"},
+            "regularizer must be none, or r1, hsn1r, gaussian joined by \\+, got 'wgan'",
+        ),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"batch_size": 8.0}, "batch_size must be an integer, got 8.0"),
         ({"batch_size": True}, "batch_size must be an integer, got True"),
@@ -689,7 +819,7 @@ def test_configuration_survives_yaml_and_is_checked(tmp_path):
         ({"generator_lr": "1e-3"}, "generator_lr must be a number, got '1e-3'"),
         ({"tensorboard": "no"}, "tensorboard must be true or false, got 'no'"),
         ({"architecture": "vit"}, "architecture must be one of mlp, dcgan, got 'vit'"),
-        ({"method": ["none"]}, "method must be one of none, r1"),
+        ({"regularizer": ["none"]}, "regularizer must be text, got"),
         ({"r1": None}, "r1 must be a mapping of names to values, got None"),
         ({"seed": 10**400}, r"seed must be in \(-2\*\*63, 2\*\*63\), got 1"),
         ({"seconds": 10**400}, r"seconds must be in \(-2\*\*63, 2\*\*63\), got 1"),
@@ -701,7 +831,7 @@ def test_bad_options_are_refused(options, message):
 
 
 def test_time_budget_counts_training_only(tmp_path):
-    run = Run.create(tmp_path / "run", run_config(method="none", steps=0, seconds=0.2))
+    run = Run.create(tmp_path / "run", run_config(regularizer="none", steps=0, seconds=0.2))
     run.train()
     result = RunFolder(tmp_path / "run").read_result()
     assert 0.2 <= result["cpu_seconds"] < 0.3

@@ -44,7 +44,7 @@ def test_commands_parse(command, monkeypatch, capsys):
     from hessreg import cli
 
     known = ["0" if word.isupper() else word for word in command]  # SEED and the like
-    for name in ("train", "resume", "compare", "doctor"):
+    for name in ("train", "resume", "compare", "mmd", "doctor"):
         monkeypatch.setattr(cli, f"_{name}", lambda options: None)
     if "--help" in known:
         with pytest.raises(SystemExit, match="0"):

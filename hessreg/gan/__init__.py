@@ -1,34 +1,48 @@
 """A thin GAN training module around the regularisers.
 
 `Trainer` alternates the two networks' steps; `Run` adds a folder with checkpoints, metrics and
-pictures; `Comparison` trains several methods at equal cost.
+pictures; `Comparison` trains with several regularisers at equal cost.
 """
 
 from hessreg.gan.compare import Comparison
-from hessreg.gan.config import METHODS, HSN1RConfig, R1Config, TrainConfig
-from hessreg.gan.data import Dataset, ShuffledSampler, load_dataset
+from hessreg.gan.config import (
+    DEFAULTS,
+    REGULARIZERS,
+    GaussianConfig,
+    HSN1RConfig,
+    R1Config,
+    TrainConfig,
+)
+from hessreg.gan.data import Dataset, ShuffledSampler
 from hessreg.gan.losses import discriminator_loss, generator_loss
-from hessreg.gan.metrics import Judge, reference_rows
+from hessreg.gan.metrics import ImageJudge, Judge
 from hessreg.gan.networks import Discriminator, Generator
+from hessreg.gan.ring import RingJudge
 from hessreg.gan.run import Run
+from hessreg.gan.tasks import TASKS, Task, load_dataset
 from hessreg.gan.trainer import NonFiniteError, Trainer
 
 __all__ = [
-    "METHODS",
+    "DEFAULTS",
+    "REGULARIZERS",
+    "TASKS",
     "Comparison",
     "Dataset",
     "Discriminator",
+    "GaussianConfig",
     "Generator",
     "HSN1RConfig",
+    "ImageJudge",
     "Judge",
     "NonFiniteError",
     "R1Config",
+    "RingJudge",
     "Run",
     "ShuffledSampler",
+    "Task",
     "TrainConfig",
     "Trainer",
     "discriminator_loss",
     "generator_loss",
     "load_dataset",
-    "reference_rows",
 ]

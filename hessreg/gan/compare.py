@@ -1,4 +1,4 @@
-"""Several methods at equal cost, side by side."""
+"""Several regularisers at equal cost, side by side."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from hessreg.gan import pictures
 from hessreg.gan.checkpoint import write_atomically
-from hessreg.gan.config import METHODS, TrainConfig
-from hessreg.gan.data import Dataset, load_dataset
-from hessreg.gan.metrics import Judge, reference_rows
+from hessreg.gan.config import TrainConfig
+from hessreg.gan.metrics import Judge
 from hessreg.gan.run import Interrupted, Run
 from hessreg.gan.run_folder import RunFolder
+from hessreg.gan.tasks import TASKS
 
 __all__ = ["Comparison", "ComparisonError", "format_table"]
 
 _INTERRUPTED = 130  # exit code of a run that saved its state after a signal
-_COLUMNS = ("fdd", "classes", "precision", "recall", "coverage", "copies")
 
 
 class ComparisonError(RuntimeError):
@@ -33,73 +32,73 @@ class ComparisonError(RuntimeError):
 
 
 class Comparison:
-    """Several methods trained with the same limit, seed and networks. Use `create`, then `train`.
+    """Several regularisers, the same limit, seed and networks. Use `create`, then `train`.
 
-    Each method runs in a process of its own, so that none shares threads, caches or random
-    numbers with another, and in its own run folder ``path/method``.
+    Each runs in a process of its own, so that none shares threads, caches or random
+    numbers with another, and in its own run folder ``path/name``.
 
     Args:
         path: Folder for the runs, ``comparison.png``, ``curves.png``, ``comparison.csv`` and
             ``comparison.json``.
-        methods: Names from `METHODS`.
+        regularizers: What `TrainConfig.regularizer` may be.
         dataset: Name of the data set.
-        jobs: Methods to run at once. CPU time is what is limited, so this changes the wait only.
+        jobs: Runs at once. CPU time is what is limited, so this changes the wait only.
     """
 
-    def __init__(self, path: Path, methods: Sequence[str], dataset: str, jobs: int = 1) -> None:
+    def __init__(
+        self, path: Path, regularizers: Sequence[str], dataset: str, jobs: int = 1
+    ) -> None:
         self.path = path
-        self.methods = list(methods)
+        self.regularizers = list(regularizers)
         self.dataset = dataset
         self.jobs = jobs
 
     @classmethod
     def create(
-        cls, path: Path, methods: Sequence[str], config: TrainConfig, jobs: int = 1
+        cls, path: Path, regularizers: Sequence[str], config: TrainConfig, jobs: int = 1
     ) -> Comparison:
-        """Prepare one run for each method.
+        """Prepare one run for each.
 
         Args:
             path: New folder, or that of an unfinished comparison with equal options.
-            methods: Names from `METHODS`, each once.
-            config: Everything else; its ``method`` is ignored.
-            jobs: Methods to run at once.
+            regularizers: What `TrainConfig.regularizer` may be, each once.
+            config: Everything else; its ``regularizer`` is ignored.
+            jobs: Runs at once.
 
         Raises:
             RunFolderError: If the folder has content or cannot be written.
-            ValueError: If a method is unknown or named twice, or an option cannot be used.
+            ValueError: If a name is unknown or given twice, or an option cannot be used.
         """
-        _check_methods(methods)
+        if not regularizers or len(set(regularizers)) < len(regularizers):
+            named = ", ".join(regularizers)
+            raise ValueError(f"regularizers must be different names, got {named!r}")
         if jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {jobs}")
-        for method in methods:
-            _prepare(path / method, replace(config, method=cast(Any, method)))
-        return cls(path, methods, config.dataset, jobs)
+        for each in [replace(config, regularizer=name) for name in regularizers]:
+            _prepare(path / each.regularizer, each)
+        return cls(path, regularizers, config.dataset, jobs)
 
     def train(self) -> str:
-        """Train all methods, evaluate and draw.
+        """Train all, evaluate and draw.
 
         Returns:
-            A table with the methods and the reference rows, and what the pictures show.
+            A table with the runs and the reference rows, and what the pictures show.
 
         Raises:
             ComparisonError: If a run failed.
             Interrupted: If Ctrl-C was pressed; every run has saved its state.
         """
-        _train_all(self.path, self.methods, self.jobs)
-        rows = {method: RunFolder(self.path / method).read_result() for method in self.methods}
-        dataset = load_dataset(self.dataset)
-        references = reference_rows(Judge(dataset))
-        _write_tables(self.path, {**rows, **references})
-        _write_pictures(self.path, rows, dataset)
-        return "\n".join([format_table(rows, references), "", _verdict(self.path, rows)])
-
-
-def _check_methods(methods: Sequence[str]) -> None:
-    for method in methods:
-        if method not in METHODS:
-            raise ValueError(f"unknown method {method!r}; choose from {', '.join(METHODS)}")
-    if not methods or len(set(methods)) < len(methods):
-        raise ValueError(f"methods must be different names, got {', '.join(methods)!r}")
+        _train_all(self.path, self.regularizers, self.jobs)
+        rows = {name: RunFolder(self.path / name).read_result() for name in self.regularizers}
+        task = TASKS[self.dataset]
+        dataset = task.load()
+        judge = task.judge(dataset)
+        references = judge.reference_rows()
+        _write_tables(self.path, {**rows, **references}, judge)
+        task.draw(self.path / "training.png", dataset.train_samples)
+        _write_pictures(self.path, rows, judge)
+        table = format_table(rows, references, judge.columns)
+        return "\n".join([table, "", _verdict(self.path, rows, judge)])
 
 
 def _prepare(path: Path, config: TrainConfig) -> None:
@@ -134,11 +133,11 @@ class _Children:
                 process.terminate()
 
 
-def _train_all(path: Path, methods: Sequence[str], jobs: int) -> None:
+def _train_all(path: Path, regularizers: Sequence[str], jobs: int) -> None:
     children = _Children()
 
-    def train(method: str) -> int:
-        command = [sys.executable, "-m", "hessreg", "resume", str(path / method)]
+    def train(regularizer: str) -> int:
+        command = [sys.executable, "-m", "hessreg", "resume", str(path / regularizer)]
         # Two bars would overwrite each other.
         code = children.run(command if jobs == 1 else [*command, "--plain"])
         if code == _INTERRUPTED:
@@ -148,52 +147,57 @@ def _train_all(path: Path, methods: Sequence[str], jobs: int) -> None:
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            codes = list(pool.map(train, methods))
+            codes = list(pool.map(train, regularizers))
         except KeyboardInterrupt:
             children.stop()
             pool.shutdown(wait=False, cancel_futures=True)
             raise Interrupted(f"stopped; continue with the same command and --out {path}") from None
-    failed = [method for method, code in zip(methods, codes, strict=True) if code]
+    failed = [regularizer for regularizer, code in zip(regularizers, codes, strict=True) if code]
     if failed:
         raise ComparisonError(f"{', '.join(failed)} did not finish; see {path}")
 
 
-def _write_tables(path: Path, rows: dict[str, dict[str, Any]]) -> None:
+def _write_tables(path: Path, rows: dict[str, dict[str, Any]], judge: Judge) -> None:
     named = [{"name": name, **row} for name, row in rows.items()]
     write_atomically(path / "comparison.json", json.dumps(named, indent=2).encode())
     table = io.StringIO()
-    writer = csv.DictWriter(
-        table, ["name", *_COLUMNS, "steps", "cpu_seconds"], extrasaction="ignore"
-    )
+    names = ["name", *judge.columns, "steps", "cpu_seconds"]
+    writer = csv.DictWriter(table, names, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(named)
     write_atomically(path / "comparison.csv", table.getvalue().encode())
 
 
-def _write_pictures(path: Path, rows: dict[str, dict[str, Any]], dataset: Dataset) -> None:
-    pictures.save_grid(path / "training.png", dataset.train_images[:64])
-    titled = {"training images": path / "training.png"}
+def _write_pictures(path: Path, rows: dict[str, dict[str, Any]], judge: Judge) -> None:
+    heading, form = judge.columns[judge.headline]
+    titled = {"training data": path / "training.png"}
     for name, row in rows.items():
-        titled[f"{name}: FDD {row['fdd']:.1f}"] = path / name / "samples.png"
+        titled[f"{name}: {heading} {row[judge.headline]:{form}}"] = path / name / "samples.png"
     pictures.save_side_by_side(path / "comparison.png", titled)
     curves = {name: RunFolder(path / name).read_metrics() for name in rows}
-    pictures.save_curves(path / "curves.png", curves)
+    pictures.save_curves(path / "curves.png", curves, (judge.headline, heading))
 
 
-def _verdict(path: Path, rows: dict[str, dict[str, Any]]) -> str:
-    order = sorted(rows, key=lambda name: rows[name]["fdd"])
-    ranking = " < ".join(f"{name} ({rows[name]['fdd']:.1f})" for name in order)
+def _verdict(path: Path, rows: dict[str, dict[str, Any]], judge: Judge) -> str:
+    heading, form = judge.columns[judge.headline]
+    order = sorted(rows, key=lambda name: rows[name][judge.headline])
+    ranking = " < ".join(f"{name} ({rows[name][judge.headline]:{form}})" for name in order)
     return (
-        f"Lowest FDD, one seed: {ranking}\n"
-        f"{path / 'comparison.png'}: samples beside real images; {path / 'curves.png'}: losses,"
-        f" Hessian norms and FDD against CPU time; {path / 'comparison.csv'} and .json: the numbers"
+        f"Lowest {heading}, one seed: {ranking}\n"
+        f"{path / 'comparison.png'}: samples beside real data; {path / 'curves.png'}: losses,"
+        f" regularisers and {heading} against CPU time; {path / 'comparison.csv'} and .json: the"
+        " numbers"
     )
 
 
-def format_table(rows: dict[str, dict[str, Any]], references: dict[str, dict[str, float]]) -> str:
-    """Return methods and reference rows as aligned text."""
-    head = ["", "FDD", *_COLUMNS[1:], "steps", "CPU s"]
-    body = [_cells(name, row) for name, row in (rows | references).items()]
+def format_table(
+    rows: dict[str, dict[str, Any]],
+    references: dict[str, dict[str, float]],
+    columns: Mapping[str, tuple[str, str]],
+) -> str:
+    """Return runs and reference rows as aligned text, with a judge's columns."""
+    head = ["", *(heading for heading, _ in columns.values()), "steps", "CPU s"]
+    body = [_cells(name, row, columns) for name, row in (rows | references).items()]
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
     lines = [
         "  ".join(
@@ -208,14 +212,6 @@ def format_table(rows: dict[str, dict[str, Any]], references: dict[str, dict[str
     return "\n".join(lines)
 
 
-def _cells(name: str, row: dict[str, Any]) -> list[str]:
-    shares = [f"{row[key]:.2f}" for key in ("precision", "recall", "coverage")]
+def _cells(name: str, row: dict[str, Any], columns: Mapping[str, tuple[str, str]]) -> list[str]:
     cost = [str(row["steps"]), f"{row['cpu_seconds']:.1f}"] if "steps" in row else ["", ""]
-    return [
-        name,
-        f"{row['fdd']:.1f}",
-        str(row["classes"]),
-        *shares,
-        f"{100 * row['copies']:.1f} %",
-        *cost,
-    ]
+    return [name, *(f"{row[key]:{form}}" for key, (_, form) in columns.items()), *cost]

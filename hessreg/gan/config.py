@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import math
 import reprlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from types import UnionType
 from typing import Any, Literal, get_args, get_type_hints
 
-__all__ = ["METHODS", "HSN1RConfig", "R1Config", "TrainConfig"]
+__all__ = [
+    "DEFAULTS",
+    "REGULARIZERS",
+    "GaussianConfig",
+    "HSN1RConfig",
+    "R1Config",
+    "TrainConfig",
+    "parse_sigma",
+]
 
-METHODS = ("none", "r1", "hsn1r", "hsn1r+r1")
+REGULARIZERS = ("r1", "hsn1r", "gaussian")
+_POLICIES = ("median", "ema", "learned")
 
 
 def _require(condition: bool, name: str, wanted: str, value: object) -> None:
@@ -17,10 +28,45 @@ def _require(condition: bool, name: str, wanted: str, value: object) -> None:
         raise ValueError(f"{name} must be {wanted}, got {reprlib.repr(value)}")
 
 
+def parse_sigma(text: str | float, policies: Sequence[str] = _POLICIES) -> str | list[float]:
+    """Return what a bandwidth on the command line means: a policy, or numbers between commas.
+
+    Raises:
+        ValueError: If it is neither, or a number is not positive and finite.
+
+    Example:
+        >>> parse_sigma("0.5, 1")
+        [0.5, 1.0]
+    """
+    if isinstance(text, str) and text in policies:
+        return text
+    wanted = f"{', '.join(policies)} or positive numbers with commas"
+    try:
+        values = [float(part) for part in str(text).split(",")]
+    except ValueError:
+        values = []
+    _require(
+        bool(values) and all(v > 0 and 0 < v * v < math.inf for v in values), "sigma", wanted, text
+    )
+    return values
+
+
+def _check_regularizer(name: str) -> None:
+    parts = name.split("+")
+    known = all(part in REGULARIZERS for part in parts) and len(set(parts)) == len(parts)
+    wanted = f"none, or {', '.join(REGULARIZERS)} joined by +"
+    _require(name == "none" or known, "regularizer", wanted, name)
+
+
+def _require_finite(config: Any, *names: str) -> None:
+    for name in names:
+        _require(math.isfinite(getattr(config, name)), name, "finite", getattr(config, name))
+
+
 def _require_at_least(config: Any, minimum: float, *names: str) -> None:
+    _require_finite(config, *names)
     for name in names:
         value = getattr(config, name)
-        _require(math.isfinite(value), name, "finite", value)
         _require(value >= minimum, name, f"at least {minimum:g}", value)
 
 
@@ -37,6 +83,8 @@ def _check_types(config: Any) -> None:
 
 
 def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(hint, UnionType):
+        return any(_fits(value, each) for each in get_args(hint))
     if choices := get_args(hint):
         return isinstance(value, str) and value in choices
     if hint in (int, float):
@@ -46,7 +94,13 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-_WANTED: dict[Any, str] = {int: "an integer", float: "a number", bool: "true or false"}
+_WANTED: dict[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    float | str: "a number or text",
+    bool: "true or false",
+}
 
 
 @dataclass
@@ -94,12 +148,41 @@ class HSN1RConfig:
 
 
 @dataclass
+class GaussianConfig:
+    """Options of the Gaussian-kernel terms.
+
+    Args:
+        interaction_weight: Weight of MMD^2 between generated and real samples, in the generator's
+            loss.
+        generator_weight: Weight of the mean kernel of each generated sample and the real one it
+            is paired with; positive repels.
+        discriminator_weight: Weight of the mean kernels of the discriminator's outputs and 1/2;
+            positive pushes them away from 1/2.
+        sigma: Bandwidth: median, ema, learned, or numbers with commas for the mean of their
+            kernels.
+        space: Compare samples, or the discriminator's last hidden layer.
+    """
+
+    interaction_weight: float = 10.0
+    generator_weight: float = 0.0
+    discriminator_weight: float = 0.0
+    sigma: float | str = "median"
+    space: Literal["samples", "features"] = "samples"
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        weights = "interaction_weight", "generator_weight", "discriminator_weight"
+        _require_finite(self, *weights)
+        parse_sigma(self.sigma)
+
+
+@dataclass
 class TrainConfig:
     """Everything that determines a run.
 
     Args:
-        dataset: Images to train on.
-        method: Regularisers to use.
+        dataset: What to train on.
+        regularizer: none, or any of r1, hsn1r and gaussian joined by +.
         steps: Stop after this many steps; 0 for no limit.
         seconds: Stop when the training steps have used this much CPU time; 0 for no limit.
             With neither limit a run takes 40 seconds.
@@ -110,7 +193,7 @@ class TrainConfig:
         activation: Activation of the hidden layers.
         width: Units of a hidden layer, or channels of the widest feature map.
         latent_dim: Number of noise components.
-        batch_size: Images in a batch.
+        batch_size: Samples in a batch.
         generator_lr: Adam's learning rate for the generator.
         discriminator_lr: Adam's learning rate for the discriminator.
         ema_decay: Decay of the averaged generator that makes the samples.
@@ -118,12 +201,13 @@ class TrainConfig:
         eval_every: Steps between evaluations by the judge.
         save_every: Steps between checkpoints.
         tensorboard: Write TensorBoard events as well.
-        r1: Options of method r1.
-        hsn1r: Options of method hsn1r.
+        r1: Options of regulariser r1.
+        hsn1r: Options of regulariser hsn1r.
+        gaussian: Options of regulariser gaussian.
     """
 
-    dataset: Literal["digits"] = "digits"
-    method: Literal["none", "r1", "hsn1r", "hsn1r+r1"] = "hsn1r"
+    dataset: Literal["digits", "ring"] = "digits"
+    regularizer: str = "hsn1r"
     steps: int = 0
     seconds: float = 0.0
     seed: int = 0
@@ -143,9 +227,11 @@ class TrainConfig:
     tensorboard: bool = True
     r1: R1Config = field(default_factory=R1Config)
     hsn1r: HSN1RConfig = field(default_factory=HSN1RConfig)
+    gaussian: GaussianConfig = field(default_factory=GaussianConfig)
 
     def __post_init__(self) -> None:
         _check_types(self)
+        _check_regularizer(self.regularizer)
         _require_at_least(self, 0, "steps", "seconds", "seed", "generator_lr", "discriminator_lr")
         _require_at_least(self, 1, "threads", "latent_dim", "batch_size")
         _require_at_least(self, 1, "log_every", "eval_every", "save_every")
@@ -167,7 +253,7 @@ class TrainConfig:
         Raises:
             ValueError: If a name is unknown, or a value is missing or of the wrong kind.
         """
-        nested = {"r1": R1Config, "hsn1r": HSN1RConfig}
+        nested = {"r1": R1Config, "hsn1r": HSN1RConfig, "gaussian": GaussianConfig}
         plain = {k: _build(nested[k], v) if k in nested else v for k, v in _mapping(values).items()}
         return _build(cls, plain)
 
@@ -185,3 +271,17 @@ def _build(kind: type[Any], values: Any) -> Any:
         return kind(**values)
     except TypeError as error:
         raise ValueError(str(error)) from None
+
+
+_RING = TrainConfig(
+    dataset="ring",
+    regularizer="gaussian",
+    activation="leaky_relu",
+    latent_dim=2,
+    batch_size=256,
+    generator_lr=1e-3,
+    discriminator_lr=1e-3,
+    r1=R1Config(gamma=0.1),
+    gaussian=GaussianConfig(interaction_weight=100.0, sigma="0.25,0.5,1,2"),
+)
+DEFAULTS: dict[str, TrainConfig] = {config.dataset: config for config in (TrainConfig(), _RING)}

@@ -1,4 +1,4 @@
-"""Real images to train on, and an endless sampler whose position can be saved exactly."""
+"""What to train on, and an endless sampler whose position can be saved exactly."""
 
 from __future__ import annotations
 
@@ -8,46 +8,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["DATASETS", "Dataset", "ShuffledSampler", "load_dataset"]
+__all__ = ["Dataset", "ShuffledSampler", "load_digits"]
 
-DATASETS = ("digits",)
 _TEST_SIZE = 360
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images in [-1, 1] of shape ``[n, channels, height, width]`` with integer labels ``[n]``."""
+    """Samples ``[n, ...]`` with integer labels ``[n]``; images are in [-1, 1]."""
 
     name: str
-    train_images: Tensor
+    train_samples: Tensor
     train_labels: Tensor
-    test_images: Tensor
+    test_samples: Tensor
     test_labels: Tensor
 
 
-def load_dataset(name: str) -> Dataset:
-    """Load a data set by name.
+def load_digits() -> Dataset:
+    """Return the 1797 handwritten 8 x 8 digits that come with scikit-learn, on the CPU.
 
-    Args:
-        name: ``"digits"``: the 1797 handwritten 8 x 8 digits that come with scikit-learn, always
-            split into the same 1437 training and 360 test images. Nothing is downloaded.
-
-    Returns:
-        The data set, on the CPU.
-
-    Raises:
-        ValueError: If there is no such data set.
+    They are always split into the same 1437 training and 360 test images ``[n, 1, 8, 8]``.
+    Nothing is downloaded.
     """
-    if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}; choose from {', '.join(DATASETS)}")
-    from sklearn.datasets import load_digits
+    from sklearn import datasets
 
-    digits = load_digits()
+    digits = datasets.load_digits()
     images = torch.from_numpy(digits.images).to(torch.float32).div(8.0).sub(1.0).unsqueeze(1)
     labels = torch.from_numpy(digits.target).to(torch.int64)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     test, train = order[:_TEST_SIZE], order[_TEST_SIZE:]
-    return Dataset(name, images[train], labels[train], images[test], labels[test])
+    return Dataset("digits", images[train], labels[train], images[test], labels[test])
 
 
 class ShuffledSampler:

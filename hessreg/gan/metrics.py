@@ -1,4 +1,4 @@
-"""How good are samples? A small judge network and several metrics in its feature space.
+"""How good are images? A small judge network and several metrics in its feature space.
 
 Each metric can be fooled alone, so they are computed and shown together:
 
@@ -11,6 +11,9 @@ Each metric can be fooled alone, so they are computed and shown together:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,13 +21,13 @@ from torch.nn import functional
 from hessreg.gan.data import Dataset
 
 __all__ = [
+    "ImageJudge",
     "Judge",
     "classes_covered",
     "copied_share",
     "coverage",
     "frechet_distance",
     "precision_recall",
-    "reference_rows",
 ]
 
 _NEIGHBOURS = 3
@@ -92,15 +95,21 @@ def coverage(real: Tensor, fake: Tensor, neighbours: int = _COVERAGE_NEIGHBOURS)
     return float((nearest <= _radii(real, neighbours)).double().mean())
 
 
-def classes_covered(predictions: Tensor, num_classes: int) -> int:
-    """Return how many classes get at least a fifth of their fair share of ``predictions [n]``.
+def classes_covered(predictions: Tensor, num_classes: int, total: int | None = None) -> int:
+    """Return how many classes get at least a fifth of their fair share of all samples.
+
+    Args:
+        predictions: Classes ``[n]``.
+        num_classes: Their number.
+        total: Number of samples, where some were too bad for a class; by default n.
 
     Example:
         >>> classes_covered(torch.tensor([3] * 99 + [4]), num_classes=10)
         1
     """
     counts = torch.bincount(predictions, minlength=num_classes)
-    return int((counts >= 0.2 * len(predictions) / num_classes).sum())
+    fair_share = (len(predictions) if total is None else total) / num_classes
+    return int((counts >= 0.2 * fair_share).sum())
 
 
 def copied_share(images: Tensor, training_images: Tensor) -> float:
@@ -120,7 +129,37 @@ def copied_share(images: Tensor, training_images: Tensor) -> float:
     return float((distances < 0.5 * _radii(training, 1)[nearest]).double().mean())
 
 
-class Judge:
+class Judge(Protocol):
+    """Says how good generated samples of a data set are.
+
+    Attributes:
+        columns: For tables: heading and format of each metric.
+        headline: The metric to rank by; lower is better.
+        num_samples: Number of samples to evaluate.
+    """
+
+    columns: Mapping[str, tuple[str, str]]
+    headline: str
+    num_samples: int
+
+    def classify(self, samples: Tensor) -> Tensor:
+        """Return the class that each sample belongs to, ``[n]``."""
+        ...
+
+    def evaluate(self, samples: Tensor) -> dict[str, float]:
+        """Return every metric of samples ``[n, ...]``."""
+        ...
+
+    def reference_rows(self) -> dict[str, dict[str, float]]:
+        """Return the metrics of known "generators": they give the numbers of a run a scale."""
+        ...
+
+    def describe(self, values: Mapping[str, float]) -> str:
+        """Return what `evaluate` found as a phrase for people."""
+        ...
+
+
+class ImageJudge:
     """A small classifier of the training images and the metrics in its last hidden layer.
 
     Training is deterministic and takes about a second, so nothing is downloaded or cached.
@@ -129,30 +168,41 @@ class Judge:
         dataset: The data set. Its test images are the "real" side of every metric.
     """
 
+    columns: Mapping[str, tuple[str, str]] = {
+        "fdd": ("FDD", ".1f"),
+        "classes": ("classes", "d"),
+        "precision": ("precision", ".2f"),
+        "recall": ("recall", ".2f"),
+        "coverage": ("coverage", ".2f"),
+        "copies": ("copies", ".1%"),
+    }
+    headline = "fdd"
+
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
+        self.num_samples = len(dataset.train_samples)
         self.num_classes = int(dataset.train_labels.max()) + 1
         self._network = _train_classifier(dataset, self.num_classes)
-        self._test_features = self.features(dataset.test_images)
+        self._test_features = self.features(dataset.test_samples)
 
     def features(self, images: Tensor) -> Tensor:
         """Return the last hidden layer, ``[n, 32]``, of images ``[n, 1, 8, 8]``."""
         with torch.no_grad():
             return self._network[:-1](images.to("cpu", torch.float32))
 
-    def classify(self, images: Tensor) -> Tensor:
+    def classify(self, samples: Tensor) -> Tensor:
         """Return the predicted class, ``[n]``, of images ``[n, 1, 8, 8]``."""
         with torch.no_grad():
-            return self._network(images.to("cpu", torch.float32)).argmax(1)
+            return self._network(samples.to("cpu", torch.float32)).argmax(1)
 
     def accuracy(self) -> float:
         """Return the share of test images that the judge classifies correctly."""
-        correct = self.classify(self.dataset.test_images) == self.dataset.test_labels
+        correct = self.classify(self.dataset.test_samples) == self.dataset.test_labels
         return float(correct.double().mean())
 
-    def evaluate(self, images: Tensor) -> dict[str, float]:
+    def evaluate(self, samples: Tensor) -> dict[str, float]:
         """Return every metric of images ``[n, 1, 8, 8]`` in [-1, 1] (n of 100 or more)."""
-        images = images.to("cpu", torch.float32)
+        images = samples.to("cpu", torch.float32)
         features = self.features(images)
         precision, recall = precision_recall(self._test_features, features)
         return {
@@ -161,8 +211,44 @@ class Judge:
             "precision": precision,
             "recall": recall,
             "coverage": coverage(self._test_features, features),
-            "copies": copied_share(images, self.dataset.train_images),
+            "copies": copied_share(images, self.dataset.train_samples),
         }
+
+    def reference_rows(self) -> dict[str, dict[str, float]]:
+        """Return the metrics of four known "generators", from the ideal to a mode collapse.
+
+        They are ``training images``, ``training images + noise``, ``Gaussian fitted to pixels``
+        and ``one image per class``.
+        """
+        images = self.dataset.train_samples
+        noise = torch.Generator().manual_seed(0)
+        gaussian = _draw_gaussian(images, noise)
+        first = torch.stack(
+            [(self.dataset.train_labels == c).nonzero()[0, 0] for c in range(self.num_classes)]
+        )
+        rows = {
+            "training images": images,
+            "training images + noise": images + 0.35 * torch.randn(images.shape, generator=noise),
+            "Gaussian fitted to pixels": gaussian,
+            "one image per class": images[first].repeat(len(images) // len(first), 1, 1, 1),
+        }
+        return {name: self.evaluate(row.clamp(-1.0, 1.0)) for name, row in rows.items()}
+
+    def describe(self, values: Mapping[str, float]) -> str:
+        """Return distance, classes and copies in words."""
+        scale = self.evaluate(self.dataset.train_samples)["fdd"]
+        return (
+            f"FDD {values['fdd']:.1f} (real training images {scale:.1f}), {values['classes']} of"
+            f" {self.num_classes} classes, copies {100 * values['copies']:.1f} %"
+        )
+
+
+def _draw_gaussian(images: Tensor, noise: torch.Generator) -> Tensor:
+    """As many images from the Gaussian with the mean and the covariance of the given ones."""
+    flat = images.flatten(1).double()
+    spread = torch.linalg.qr(flat - flat.mean(0)).R / (len(flat) - 1) ** 0.5
+    gaussian = torch.randn(len(flat), spread.shape[1], generator=noise, dtype=torch.float64)
+    return (gaussian @ spread + flat.mean(0)).view_as(images)
 
 
 def _train_classifier(dataset: Dataset, num_classes: int) -> nn.Sequential:
@@ -170,7 +256,7 @@ def _train_classifier(dataset: Dataset, num_classes: int) -> nn.Sequential:
         torch.manual_seed(0)
         network = nn.Sequential(
             nn.Flatten(),
-            nn.Linear(dataset.train_images[0].numel(), 128),
+            nn.Linear(dataset.train_samples[0].numel(), 128),
             nn.ReLU(),
             nn.Linear(128, 32),
             nn.ReLU(),
@@ -179,34 +265,11 @@ def _train_classifier(dataset: Dataset, num_classes: int) -> nn.Sequential:
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     order = torch.Generator().manual_seed(0)
     for _ in range(_JUDGE_EPOCHS):
-        for batch in torch.randperm(len(dataset.train_images), generator=order).split(128):
+        for batch in torch.randperm(len(dataset.train_samples), generator=order).split(128):
             loss = functional.cross_entropy(
-                network(dataset.train_images[batch]), dataset.train_labels[batch]
+                network(dataset.train_samples[batch]), dataset.train_labels[batch]
             )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
     return network.requires_grad_(False)
-
-
-def reference_rows(judge: Judge) -> dict[str, dict[str, float]]:
-    """Return the metrics of four known "generators", from the ideal to a mode collapse.
-
-    They give the numbers of a run a scale: ``training images``, ``training images + noise``,
-    ``Gaussian fitted to pixels`` and ``one image per class``.
-    """
-    images = judge.dataset.train_images
-    noise = torch.Generator().manual_seed(0)
-    flat = images.flatten(1).double()
-    spread = torch.linalg.qr(flat - flat.mean(0)).R / (len(flat) - 1) ** 0.5
-    gaussian = torch.randn(len(flat), spread.shape[1], generator=noise, dtype=torch.float64)
-    first = torch.stack(
-        [(judge.dataset.train_labels == c).nonzero()[0, 0] for c in range(judge.num_classes)]
-    )
-    rows = {
-        "training images": images,
-        "training images + noise": images + 0.35 * torch.randn(images.shape, generator=noise),
-        "Gaussian fitted to pixels": (gaussian @ spread + flat.mean(0)).view_as(images),
-        "one image per class": images[first].repeat(len(images) // len(first), 1, 1, 1),
-    }
-    return {name: judge.evaluate(row.clamp(-1.0, 1.0)) for name, row in rows.items()}

@@ -1,8 +1,9 @@
-"""Small generators and discriminators for 8 x 8 images."""
+"""Small generators and discriminators for points and for small images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "leaky_relu": lambda: nn.LeakyReLU(0.2),
 }
 ARCHITECTURES = ("mlp", "dcgan")
+_IMAGE = (1, 8, 8)
 
 
 def _activation(name: str) -> nn.Module:
@@ -24,13 +26,15 @@ def _activation(name: str) -> nn.Module:
     return ACTIVATIONS[name]()
 
 
-def _check_architecture(name: str) -> None:
+def _check_architecture(name: str, shape: Sequence[int]) -> None:
     if name not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {name!r}; choose from {', '.join(ARCHITECTURES)}")
+    if name == "dcgan" and tuple(shape) != _IMAGE:
+        raise ValueError(f"architecture dcgan is for samples of shape {_IMAGE}, got {tuple(shape)}")
 
 
 class Generator(nn.Module):
-    """Maps noise ``[n, latent_dim]`` to images ``[n, 1, 8, 8]`` in (-1, 1).
+    """Maps noise ``[n, latent_dim]`` to samples ``[n, *shape]``; images are in (-1, 1).
 
     Args:
         architecture: ``"mlp"`` (two hidden layers) or ``"dcgan"`` (transposed convolutions with
@@ -39,6 +43,7 @@ class Generator(nn.Module):
         width: Units of a hidden layer; channels of the widest feature map of the DCGAN.
         activation: ``"silu"``, ``"softplus"``, ``"tanh"`` or ``"leaky_relu"``. The second
             derivative of the last is zero almost everywhere, so a Hessian sees less of it.
+        shape: Of a sample: ``(1, 8, 8)``, or ``(d,)`` for points, which only the MLP draws.
 
     Example:
         >>> Generator(latent_dim=16, width=32)(torch.zeros(5, 16)).shape
@@ -51,36 +56,38 @@ class Generator(nn.Module):
         latent_dim: int = 32,
         width: int = 128,
         activation: str = "silu",
+        shape: Sequence[int] = _IMAGE,
     ) -> None:
         super().__init__()
-        _check_architecture(architecture)
+        _check_architecture(architecture, shape)
         self.latent_dim = latent_dim
         build = _mlp_generator if architecture == "mlp" else _dcgan_generator
-        self.layers = build(latent_dim, width, activation)
+        self.layers = build(latent_dim, width, activation, tuple(shape))
 
     def forward(self, noise: Tensor) -> Tensor:
-        """Return the images of a batch of noise."""
+        """Return the samples of a batch of noise."""
         return self.layers(noise)
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """Return ``count`` images from normal noise, in evaluation mode and without a graph."""
+        """Return ``count`` samples from normal noise, in evaluation mode and without a graph."""
         parameter = next(self.parameters())
         noise = torch.randn(count, self.latent_dim, generator=generator).to(parameter)
         training = self.training
         self.eval()
         with torch.no_grad():
-            images = self(noise)
+            samples = self(noise)
         self.train(training)
-        return images
+        return samples
 
 
 class Discriminator(nn.Module):
-    """Maps images ``[n, 1, 8, 8]`` to logits ``[n]``: positive means "real".
+    """Maps samples ``[n, *shape]`` to logits ``[n]``: positive means "real".
 
     Args:
         architecture: ``"mlp"`` or ``"dcgan"``, as for `Generator`.
         width: Units of a hidden layer; channels of the widest feature map of the DCGAN.
         activation: As for `Generator`.
+        shape: As for `Generator`.
 
     Example:
         >>> Discriminator(width=32)(torch.zeros(5, 1, 8, 8)).shape
@@ -88,34 +95,46 @@ class Discriminator(nn.Module):
     """
 
     def __init__(
-        self, architecture: str = "mlp", width: int = 128, activation: str = "silu"
+        self,
+        architecture: str = "mlp",
+        width: int = 128,
+        activation: str = "silu",
+        shape: Sequence[int] = _IMAGE,
     ) -> None:
         super().__init__()
-        _check_architecture(architecture)
+        _check_architecture(architecture, shape)
         build = _mlp_discriminator if architecture == "mlp" else _dcgan_discriminator
-        self.layers = build(width, activation)
+        self.layers = build(width, activation, tuple(shape))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return one logit per image."""
-        return self.layers(images).squeeze(1)
+    def forward(self, samples: Tensor) -> Tensor:
+        """Return one logit per sample."""
+        return self.layers(samples).squeeze(1)
+
+    def features(self, samples: Tensor) -> Tensor:
+        """Return the activations of the last hidden layer, ``[n, features]``."""
+        return self.layers[:-1](samples)
 
 
-def _mlp_generator(latent_dim: int, width: int, activation: str) -> nn.Sequential:
+def _mlp_generator(
+    latent_dim: int, width: int, activation: str, shape: tuple[int, ...]
+) -> nn.Sequential:
+    # Images are bounded; points are not.
+    last = [nn.Tanh()] if len(shape) == 3 else []
     return nn.Sequential(
         nn.Linear(latent_dim, width),
         _activation(activation),
         nn.Linear(width, width),
         _activation(activation),
-        nn.Linear(width, 64),
-        nn.Tanh(),
-        nn.Unflatten(1, (1, 8, 8)),
+        nn.Linear(width, math.prod(shape)),
+        *last,
+        nn.Unflatten(1, shape),
     )
 
 
-def _mlp_discriminator(width: int, activation: str) -> nn.Sequential:
+def _mlp_discriminator(width: int, activation: str, shape: tuple[int, ...]) -> nn.Sequential:
     return nn.Sequential(
         nn.Flatten(),
-        nn.Linear(64, width),
+        nn.Linear(math.prod(shape), width),
         _activation(activation),
         nn.Linear(width, width),
         _activation(activation),
@@ -123,7 +142,9 @@ def _mlp_discriminator(width: int, activation: str) -> nn.Sequential:
     )
 
 
-def _dcgan_generator(latent_dim: int, width: int, activation: str) -> nn.Sequential:
+def _dcgan_generator(
+    latent_dim: int, width: int, activation: str, shape: tuple[int, ...]
+) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(latent_dim, width * 4, bias=False),
         nn.Unflatten(1, (width, 2, 2)),
@@ -137,7 +158,7 @@ def _dcgan_generator(latent_dim: int, width: int, activation: str) -> nn.Sequent
     )
 
 
-def _dcgan_discriminator(width: int, activation: str) -> nn.Sequential:
+def _dcgan_discriminator(width: int, activation: str, shape: tuple[int, ...]) -> nn.Sequential:
     # No normalisation before the first activation: the usual DCGAN layout.
     return nn.Sequential(
         nn.Conv2d(1, width // 2, 4, stride=2, padding=1),

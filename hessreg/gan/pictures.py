@@ -1,4 +1,4 @@
-"""Sample grids and curves as PNG files."""
+"""Samples, kernel matrices and curves as PNG files."""
 
 from __future__ import annotations
 
@@ -8,18 +8,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from hessreg.gan.checkpoint import write_atomically
+from hessreg.gan.ring import CENTRES, RING_STD, load_ring
+from hessreg.kernels import gaussian_kernel, mmd2
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["save_curves", "save_grid", "save_side_by_side", "tile"]
+LabelledPoints = tuple[Tensor, Tensor]
+
+__all__ = ["save_curves", "save_grid", "save_kernel", "save_ring", "save_side_by_side", "tile"]
 
 _SCALE = 6  # screen pixels per image pixel
 _GAP = 4
+_IMAGES, _POINTS = 64, 2000  # in one picture
+_BLUE, _ORANGE = "tab:blue", "tab:orange"
 
 
 def tile(images: Tensor, columns: int = 8) -> np.ndarray:
@@ -41,12 +49,90 @@ def tile(images: Tensor, columns: int = 8) -> np.ndarray:
 
 
 def save_grid(path: Path, images: Tensor) -> None:
-    """Write images ``[n, 1, height, width]`` as one enlarged grid."""
+    """Write the first 64 of images ``[n, 1, height, width]`` as one enlarged grid."""
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(tile(images)).save(buffer, format="PNG")
+    Image.fromarray(tile(images[:_IMAGES])).save(buffer, format="PNG")
     write_atomically(path, buffer.getvalue())
+
+
+def save_ring(path: Path, points: Tensor) -> None:
+    """Write the first 2000 of points ``[n, 2]`` over real ones; two modes also enlarged."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.6, 5.0), layout="constrained")
+    panels = figure.subplot_mosaic("AAB;AAC")
+    real = load_ring().test_samples[:_POINTS].T
+    drawn = points[:_POINTS].float().cpu().T
+    for (name, axes), size in zip(panels.items(), (1, 4, 4), strict=True):
+        axes.scatter(real[0], real[1], s=size, c=_BLUE, label="real", linewidths=0)
+        axes.scatter(
+            drawn[0], drawn[1], s=size, c=_ORANGE, label="generated", linewidths=0, alpha=0.7
+        )
+        axes.set_aspect("equal")
+        axes.tick_params(labelsize="small")
+        if name != "A":
+            _zoom(axes, "BC".index(name))
+    panels["A"].set(xlim=(-2.9, 2.9), ylim=(-2.9, 2.9), title=f"{drawn.shape[1]} points of each")
+    panels["A"].legend(loc="center", markerscale=5, frameon=False)
+    _save_figure(path, figure)
+
+
+def _zoom(axes: Axes, mode: int) -> None:
+    """Show one mode, and the circle that holds its samples of high quality."""
+    from matplotlib.patches import Circle
+
+    x, y = CENTRES[mode].tolist()
+    axes.add_patch(Circle((x, y), 3 * RING_STD, fill=False, color="black", linewidth=0.8))
+    axes.set(
+        xlim=(x - 0.15, x + 0.15), ylim=(y - 0.15, y + 0.15), title=f"mode {mode}; circle: 3 std"
+    )
+
+
+def save_kernel(path: Path, real: LabelledPoints, fake: LabelledPoints, sigma: Tensor) -> None:
+    """Write the Gaussian kernel matrix of real and generated points as a heat map.
+
+    Both are ordered by label, so that what is alike stands together: where the distributions are
+    equal, all four blocks show the same pattern.
+
+    Args:
+        path: The PNG file.
+        real: Points ``[n, d]`` and their labels ``[n]``.
+        fake: Points ``[m, d]`` and their labels ``[m]``.
+        sigma: Bandwidth, or bandwidths ``[components]``.
+    """
+    from matplotlib.figure import Figure
+
+    ordered = [points[labels.argsort(stable=True)] for points, labels in (real, fake)]
+    joined = torch.cat(ordered)
+    figure = Figure(figsize=(6.6, 5.8), layout="constrained")
+    axes = figure.subplots()
+    matrix = gaussian_kernel(joined, sigma=sigma).cpu().numpy()
+    image = axes.imshow(matrix, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    figure.colorbar(image, label="k(x, y)")
+    _mark_blocks(axes, [len(points) for points in ordered])
+    axes.set_title(f"Gaussian kernel, {_sigma_text(sigma)}\nMMD$^2$ {_mmd2_text(ordered, sigma)}")
+    _save_figure(path, figure)
+
+
+def _mark_blocks(axes: Axes, sizes: Sequence[int]) -> None:
+    """Divide real from generated points, and name both."""
+    middles = [sizes[0] / 2 - 0.5, sizes[0] + sizes[1] / 2 - 0.5]
+    axes.axhline(sizes[0] - 0.5, color="white", linewidth=2)
+    axes.axvline(sizes[0] - 0.5, color="white", linewidth=2)
+    axes.set_xticks(middles, [f"{sizes[0]} real", f"{sizes[1]} generated"])
+    axes.set_yticks(middles, ["real", "generated"], rotation=90, va="center")
+    axes.tick_params(length=0)
+    axes.set_xlabel("each ordered by label")
+
+
+def _sigma_text(sigma: Tensor) -> str:
+    return "sigma " + ", ".join(f"{value:.3g}" for value in sigma.reshape(-1).tolist())
+
+
+def _mmd2_text(samples: Sequence[Tensor], sigma: Tensor) -> str:
+    return f"{mmd2(samples[0], samples[1], sigma).item():.2g} (unbiased)"
 
 
 def save_side_by_side(path: Path, titled: Mapping[str, Path]) -> None:
@@ -54,28 +140,33 @@ def save_side_by_side(path: Path, titled: Mapping[str, Path]) -> None:
     from matplotlib.figure import Figure
     from matplotlib.image import imread
 
-    figure = Figure(figsize=(4.2 * len(titled), 4.6), layout="constrained")
-    panels = figure.subplots(1, len(titled), squeeze=False)[0]
-    for axes, (title, file) in zip(panels, titled.items(), strict=True):
-        axes.imshow(imread(file), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    images = [imread(file) for file in titled.values()]
+    ratios = [image.shape[1] / image.shape[0] for image in images]
+    figure = Figure(figsize=(4.2 * sum(ratios), 4.6), layout="constrained")
+    panels = figure.subplots(1, len(titled), squeeze=False, width_ratios=ratios)[0]
+    for axes, title, image in zip(panels, titled, images, strict=True):
+        axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.set_title(title)
         axes.set_axis_off()
     _save_figure(path, figure)
 
 
-def save_curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
-    """Plot losses, Hessian norms and FDD of one or several runs against CPU time.
+def save_curves(
+    path: Path, runs: Mapping[str, Sequence[Mapping[str, float]]], headline: tuple[str, str]
+) -> None:
+    """Plot losses, regularisers and one metric of one or several runs against CPU time.
 
     Args:
         path: The PNG file.
         runs: Rows of ``metrics.jsonl`` by name of the run.
+        headline: Name and heading of the metric.
     """
     from matplotlib.figure import Figure
 
     panels = {
         "losses": ("loss_g", "loss_d"),
-        "Hessian norms": ("hessian_norm_g", "hessian_norm_d"),
-        "Frechet distance (FDD)": ("fdd",),
+        "regularisers": ("hessian_norm_g", "hessian_norm_d", "r1", "mmd2"),
+        headline[1]: headline[:1],
     }
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):

@@ -19,7 +19,11 @@ _SHORT = {
     "loss_d": "loss_d",
     "hessian_norm_g": "|H_G|",
     "hessian_norm_d": "|H_D|",
+    "mmd2": "MMD^2",
+    "sigma": "sigma",
     "fdd": "FDD",
+    "modes": "modes",
+    "quality": "quality",
 }
 
 

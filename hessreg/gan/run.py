@@ -8,7 +8,7 @@ import platform
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,19 +19,19 @@ import torch
 
 from hessreg.gan import pictures
 from hessreg.gan.checkpoint import CheckpointError
-from hessreg.gan.config import TrainConfig
-from hessreg.gan.data import Dataset, load_dataset
+from hessreg.gan.config import TrainConfig, parse_sigma
+from hessreg.gan.data import Dataset
 from hessreg.gan.event_log import EventLog
-from hessreg.gan.metrics import Judge
 from hessreg.gan.networks import Discriminator, Generator
 from hessreg.gan.progress import ProgressReport, make_progress
 from hessreg.gan.run_folder import RunFolder
+from hessreg.gan.tasks import TASKS
 from hessreg.gan.trainer import NonFiniteError, Trainer
-from hessreg.regularizers import HSN1R, R1, Regularizer
+from hessreg.regularizers import HSN1R, R1, GaussianKernel, Regularizer
 
 __all__ = ["Interrupted", "Run", "build_trainer", "resolve_device"]
 
-_SHOWN_SAMPLES = 64
+_KERNEL_POINTS = 128  # of each kind in the heat map
 _PACKAGES = "matplotlib", "PIL", "safetensors", "sklearn", "yaml"
 _NOT_A_STATE = (
     ArithmeticError,
@@ -69,12 +69,16 @@ def resolve_device(name: str) -> torch.device:
 def build_trainer(config: TrainConfig, dataset: Dataset) -> Trainer:
     """Return a trainer with new networks; seeds torch's global random state."""
     torch.manual_seed(config.seed)
-    generator = Generator(config.architecture, config.latent_dim, config.width, config.activation)
-    discriminator = Discriminator(config.architecture, config.width, config.activation)
+    style: dict[str, Any] = {
+        "architecture": config.architecture,
+        "width": config.width,
+        "activation": config.activation,
+        "shape": dataset.train_samples.shape[1:],
+    }
     return Trainer(
-        generator,
-        discriminator,
-        dataset.train_images.to(resolve_device(config.device)),
+        Generator(latent_dim=config.latent_dim, **style),
+        Discriminator(**style),
+        dataset.train_samples.to(resolve_device(config.device)),
         _build_regularizers(config),
         batch_size=config.batch_size,
         learning_rates=(config.generator_lr, config.discriminator_lr),
@@ -84,12 +88,19 @@ def build_trainer(config: TrainConfig, dataset: Dataset) -> Trainer:
 
 
 def _build_regularizers(config: TrainConfig) -> list[Regularizer]:
-    regularizers: list[Regularizer] = []
-    if "hsn1r" in config.method.split("+"):
-        regularizers.append(HSN1R(**vars(config.hsn1r), seed=config.seed))
-    if "r1" in config.method.split("+"):
-        regularizers.append(R1(**vars(config.r1)))
-    return regularizers
+    chosen = config.regularizer.split("+")
+    return [build(config) for name, build in _BUILD.items() if name in chosen]
+
+
+def _gaussian(config: TrainConfig) -> Regularizer:
+    return GaussianKernel(**(vars(config.gaussian) | {"sigma": parse_sigma(config.gaussian.sigma)}))
+
+
+_BUILD: dict[str, Callable[[TrainConfig], Regularizer]] = {
+    "hsn1r": lambda config: HSN1R(**vars(config.hsn1r), seed=config.seed),
+    "r1": lambda config: R1(**vars(config.r1)),
+    "gaussian": _gaussian,
+}
 
 
 class Run:
@@ -105,9 +116,10 @@ class Run:
         torch.set_num_threads(config.threads)
         self.folder = folder
         self.config = config
-        self.dataset = load_dataset(config.dataset)
+        self.task = TASKS[config.dataset]
+        self.dataset = self.task.load()
         self.trainer = build_trainer(config, self.dataset)
-        self.judge = Judge(self.dataset)
+        self.judge = self.task.judge(self.dataset)
         self.cpu_seconds = 0.0
 
     @classmethod
@@ -178,7 +190,7 @@ class Run:
     def _train(self, progress: ProgressReport | None) -> str:
         path, events_from = self.folder.path, self.trainer.steps_done
         with (
-            progress or make_progress(self.config.method) as report,
+            progress or make_progress(self.config.regularizer) as report,
             EventLog(path / "tensorboard", events_from, self.config.tensorboard) as events,
             StopSignals() as signals,
         ):
@@ -230,12 +242,12 @@ class Run:
         report.update(row, self._fraction())
 
     def _samples(self) -> torch.Tensor:
-        count = len(self.dataset.train_images)
+        count = self.judge.num_samples
         return self.trainer.ema.sample(count, torch.Generator().manual_seed(self.config.seed)).cpu()
 
     def _evaluate(self) -> dict[str, float]:
         samples = self._samples()
-        pictures.save_grid(self.folder.path / "samples.png", samples[:_SHOWN_SAMPLES])
+        self.task.draw(self.folder.path / "samples.png", samples)
         return self.judge.evaluate(samples)
 
     def _save(self) -> None:
@@ -260,26 +272,48 @@ class Run:
     def _finish(self) -> str:
         values = self._evaluate()
         result = {
-            "method": self.config.method,
+            "regularizer": self.config.regularizer,
             "seed": self.config.seed,
             "steps": self.trainer.steps_done,
             "cpu_seconds": round(self.cpu_seconds, 2),
             **values,
-            "device": str(self.trainer.images.device),
+            "device": str(self.trainer.data.device),
             "threads": self.config.threads,
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
         self.folder.write_result(result)
-        rows = self.folder.read_metrics()
-        pictures.save_curves(self.folder.path / "curves.png", {self.config.method: rows})
-        scale = self.judge.evaluate(self.dataset.train_images)["fdd"]
+        pictures_beside = self._draw()
         return (
-            f"{self.folder.path / 'samples.png'}: {_SHOWN_SAMPLES} images by {self.config.method}"
-            f" after {result['steps']} steps, {self.cpu_seconds:.0f} CPU-s; FDD {values['fdd']:.1f}"
-            f" (real training images {scale:.1f}), {values['classes']} of {self.judge.num_classes}"
-            f" classes, copies {100 * values['copies']:.1f} %; curves.png beside it"
+            f"{self.folder.path / 'samples.png'}: {self.task.shown} by {self.config.regularizer}"
+            f" after {result['steps']} steps, {self.cpu_seconds:.0f} CPU-s;"
+            f" {self.judge.describe(values)}; {pictures_beside} beside it"
         )
+
+    def _draw(self) -> str:
+        """Write the pictures that need a finished run, and return their names."""
+        path, rows = self.folder.path, self.folder.read_metrics()
+        headline = self.judge.headline, self.judge.columns[self.judge.headline][0]
+        pictures.save_curves(path / "curves.png", {self.config.regularizer: rows}, headline)
+        kernels = [r for r in self.trainer.regularizers if isinstance(r, GaussianKernel)]
+        for regularizer in kernels:
+            self._draw_kernel(regularizer)
+        return "curves.png and kernel.png" if kernels else "curves.png"
+
+    @torch.no_grad()
+    def _draw_kernel(self, regularizer: GaussianKernel) -> None:
+        fake, device = self._samples()[:_KERNEL_POINTS], self.trainer.data.device
+        real, labels = self.dataset.test_samples, self.dataset.test_labels
+        shown = [
+            (real[:_KERNEL_POINTS], labels[:_KERNEL_POINTS]),
+            (fake, self.judge.classify(fake)),
+        ]
+        first, second = (
+            (regularizer.embed(s.to(device), self.trainer.discriminator).cpu(), named)
+            for s, named in shown
+        )
+        sigma = regularizer.bandwidth(second[0], first[0])
+        pictures.save_kernel(self.folder.path / "kernel.png", first, second, sigma)
 
 
 class StopSignals:

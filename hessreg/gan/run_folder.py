@@ -36,7 +36,8 @@ class RunFolder:
     """Paths and files of one run.
 
     ``config.yaml``, ``metrics.jsonl``, ``result.json``, ``samples.png``, ``curves.png``,
-    ``tensorboard/`` and ``checkpoints/step-*.safetensors`` (the last two are kept).
+    ``kernel.png`` (of a Gaussian kernel), ``tensorboard/`` and ``checkpoints/step-*.safetensors``
+    (the last two are kept).
 
     Args:
         path: The folder.

@@ -34,22 +34,22 @@ class Trainer:
     a CPU.
 
     Args:
-        generator: Maps noise ``[n, latent_dim]`` to images ``[n, ...]``.
-        discriminator: Maps images ``[n, ...]`` to logits ``[n]``.
-        images: Real images ``[count, ...]``, on the device to train on.
+        generator: Maps noise ``[n, latent_dim]`` to samples ``[n, ...]``.
+        discriminator: Maps samples ``[n, ...]`` to logits ``[n]``.
+        data: Real samples ``[count, ...]``, on the device to train on.
         regularizers: Each may add loss terms and change gradients.
-        batch_size: Images in a batch, the same for both networks.
+        batch_size: Samples in a batch, the same for both networks.
         learning_rates: Adam's rates for the generator and the discriminator.
         betas: Adam's betas for both.
         ema_decay: Decay of the averaged generator `ema`, which is the one to sample from.
-        seed: Seed of the noise and of the order of the images.
+        seed: Seed of the noise and of the order of the data.
     """
 
     def __init__(
         self,
         generator: Generator,
         discriminator: nn.Module,
-        images: Tensor,
+        data: Tensor,
         regularizers: Sequence[Regularizer] = (),
         *,
         batch_size: int = 64,
@@ -58,11 +58,11 @@ class Trainer:
         ema_decay: float = 0.999,
         seed: int = 0,
     ) -> None:
-        self.generator = generator.to(images.device)
-        self.discriminator = discriminator.to(images.device)
+        self.generator = generator.to(data.device)
+        self.discriminator = discriminator.to(data.device)
         self.ema = copy.deepcopy(self.generator).requires_grad_(False)
         self.ema_decay = ema_decay
-        self.images = images
+        self.data = data
         self.regularizers = tuple(regularizers)
         self.optimizers = {
             network: torch.optim.Adam(network.parameters(), lr=rate, betas=betas, fused=True)
@@ -70,7 +70,7 @@ class Trainer:
                 (self.generator, self.discriminator), learning_rates, strict=True
             )
         }
-        self.sampler = ShuffledSampler(len(images), batch_size, seed)
+        self.sampler = ShuffledSampler(len(data), batch_size, seed)
         self.noise = torch.Generator().manual_seed(seed)
         self.steps_done = 0
         self._sums: dict[str, Tensor] = {}
@@ -82,7 +82,7 @@ class Trainer:
         Raises:
             NonFiniteError: If a loss, penalty or gradient is not finite.
         """
-        real = self.images[next(self.sampler)]
+        real = self.data[next(self.sampler)]
         self._discriminator_step(real)
         self._generator_step(real)
         self._update_ema()
@@ -126,8 +126,8 @@ class Trainer:
             "sums": dict(self._sums),
             "summed_steps": self._summed_steps,
         }
-        if self.images.is_cuda:
-            state["cuda_random"] = torch.cuda.get_rng_state(self.images.device)
+        if self.data.is_cuda:
+            state["cuda_random"] = torch.cuda.get_rng_state(self.data.device)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -152,10 +152,10 @@ class Trainer:
         self.sampler.load_state_dict(state["sampler"])
         self.noise.set_state(state["noise"])
         torch.set_rng_state(state["global_random"])
-        if self.images.is_cuda and "cuda_random" in state:
-            torch.cuda.set_rng_state(state["cuda_random"], self.images.device)
+        if self.data.is_cuda and "cuda_random" in state:
+            torch.cuda.set_rng_state(state["cuda_random"], self.data.device)
         self.steps_done = state["steps_done"]
-        self._sums = {name: total.to(self.images.device) for name, total in state["sums"].items()}
+        self._sums = {name: total.to(self.data.device) for name, total in state["sums"].items()}
         self._summed_steps = state["summed_steps"]
 
     def _discriminator_step(self, real: Tensor) -> None:
@@ -217,7 +217,7 @@ class Trainer:
     def _generate(self) -> Tensor:
         shape = (self.sampler.batch_size, self.generator.latent_dim)
         noise = torch.randn(shape, generator=self.noise)  # on the CPU: the same on every device
-        return self.generator(noise.to(self.images.device))
+        return self.generator(noise.to(self.data.device))
 
     def _context(
         self, loss_g: Tensor | None, loss_d: Tensor | None, real: Tensor, fake: Tensor

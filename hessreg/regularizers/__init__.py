@@ -1,6 +1,7 @@
 """Regularisers for adversarial training."""
 
 from hessreg.regularizers._protocol import BaseRegularizer, Gradients, Regularizer, StepContext
+from hessreg.regularizers.gaussian_kernel import GaussianKernel
 from hessreg.regularizers.hsn1r import HSN1R, hsn1r_loss, original_loss
 from hessreg.regularizers.r1 import R1
 
@@ -8,6 +9,7 @@ __all__ = [
     "HSN1R",
     "R1",
     "BaseRegularizer",
+    "GaussianKernel",
     "Gradients",
     "Regularizer",
     "StepContext",

@@ -1,0 +1,106 @@
+"""Samples from files: NumPy arrays and folders of images."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["SampleFileError", "load_samples"]
+
+_IMAGES = (".png", ".jpg", ".jpeg")
+
+
+class SampleFileError(ValueError):
+    """A file does not hold samples."""
+
+
+def load_samples(path: Path, key: str | None = None) -> Tensor:
+    """Read samples as points.
+
+    Args:
+        path: ``.npy`` or ``.npz`` (an array ``[n, ...]`` of numbers), or a folder of PNG or JPEG
+            images of one size, which become numbers in [-1, 1].
+        key: Name of the array in the ``.npz``; not needed if it holds a single one.
+
+    Returns:
+        ``[n, d]`` in float64, on the CPU.
+
+    Raises:
+        SampleFileError: If there are no samples, or some value is not finite.
+    """
+    samples = _read_folder(path) if path.is_dir() else _read_array(path, key)
+    if samples.dtype.kind not in "fiub":
+        raise SampleFileError(f"{path} must hold real numbers, got dtype {samples.dtype}")
+    if samples.ndim < 1 or len(samples) < 2 or samples.size == 0:
+        raise SampleFileError(
+            f"{path} must hold at least 2 samples [n, ...], got shape {samples.shape}"
+        )
+    bad = ~np.isfinite(samples)
+    if bad.any():
+        place = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise SampleFileError(f"{path} holds {samples[place]} at {place}")
+    return torch.from_numpy(samples.reshape(len(samples), -1).astype(np.float64))
+
+
+def _read_array(path: Path, key: str | None) -> np.ndarray:
+    if path.suffix not in (".npy", ".npz"):
+        raise SampleFileError(
+            f"{path} must be a .npy or .npz file or a folder of images"
+            + ("" if path.exists() else ", and there is no such file")
+        )
+    try:
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            return loaded if isinstance(loaded, np.ndarray) else _pick(path, loaded, key)
+    except FileNotFoundError:
+        raise SampleFileError(f"there is no file {path}") from None
+    except SampleFileError:
+        raise
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+        raise SampleFileError(f"{path} is not a readable array ({error})") from None
+
+
+def _pick(path: Path, arrays: Any, key: str | None) -> np.ndarray:
+    with arrays:
+        names = ", ".join(arrays.files)
+        if key is None and len(arrays.files) != 1:
+            raise SampleFileError(f"{path} holds several arrays: choose one with --key: {names}")
+        if key is not None and key not in arrays.files:
+            raise SampleFileError(f"{path} has no array {key!r}, only {names}")
+        return arrays[arrays.files[0] if key is None else key]
+
+
+def _read_folder(path: Path) -> np.ndarray:
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in _IMAGES)
+    if not files:
+        raise SampleFileError(f"{path} holds no images ({', '.join(_IMAGES)})")
+    images = [_read_image(file) for file in files]
+    for file, image in zip(files, images, strict=True):
+        if image.shape != images[0].shape:
+            raise SampleFileError(
+                f"images must have one size: {files[0]} has {_size(images[0])},"
+                f" {file} has {_size(image)}"
+            )
+    return np.stack(images) / 127.5 - 1.0
+
+
+def _read_image(file: Path) -> np.ndarray:
+    """The image as ``uint8[height, width]`` or, in colour, ``uint8[height, width, 3]``."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as image:
+            grey = image.mode in ("1", "L", "LA")
+            return np.asarray(image.convert("L" if grey else "RGB"))
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise SampleFileError(f"{file} is not a readable image ({error})") from None
+
+
+def _size(image: np.ndarray) -> str:
+    colour = "colour" if image.ndim == 3 else "grey"
+    return f"{image.shape[1]} x {image.shape[0]} pixels, {colour}"
