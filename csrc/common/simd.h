@@ -183,13 +183,13 @@ HESSREG_HD Vector<double> load_double(const T* p) {
   return __builtin_convertvector(v, Vector<double>);
 }
 
-// 2^t for t <= 0 with a relative error of 2e-9 (float32: besides rounding) and 4e-18 (float64):
-// 2^round(t) from the bits of t plus a large number, times a minimax polynomial of the rest, which
-// is exactly 1 at 0. Zero where the result would be subnormal.
-HESSREG_HD Vector<float> exp2_of_nonpositive(Vector<float> t) {
+// 2^(s scale) where that is at most 1, with a relative error of 2e-9 (float32: besides rounding)
+// and 4e-18 (float64): 2^round(t) from the bits of t plus a large number, times a minimax
+// polynomial of the rest, which is exactly 1 at 0. Zero where the result would be subnormal.
+HESSREG_HD Vector<float> exp2_of_product(Vector<float> s, float scale) {
   using Bits = VectorOf<int32_t, kLanes<float>>::type;
   constexpr float kShift = 12582912.f + 127.f;  // 1.5 2^23, and the bias of the exponent
-  const Vector<float> shifted = t + kShift, f = t - (shifted - kShift);
+  const Vector<float> shifted = s * scale + kShift, f = s * scale - (shifted - kShift);
   Vector<float> p = f * 1.5353358537e-4f + 1.33988748e-3f;
   p = p * f + 9.618437374e-3f;
   p = p * f + 5.550332470e-2f;
@@ -197,34 +197,59 @@ HESSREG_HD Vector<float> exp2_of_nonpositive(Vector<float> t) {
   p = p * f + 6.931472029e-1f;
   p = p * f + 1.f;
   const Vector<float> power = (Vector<float>)((Bits)shifted << 23);
-  return t < -126.f ? Vector<float>{} : p * power;
+  return shifted < kShift - 126.f ? Vector<float>{} : p * power;
 }
-HESSREG_HD Vector<double> exp2_of_nonpositive(Vector<double> t) {
+HESSREG_HD Vector<double> exp2_of_product(Vector<double> s, double scale) {
   using Bits = VectorOf<int64_t, kLanes<double>>::type;
   constexpr double kShift = 6755399441055744. + 1023.;  // 1.5 2^52, and the bias of the exponent
   constexpr double kCoefficients[] = {
       4.4347861331799565e-10, 7.0737816618990468e-9, 1.0178199511636576e-7, 1.3215435291006859e-6,
       1.5252733492731706e-5,  1.5403530457096404e-4, 1.3333558146774662e-3, 9.6181291075295946e-3,
       5.5504108664820083e-2,  2.4022650695910131e-1, 6.9314718055994533e-1, 1.};
-  const Vector<double> shifted = t + kShift, f = t - (shifted - kShift);
+  const Vector<double> shifted = s * scale + kShift, f = s * scale - (shifted - kShift);
   Vector<double> p = {};
   for (const double coefficient : kCoefficients) p = p * f + coefficient;
   const Vector<double> power = (Vector<double>)((Bits)shifted << 52);
-  return t < -1022. ? Vector<double>{} : p * power;
+  return shifted < kShift - 1022. ? Vector<double>{} : p * power;
 }
 
-// Whether any lane of a comparison's result is set.
-template <typename Mask>
-HESSREG_HD bool any(Mask mask) {
+// The signs of the lanes, for `any_negative` of several taken together with |.
+template <typename T>
+using Signs =
+    typename VectorOf<std::conditional_t<sizeof(T) == 8, int64_t, int32_t>, kLanes<T>>::type;
+template <typename T>
+HESSREG_HD bool any_negative(Signs<T> signs) {
 #if defined(__AVX512F__)
-  return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+  if constexpr (sizeof(T) == 8) return _mm512_movepi64_mask((__m512i)signs) != 0;
+  return _mm512_movepi32_mask((__m512i)signs) != 0;
 #elif defined(__AVX2__)
-  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+  if constexpr (sizeof(T) == 8) return _mm256_movemask_pd((__m256d)signs) != 0;
+  return _mm256_movemask_ps((__m256)signs) != 0;
 #else
   bool result = false;
-  for (size_t lane = 0; lane < sizeof(mask) / sizeof(mask[0]); ++lane) result |= mask[lane] != 0;
+  for (int lane = 0; lane < kLanes<T>; ++lane) result |= signs[lane] < 0;
   return result;
 #endif
+}
+
+// Rows become columns: blocks of half the size change places, then blocks of a quarter in these.
+template <typename T>
+HESSREG_HD void transpose(Vector<T> (&rows)[kLanes<T>]) {
+#pragma GCC unroll 4
+  for (int step = kLanes<T> / 2; step > 0; step /= 2) {
+    Signs<T> low, high;
+    for (int lane = 0; lane < kLanes<T>; ++lane) {
+      low[lane] = lane & step ? kLanes<T> + lane - step : lane;
+      high[lane] = lane & step ? kLanes<T> + lane : lane + step;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i) {
+      if (i & step) continue;
+      const Vector<T> a = rows[i], b = rows[i + step];
+      rows[i] = __builtin_shuffle(a, b, low);
+      rows[i + step] = __builtin_shuffle(a, b, high);
+    }
+  }
 }
 
 template <typename T>

@@ -36,7 +36,7 @@ void matrix_block(const Matrix& problem, MatrixSpace<Compute<T>>& space, T* out,
   using C = Compute<T>;
   const Distances<C> distances{space.y, space.panels, space.x, space.partial};
   distances.sweep([&](int64_t p, int64_t g, Tile<C, kGroup>& tile) {
-    weigh<false, C, kGroup, 2>(space.mixture, tile, tile);
+    weigh<false, false, C, kGroup, 2>(space.mixture, tile, tile);
     for (int r = 0; r < kGroup && g * kGroup + r < space.x.count; ++r)
       for (int h = 0; h < 2; ++h) {
         const int64_t j = p * kPanel<C> + h * kLanes<C>;
@@ -157,7 +157,7 @@ template <typename C>
 void sum_block(const Sum& problem, SumSpace<C>& space, const C* v) {
   const Distances<C> distances{space.x, space.panels, space.y, space.weights};
   distances.sweep([&](int64_t p, int64_t g, Tile<C, kGroup>& tile) {
-    weigh<false, C, kGroup, 2>(space.mixture, tile, tile);
+    weigh<false, false, C, kGroup, 2>(space.mixture, tile, tile);
     for (int64_t l = 0; l < problem.num_factors; ++l) apply(space.factor(problem, l), p, g, tile);
     C* to = space.weights + (p * kBlock + g * kGroup) * kPanel<C>;
     for (int r = 0; r < kGroup; ++r)
@@ -221,17 +221,20 @@ template <typename C>
 struct EnergySpace {
   Arena arena;
   Components<C> mixture;
-  Rows<C> i, j;
-  Panels<C> panels;  // of i
+  Rows<C> all_i, all_j, i, j;    // of two spans, and of a block of each
+  Panels<C> all_panels, panels;  // of i
   Centre<C> centre;
   C *slopes, *row_sums, *column_sums;
 
   HESSREG_HD EnergySpace(const Energy& problem, void* workspace)
       : arena(workspace),
         mixture(problem.mixture, arena),
-        i(problem.d, arena),
-        j(problem.d, arena),
-        panels(problem.d, arena),
+        all_i(problem.d, arena, span_for(problem.count)),
+        all_j(problem.d, arena, span_for(problem.count)),
+        i(all_i),
+        j(all_j),
+        all_panels(problem.d, arena, span_for(problem.count)),
+        panels(all_panels),
         centre(problem.d, arena),
         slopes(arena.take<C>(kBlock * kBlock)),
         row_sums(arena.take<C>(kBlock)),
@@ -240,19 +243,20 @@ struct EnergySpace {
 
 // A pair of blocks and what its sums grow.
 struct EnergyPair {
+  bool same_span;
   bool same;       // both blocks are one: its pairs come in both orders
-  double weight;   // of a pair of points, in either order
+  double weight;   // of a component at a pair of points, in either order
   double* grad_i;  // null: the value only
   double* grad_j;
 };
 
-// The points of the two blocks.
+// The points of the two blocks, and where these begin in their spans.
 template <typename C>
 struct Points {
   const C* i;
-  int64_t count_i;
+  int64_t from_i, count_i;
   const C* j;
-  int64_t count_j;
+  int64_t from_j, count_j;
 };
 
 // A point is no pair with itself: its distance becomes infinite.
@@ -268,12 +272,23 @@ HESSREG_HD void leave_out_diagonal(int64_t p, int64_t first, Tile<C, R>& s) {
   }
 }
 
+// A sum in float64, one for each place of a vector.
 template <typename C>
-HESSREG_HD double total(const Vector<C>& v) {
-  double result = 0;
-  for (int lane = 0; lane < kLanes<C>; ++lane) result += v[lane];
-  return result;
-}
+struct WideSum {
+  Vector<double> parts[sizeof(double) / sizeof(C)] = {};
+
+  HESSREG_HD void add(const Vector<C>& v) {
+    C lanes[kLanes<C>];
+    store(lanes, v);
+    for (size_t part = 0; part < sizeof(double) / sizeof(C); ++part)
+      parts[part] += load_double(lanes + part * kLanes<double>);
+  }
+  HESSREG_HD double total() const {
+    double result = 0;
+    for (const Vector<double>& part : parts) result += hessreg::sum(part);
+    return result;
+  }
+};
 
 // grad[0:N] += factor (tile - sum row) for one point.
 template <typename C, int N>
@@ -372,26 +387,25 @@ HESSREG_HD void keep_slopes(EnergySpace<C>& space, int64_t p, int64_t g,
 
 template <bool kGradient, typename C>
 double energy_of_blocks(EnergySpace<C>& space, const EnergyPair& pair, const Points<C>& points) {
-  space.centre.find(points.i, points.count_i);
-  space.i.load(points.i, points.count_i, space.centre.data);
-  space.panels.load(space.i.data, space.i.stride, points.count_i);
-  space.j.load(points.j, points.count_j, space.centre.data);
+  space.i = space.all_i.view(points.from_i, points.count_i);
+  space.panels = space.all_panels.view(points.from_i, points.count_i);
+  space.j = (pair.same_span ? space.all_i : space.all_j).view(points.from_j, points.count_j);
   const Distances<C> distances{space.i, space.panels, space.j, space.slopes};
-  double value = 0;
-  for (int64_t k = 0; k < kBlock; ++k) space.row_sums[k] = 0;
-  for (int64_t k = 0; k < kBlock * kLanes<C>; ++k) space.column_sums[k] = 0;
+  WideSum<C> value;
+  for (int64_t k = 0; kGradient && k < kBlock; ++k) space.row_sums[k] = 0;
+  for (int64_t k = 0; kGradient && k < kBlock * kLanes<C>; ++k) space.column_sums[k] = 0;
   distances.sweep([&](int64_t p, int64_t g, Tile<C, kGroup>& tile) {
     if (pair.same) leave_out_diagonal<C, kGroup>(p, g * kGroup, tile);
     Tile<C, kGroup> slope;
-    weigh<kGradient, C, kGroup, 2>(space.mixture, tile, slope);
+    weigh<kGradient, true, C, kGroup, 2>(space.mixture, tile, slope);
     Vector<C> sum = {};
 #pragma GCC unroll 12
     for (int r = 0; r < kGroup; ++r) sum += tile[r][0] + tile[r][1];
-    value += total<C>(sum);
+    value.add(sum);
     if constexpr (kGradient) keep_slopes(space, p, g, slope);
   });
   if constexpr (kGradient) pull(space, pair);
-  return value;
+  return value.total();
 }
 
 // Few dimensions: differences, sums and gradients stay in registers. What a point j is pulled by
@@ -401,7 +415,7 @@ struct DirectPanel {
   Vector<C> x[D][2], padding[2], pulls[D][2] = {}, sum = {};
   double* grad;
   int64_t p, count;
-  double value = 0;
+  WideSum<C> value;
 
   HESSREG_HD DirectPanel(const Points<C>& points, int64_t p, double* grad)
       : grad(grad + p * kPanel<C> * D),
@@ -420,7 +434,7 @@ struct DirectPanel {
   }
 
   // The pairs with point j; column: what it is pulled by, [D, lanes], or null.
-  template <bool kGradient>
+  template <bool kGradient, bool kSame>
   HESSREG_HD void add(const Components<C>& mixture, const C* y, int64_t self, C* column) {
     Vector<C> difference[D][2];
     Tile<C, 1> s, slope;
@@ -431,8 +445,8 @@ struct DirectPanel {
         s[0][h] += difference[k][h] * difference[k][h];
       }
     }
-    leave_out_diagonal<C, 1>(p, self, s);
-    weigh<kGradient, C, 1, 2>(mixture, s, slope);
+    if constexpr (kSame) leave_out_diagonal<C, 1>(p, self, s);
+    weigh<kGradient, true, C, 1, 2>(mixture, s, slope);
     sum += s[0][0] + s[0][1];
     for (int k = 0; kGradient && k < D; ++k) {
       Vector<C> both = {};
@@ -441,14 +455,15 @@ struct DirectPanel {
         pulls[k][h] += pull;
         both += pull;
       }
-      if (column) store(column + k * kLanes<C>, load<C, kLanes<C>>(column + k * kLanes<C>) + both);
+      if constexpr (!kSame)
+        store(column + k * kLanes<C>, load<C, kLanes<C>>(column + k * kLanes<C>) + both);
     }
   }
 
   // Float32 for few terms only.
   template <bool kGradient>
   HESSREG_HD void flush(C factor) {
-    value += total<C>(sum);
+    value.add(sum);
     sum = Vector<C>{};
     for (int k = 0; kGradient && k < D; ++k) {
       C row[kPanel<C>];
@@ -461,29 +476,36 @@ struct DirectPanel {
   }
 };
 
-template <bool kGradient, int D, typename C>
+template <bool kGradient, bool kSame, int D, typename C>
 double energy_direct(EnergySpace<C>& space, const EnergyPair& pair, const Points<C>& points) {
   const auto factor = static_cast<C>(4 * pair.weight);
-  const bool both_sides = kGradient && !pair.same;
+  const bool both_sides = kGradient && !kSame;
   double value = 0;
   for (int64_t k = 0; both_sides && k < points.count_j * kLanes<C> * D; ++k)
     space.column_sums[k] = 0;
   for (int64_t p = 0; p * kPanel<C> < points.count_i; ++p) {
     DirectPanel<C, D> panel(points, p, pair.grad_i);
-    for (int64_t j = 0; j < points.count_j; ++j) {
-      C* column = both_sides ? space.column_sums + j * D * kLanes<C> : nullptr;
-      const int64_t self = pair.same ? j : -1;
-      panel.template add<kGradient>(space.mixture, points.j + j * D, self, column);
-      if (j % kTerms == kTerms - 1 || j + 1 == points.count_j)
-        panel.template flush<kGradient>(factor);
+    for (int64_t start = 0; start < points.count_j; start += kTerms) {
+      const int64_t end = smaller(start + kTerms, points.count_j);
+#pragma GCC unroll 2
+      for (int64_t j = start; j < end; ++j)
+        panel.template add<kGradient, kSame>(space.mixture, points.j + j * D, j,
+                                             space.column_sums + j * D * kLanes<C>);
+      panel.template flush<kGradient>(factor);
     }
-    value += panel.value;
+    value += panel.value.total();
   }
   for (int64_t k = 0; both_sides && k < points.count_j * D; ++k) {
     const Vector<C> sums = load<C, kLanes<C>>(space.column_sums + k * kLanes<C>);
     pair.grad_j[k] -= sum_lanes<C>(sums) * factor;
   }
   return value;
+}
+
+template <bool kGradient, int D, typename C>
+double energy_direct(EnergySpace<C>& space, const EnergyPair& pair, const Points<C>& points) {
+  return pair.same ? energy_direct<kGradient, true, D>(space, pair, points)
+                   : energy_direct<kGradient, false, D>(space, pair, points);
 }
 
 template <bool kGradient, typename C>
@@ -497,24 +519,53 @@ double energy_any(EnergySpace<C>& space, const EnergyPair& pair, const Points<C>
   }
 }
 
+// What one pair of spans adds to the value.
 template <typename C>
-void energy_pairs(const Energy& problem, const BlockPair* pairs, double* values, double* gradient,
+double energy_of_spans(const Energy& problem, EnergySpace<C>& space, const SpanPair& spans,
+                       double* gradient) {
+  const int64_t d = problem.d, width = gradient_width(d);
+  const bool same = spans.i.begin == spans.j.begin;
+  const C* z = static_cast<const C*>(problem.z) + spans.batch * problem.count * d;
+  const C *first = z + spans.i.begin * d, *second = z + spans.j.begin * d;
+  const auto grad = [&](const Range& span, int64_t from) {
+    return gradient ? gradient + (spans.batch * problem.count + span.begin + from) * width
+                    : nullptr;
+  };
+  const double weight =
+      problem.weight(spans.i.begin, spans.j.begin) / static_cast<double>(space.mixture.count);
+  double value = 0;
+  for (int64_t i = 0; i < spans.i.size(); i += kBlock) {
+    for (int64_t j = same ? i : 0; j < spans.j.size(); j += kBlock) {
+      const Points<C> points{first + i * d,  i, smaller(kBlock, spans.i.size() - i),
+                             second + j * d, j, smaller(kBlock, spans.j.size() - j)};
+      const bool one = same && i == j;
+      const EnergyPair pair{same, one, weight, grad(spans.i, i), grad(spans.j, j)};
+      value += (one ? 1 : 2) * (gradient ? energy_any<true>(space, pair, points)
+                                         : energy_any<false>(space, pair, points));
+    }
+  }
+  return weight * value;
+}
+
+template <typename C>
+void lay_out(const Energy& problem, EnergySpace<C>& space, const SpanPair& spans) {
+  if (problem.d <= kDirect) return;
+  const C* z = static_cast<const C*>(problem.z) + spans.batch * problem.count * problem.d;
+  const C *first = z + spans.i.begin * problem.d, *second = z + spans.j.begin * problem.d;
+  space.centre.find(first, spans.i.size());
+  space.all_i.load(first, spans.i.size(), space.centre.data);
+  space.all_panels.load(space.all_i.data, space.all_i.stride, spans.i.size());
+  if (spans.i.begin != spans.j.begin) space.all_j.load(second, spans.j.size(), space.centre.data);
+}
+
+template <typename C>
+void energy_pairs(const Energy& problem, const SpanPair* pairs, double* values, double* gradient,
                   void* workspace, int64_t begin, int64_t end) {
   EnergySpace<C> space(problem, workspace);
-  const int64_t d = problem.d, width = gradient_width(d);
   for (int64_t task = begin; task < end; ++task) {
-    const auto& [batch, i, j] = pairs[task];
-    const C* z = static_cast<const C*>(problem.z) + batch * problem.count * d;
-    const auto grad = [&](const Range& range) {
-      return gradient ? gradient + (batch * problem.count + range.begin) * width : nullptr;
-    };
-    const EnergyPair pair{i.begin == j.begin, problem.weight(i.begin, j.begin), grad(i), grad(j)};
-    space.mixture.load(problem.mixture, batch);
-    const C *first = z + i.begin * d, *second = z + j.begin * d;
-    const Points<C> points{first, i.size(), second, j.size()};
-    const double value =
-        gradient ? energy_any<true>(space, pair, points) : energy_any<false>(space, pair, points);
-    values[task] = pair.weight * (pair.same ? 1 : 2) * value;
+    space.mixture.load(problem.mixture, pairs[task].batch);
+    lay_out(problem, space, pairs[task]);
+    values[task] = energy_of_spans(problem, space, pairs[task], gradient);
   }
 }
 
@@ -545,7 +596,7 @@ void sum(const Sum& problem, void* workspace, int64_t begin, int64_t end) {
                 [&](auto zero) { sum_rows<decltype(zero)>(problem, workspace, begin, end); });
 }
 
-void energy(const Energy& problem, const BlockPair* pairs, double* values, double* gradient,
+void energy(const Energy& problem, const SpanPair* pairs, double* values, double* gradient,
             void* workspace, int64_t begin, int64_t end) {
   dispatch_wide(problem.element, [&](auto zero) {
     energy_pairs<decltype(zero)>(problem, pairs, values, gradient, workspace, begin, end);

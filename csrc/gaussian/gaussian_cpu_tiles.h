@@ -46,6 +46,7 @@ class Arena {
 
 // ---- mixtures ----------------------------------------------------------------------------------
 
+// Without coefficients they are 1 here: a common factor can wait for the sums.
 template <typename C>
 struct Components {
   C *scale, *coefficient, *slope;
@@ -60,7 +61,7 @@ struct Components {
   HESSREG_HD void load(const Mixture& mixture, int64_t batch) {
     for (int64_t c = 0; c < count; ++c) {
       const double gamma = mixture.gamma[batch * count + c];
-      const double weight = coefficient_of(mixture, batch, c);
+      const double weight = mixture.coefficient ? mixture.coefficient[batch * count + c] : 1;
       scale[c] = static_cast<C>(-scale_of(gamma));
       coefficient[c] = static_cast<C>(weight);
       slope[c] = static_cast<C>(weight * gamma);
@@ -68,23 +69,33 @@ struct Components {
   }
 };
 
-// phi(s) in place of s, and with kSlope also -phi'(s).
 template <bool kSlope, typename C, int R, int N>
-HESSREG_HD void weigh(const Components<C>& mixture, Tile<C, R, N>& s, Tile<C, R, N>& slope) {
-#pragma GCC unroll 12
+HESSREG_HD void weigh_many(const Components<C>& mixture, Tile<C, R, N>& s, Tile<C, R, N>& slope) {
   for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
     for (int h = 0; h < N; ++h) {
-      const Vector<C> e = exp2_of_nonpositive(s[r][h] * mixture.scale[0]);
-      Vector<C> phi = e * mixture.coefficient[0], dphi = {};
-      if constexpr (kSlope) dphi = e * mixture.slope[0];
-      for (int64_t c = 1; c < mixture.count; ++c) {
-        const Vector<C> more = exp2_of_nonpositive(s[r][h] * mixture.scale[c]);
-        phi += more * mixture.coefficient[c];
-        if constexpr (kSlope) dphi += more * mixture.slope[c];
+      Vector<C> phi = {}, dphi = {};
+      for (int64_t c = 0; c < mixture.count; ++c) {
+        const Vector<C> e = exp2_of_product(s[r][h], mixture.scale[c]);
+        phi += e * mixture.coefficient[c];
+        if constexpr (kSlope) dphi += e * mixture.slope[c];
       }
       s[r][h] = phi;
       if constexpr (kSlope) slope[r][h] = dphi;
+    }
+  }
+}
+
+// phi(s) in place of s, and with kSlope also -phi'(s); with kEqual all coefficients are 1.
+template <bool kSlope, bool kEqual, typename C, int R, int N>
+HESSREG_HD void weigh(const Components<C>& mixture, Tile<C, R, N>& s, Tile<C, R, N>& slope) {
+  if (mixture.count > 1) return weigh_many<kSlope, C, R, N>(mixture, s, slope);
+#pragma GCC unroll 2
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int h = 0; h < N; ++h) {
+      const Vector<C> e = exp2_of_product(s[r][h], mixture.scale[0]);
+      s[r][h] = kEqual ? e : e * mixture.coefficient[0];
+      if constexpr (kSlope) slope[r][h] = e * mixture.slope[0];
     }
   }
 }
@@ -144,13 +155,23 @@ struct Rows {
   C *data, *norms, *padding;
   int64_t stride, count, d;
 
-  HESSREG_HD Rows(int64_t d, Arena& arena)
-      : data(arena.take<C>(kBlock * row_stride(d))),
-        norms(arena.take<C>(kBlock)),
-        padding(arena.take<C>(kBlock)),
+  HESSREG_HD Rows(int64_t d, Arena& arena, int64_t capacity = kBlock)
+      : data(arena.take<C>(capacity * row_stride(d))),
+        norms(arena.take<C>(capacity)),
+        padding(arena.take<C>(capacity)),
         stride(row_stride(d)),
         count(0),
         d(d) {}
+
+  // Rows from a multiple of kBlock on.
+  HESSREG_HD Rows view(int64_t begin, int64_t number) const {
+    Rows rows = *this;
+    rows.data += begin * stride;
+    rows.norms += begin;
+    rows.padding += begin;
+    rows.count = number;
+    return rows;
+  }
 
   template <typename T>
   HESSREG_HD void load(const T* points, int64_t number, const C* centre) {
@@ -162,9 +183,10 @@ struct Rows {
       norms[i] = squared_length(row);
       padding[i] = 0;
     }
-    for (int64_t i = number; i < kBlock; ++i) {
+    for (int64_t i = number; i < round_up(number, kBlock); ++i) {
       for (int64_t k = 0; k < stride; ++k) data[i * stride + k] = 0;
-      norms[i] = padding[i] = std::numeric_limits<C>::infinity();
+      norms[i] = 0;
+      padding[i] = std::numeric_limits<C>::infinity();
     }
   }
 
@@ -187,30 +209,47 @@ struct Panels {
   C* data;
   int64_t count = 0, width;
 
-  HESSREG_HD Panels(int64_t width, Arena& arena)
-      : data(arena.take<C>(kBlock * width)), width(width) {}
+  HESSREG_HD Panels(int64_t width, Arena& arena, int64_t capacity = kBlock)
+      : data(arena.take<C>(capacity * width)), width(width) {}
 
-  // A few columns at a time, so that what is written stays in the first-level cache.
-  HESSREG_HD void load(const C* rows, int64_t stride, int64_t number) {
-    constexpr int64_t kColumns = 16;
-    count = (number + kPanel<C> - 1) / kPanel<C>;
-    for (int64_t p = 0; p < count; ++p) {
-      for (int64_t start = 0; start < width; start += kColumns)
-        load_columns(rows, stride, number, p * kPanel<C>, start, smaller(start + kColumns, width));
-    }
+  // Those of the rows from a multiple of kBlock on.
+  HESSREG_HD Panels view(int64_t begin, int64_t number) const {
+    Panels panels = *this;
+    panels.data += begin * width;
+    panels.count = (number + kPanel<C> - 1) / kPanel<C>;
+    return panels;
   }
 
-  HESSREG_HD void load_columns(const C* rows, int64_t stride, int64_t number, int64_t first,
-                               int64_t begin, int64_t end) {
-    C* to = data + first * width;
-    for (int64_t lane = 0; lane < kPanel<C>; ++lane) {
-      const C* row = rows + (first + lane) * stride;
-      const bool exists = first + lane < number;
-      for (int64_t k = begin; k < end; ++k) to[k * kPanel<C> + lane] = exists ? row[k] : C(0);
+  HESSREG_HD void load(const C* rows, int64_t stride, int64_t number) {
+    constexpr int64_t kSide = kLanes<C>;
+    count = (number + kPanel<C> - 1) / kPanel<C>;
+    for (int64_t i = 0; i < count * kPanel<C>; i += kSide) {
+      for (int64_t k = 0; k < width; k += kSide) {
+        const bool whole = i + kSide <= number && k + kSide <= width;
+        C* to = data + i / kPanel<C> * kPanel<C> * width + k * kPanel<C> + i % kPanel<C>;
+        whole ? load_square(rows + i * stride + k, stride, to)
+              : load_part(rows + i * stride + k, stride, number - i, width - k, to);
+      }
     }
   }
 
   HESSREG_HD const C* panel(int64_t p) const { return data + p * kPanel<C> * width; }
+
+ private:
+  HESSREG_HD static void load_square(const C* from, int64_t stride, C* to) {
+    Vector<C> rows[kLanes<C>];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<C>; ++i) rows[i] = hessreg::load<C, kLanes<C>>(from + i * stride);
+    transpose<C>(rows);
+#pragma GCC unroll 16
+    for (int k = 0; k < kLanes<C>; ++k) store(to + k * kPanel<C>, rows[k]);
+  }
+  HESSREG_HD static void load_part(const C* from, int64_t stride, int64_t rows, int64_t columns,
+                                   C* to) {
+    for (int64_t k = 0; k < smaller(columns, kLanes<C>); ++k)
+      for (int64_t i = 0; i < kLanes<C>; ++i)
+        to[k * kPanel<C> + i] = i < rows ? from[i * stride + k] : C(0);
+  }
 };
 
 // Where coordinates are taken from: in each dimension the mean of a block, if all its points are
@@ -306,29 +345,35 @@ struct Distances {
   // s = |x|^2 + |y|^2 - 2 <x, y>; where that has lost its digits (or is not a number) in any pair,
   // all of the tile once more from the differences.
   HESSREG_HD void from_products(int64_t p, int64_t g, Tile<C, kGroup>& tile) const {
-    decltype(tile[0][0] < tile[0][0]) lost = {};
+    Vector<C> own[2];
+    Signs<C> lost = {};
+    for (int h = 0; h < 2; ++h)
+      own[h] = load<C, kLanes<C>>(x_rows.norms + p * kPanel<C> + h * kLanes<C>);
 #pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-      const Vector<C> own = load<C, kLanes<C>>(x_rows.norms + p * kPanel<C> + h * kLanes<C>);
-#pragma GCC unroll 12
-      for (int r = 0; r < kGroup; ++r) {
-        const Vector<C> both = own + y.norms[g * kGroup + r];
+    for (int r = 0; r < kGroup; ++r) {
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        const Vector<C> both = own[h] + y.norms[g * kGroup + r];
         tile[r][h] = both - 2 * tile[r][h];
-        lost |= ~(tile[r][h] >= both * C(kCancelled));
+        lost |= (Signs<C>)(tile[r][h] - both * C(kCancelled));  // infinity - infinity is negative
       }
     }
-    if (any(lost)) differences(p, g, tile);
+    if (any_negative<C>(lost)) return differences(p, g, tile);
+    if (p + 1 == x.count || g + 1 == y.groups()) add_padding(p, g, tile);
+  }
+
+  HESSREG_HD void add_padding(int64_t p, int64_t g, Tile<C, kGroup>& tile) const {
+    for (int h = 0; h < 2; ++h) {
+      const Vector<C> own = load<C, kLanes<C>>(x_rows.padding + p * kPanel<C> + h * kLanes<C>);
+      for (int r = 0; r < kGroup; ++r) tile[r][h] += own + y.padding[g * kGroup + r];
+    }
   }
 
   HESSREG_HD void differences(int64_t p, int64_t g, Tile<C, kGroup>& tile) const {
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-      const Vector<C> own = load<C, kLanes<C>>(x_rows.padding + p * kPanel<C> + h * kLanes<C>);
-#pragma GCC unroll 12
-      for (int r = 0; r < kGroup; ++r) tile[r][h] = own + y.padding[g * kGroup + r];
-    }
+    clear<C, kGroup, 2>(tile);
     multiply<true, C, kGroup, 2>(x.panel(p), kPanel<C>, y.data + g * kGroup * y.stride, 1, y.stride,
                                  y.d, tile);
+    if (p + 1 == x.count || g + 1 == y.groups()) add_padding(p, g, tile);
   }
 };
 

@@ -182,23 +182,23 @@ void run(const Sum& problem, const Tensor&, bool) {
                  });
 }
 
-// The blocks of the first points and of the rest: none holds both.
+// The spans of the first points and of the rest: none holds both.
 std::vector<Range> ranges_of(const Energy& problem) {
   std::vector<Range> ranges;
   for (const Range part : {Range{0, problem.first}, Range{problem.first, problem.count}}) {
-    const Blocks blocks(part.size());
-    for (int64_t block = 0; block < blocks.count; ++block)
-      ranges.push_back({part.begin + blocks.begin(block), part.begin + blocks.end(block)});
+    const Blocks spans(part.size(), span_for(problem.count));
+    for (int64_t span = 0; span < spans.count; ++span)
+      ranges.push_back({part.begin + spans.begin(span), part.begin + spans.end(span)});
   }
   return ranges;
 }
 
-// The pairs of blocks of one round: in round 0 each block with itself, then as in a tournament, so
-// that every block is in one pair at most. Its gradient then has one writer at a time, and grows in
+// The pairs of spans of one round: in round 0 each span with itself, then as in a tournament, so
+// that every span is in one pair at most. Its gradient then has one writer at a time, and grows in
 // the same order whatever the number of threads.
-std::vector<BlockPair> round_of(const std::vector<Range>& ranges, int64_t round, int64_t batch) {
+std::vector<SpanPair> round_of(const std::vector<Range>& ranges, int64_t round, int64_t batch) {
   const auto count = static_cast<int64_t>(ranges.size()), places = count + count % 2;
-  std::vector<BlockPair> pairs;
+  std::vector<SpanPair> pairs;
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t k = 0; round == 0 && k < count; ++k) pairs.push_back({b, ranges[k], ranges[k]});
     for (int64_t k = 0; round > 0 && k < places / 2; ++k) {
@@ -218,7 +218,7 @@ void run_rounds(const Energy& problem, double* gradient) {
   const auto rounds = static_cast<int64_t>(ranges.size() + ranges.size() % 2);
   const int64_t bytes = kernels().energy_workspace(problem);
   for (int64_t round = 0; round < rounds; ++round) {
-    const std::vector<BlockPair> pairs = round_of(ranges, round, problem.batch);
+    const std::vector<SpanPair> pairs = round_of(ranges, round, problem.batch);
     const auto tasks = static_cast<int64_t>(pairs.size());
     std::vector<double> values(pairs.size());
     const auto body = [&](void* workspace, int64_t begin, int64_t end) {

@@ -713,6 +713,8 @@ def _gamma_of(sigma: float) -> float:
 
 def _broadcast(*tensors: Tensor) -> torch.Size:
     batches = [t.shape[:-2] for t in tensors]
+    if all(batch == batches[0] for batch in batches):
+        return batches[0]
     try:
         return torch.broadcast_shapes(*batches)
     except RuntimeError:
@@ -722,6 +724,8 @@ def _broadcast(*tensors: Tensor) -> torch.Size:
 
 def _flat(x: Tensor, batch: torch.Size) -> Tensor:
     """The points with one batch dimension."""
+    if not batch and x.dim() == 2:
+        return x[None]
     return x.expand(*batch, *x.shape[-2:]).reshape(math.prod(batch), *x.shape[-2:])
 
 
