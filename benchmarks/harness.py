@@ -34,21 +34,37 @@ def keep_memory() -> None:
         os.execve(sys.executable, command, {**os.environ, **_ALLOCATOR})
 
 
-def options(description: str) -> argparse.Namespace:
-    """The options that every benchmark takes."""
+def as_it_comes() -> dict[str, str]:
+    """The environment of a program whose allocator is left alone."""
+    return {name: value for name, value in os.environ.items() if name not in _ALLOCATOR}
+
+
+def options(
+    description: str, more: Callable[[argparse.ArgumentParser], None] | None = None
+) -> argparse.Namespace:
+    """The options that every benchmark takes, and those that ``more`` adds."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--json", type=Path, help="write the measurements to this file")
+    if more is not None:
+        more(parser)
     return parser.parse_args()
 
 
 _FLUSH_BYTES = 128 << 20  # more than the caches hold
+_SLOW = 5.0  # seconds: who takes more runs once
+_FEWEST = 3  # runs of everyone else
 
 
 def measure(
-    contestants: Mapping[str, Callable[[], Any]], *, rounds: int, device: str, cold: bool
+    contestants: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    device: str,
+    cold: bool,
+    seconds: float | None = None,
 ) -> dict[str, dict[str, float]]:
     """Times callables in turn, round after round, so that a drifting machine drifts for all.
 
@@ -58,23 +74,41 @@ def measure(
         device: where they run.
         cold: read other memory before each run. Otherwise whoever comes after one that writes
             much pays for writing it back: up to 40 % of the time of an operation on large vectors.
+        seconds: for each contestant, about: whoever is too slow for all rounds in that time runs
+            in some of them only, evenly spread.
 
     Returns:
         For each name the ``median``, ``low`` and ``high`` quartile in milliseconds.
     """
-    samples: dict[str, list[float]] = {name: [] for name in contestants}
-    for run in contestants.values():
-        for _ in range(3):
-            run()
+    samples: dict[str, list[float]] = {}
+    turns: dict[str, int] = {}
+    for name, run in contestants.items():
+        samples[name], turns[name] = _warm_up(run, rounds, seconds, device)
     other = torch.ones(_FLUSH_BYTES // 4 if cold else 1, device=device)  # zeros share one page
-    for _ in range(rounds):
+    for i in range(rounds):
         for name, run in contestants.items():
-            other.sum()
-            samples[name].append(_time(run, device))
+            if i * turns[name] % rounds < turns[name]:
+                other.sum()
+                samples[name].append(time_once(run, device))
     return {name: _summary(times) for name, times in samples.items()}
 
 
-def _time(run: Callable[[], Any], device: str) -> float:
+def _warm_up(
+    run: Callable[[], Any], rounds: int, seconds: float | None, device: str
+) -> tuple[list[float], int]:
+    """The samples that there are after the first runs, and how many rounds to take part in."""
+    first = time_once(run, device)
+    if seconds is None:
+        run(), run()
+        return [], rounds
+    if first > 1e3 * _SLOW:
+        return [first], 0
+    second = time_once(run, device) if first < 1e3 * seconds / 2 else first
+    return [], min(rounds, max(_FEWEST, int(1e3 * seconds / second)))
+
+
+def time_once(run: Callable[[], Any], device: str) -> float:
+    """The milliseconds of one call."""
     if device == "cpu":
         start = time.perf_counter()
         run()
@@ -89,7 +123,7 @@ def _time(run: Callable[[], Any], device: str) -> float:
 
 
 def _summary(times: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(times, n=4)
+    low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else 3 * times
     return {"median": median, "low": low, "high": high}
 
 
@@ -112,10 +146,27 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
+_SAME = ("processor", "cores", "gpu", "torch")  # of a card: what is measured on one machine
+
+
 def save(path: Path, results: dict[str, Any]) -> None:
-    """Writes JSON whole or not at all."""
-    text = json.dumps(results, indent=2) + "\n"
+    """Writes JSON whole or not at all.
+
+    Of a file that is there, what ``results`` has is replaced; what else it holds stays, if it was
+    measured on the same machine with as many threads.
+    """
+    others = json.loads(path.read_text()) if path.exists() else {}
+    if others and not _same_machine(others, results):
+        print(f"{path} was of another machine and is written anew")
+        others = {}
+    text = json.dumps({**others, **results}, indent=2) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(text)
     unfinished.replace(path)
+
+
+def _same_machine(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    cards = a["machine"], b["machine"]
+    same = all(cards[0].get(name) == cards[1].get(name) for name in _SAME)
+    return same and a["threads"] == b["threads"]

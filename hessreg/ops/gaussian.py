@@ -590,7 +590,9 @@ def mmd2(x: Tensor, y: Tensor, sigma: Sigma = 1.0, estimator: Estimator = "unbia
     Equivalent to ``K(x, x).mean() + K(y, y).mean() - 2 K(x, y).mean()`` (``"biased"``), with the
     diagonals of the first two left out (``"unbiased"``). Value and gradient come from one sweep
     over the pairs, and no matrix is stored, forward or in any derivative. Differentiable in ``x``,
-    ``y`` and ``sigma`` to any order.
+    ``y`` and ``sigma`` to any order. In float32 its gradient is as exact as that of differences
+    taken one by one, far from the origin too; from 5 dimensions on it loses a digit for each factor
+    of 10 by which clusters are apart further than ``sigma`` and their own size.
 
     Args:
         x: sample ``[..., n, d]`` in float16, bfloat16, float32 or float64.
