@@ -189,13 +189,15 @@ class Operator:
             ctx.save_for_backward(*tensors)
             return
         ctx.set_materialize_grads(False)  # zeros would cost a second derivative
-        ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_backward(*tensors, *([output] if isinstance(output, Tensor) else output))
 
     def _derive(self, ctx: Any, needs: Arguments, cotangent: Any) -> Sequence[Any]:
         tensors, outputs = ctx.saved_tensors[: ctx.num_inputs], ctx.saved_tensors[ctx.num_inputs :]
         arguments = _unflatten(tensors, ctx.layout)
         if not self._keeps_outputs:
             return self._backward(arguments, needs, cotangent)
+        if cotangent is None:  # nothing came back for the only output
+            return [None] * len(arguments)
         return self._backward(arguments, needs, cotangent, outputs)
 
     def _register(self, qualified_name: str, fake: Callable[..., Any]) -> None:

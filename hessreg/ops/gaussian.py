@@ -164,16 +164,31 @@ def _weighted_distance(weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return by_x.sum((1, 2)) + (weights.sum(-2)[..., None] * _dot(y, y)).sum((1, 2))
 
 
-def _matrix_backward(arguments: Arguments, needs: Arguments, cotangent: Tensor) -> tuple[Any, ...]:
+def _matrix_weights(
+    arguments: Arguments, cotangent: Tensor, matrix: Tensor
+) -> tuple[Tensor, Tensor | float]:
+    """Weights and a factor: together the cotangent times ``-2 phi'(s_ij)``.
+
+    Of a single component that is gamma times the matrix, unless the matrix has been rounded.
+    """
+    x, y, gamma, coefficient, tf32 = arguments
+    if gamma.shape[-1] == 1 and matrix.dtype is x.dtype:
+        return cotangent * matrix, 2 * _column(gamma, x)
+    return cotangent * gaussian_matrix(x, y, gamma, coefficient * gamma, tf32), 2.0
+
+
+def _matrix_backward(
+    arguments: Arguments, needs: Arguments, cotangent: Tensor, outputs: Sequence[Tensor]
+) -> tuple[Any, ...]:
     x, y, gamma, coefficient, tf32 = arguments
     dtype = x.dtype
     x, y = _centred(*(t.to(_compute_dtype(t)) for t in (x, y)))
     g = cotangent.to(x.dtype)
     for_x = for_y = for_gamma = for_coefficient = None
     if needs[0] or needs[1]:
-        weights = g * gaussian_matrix(x, y, gamma, coefficient * gamma, tf32)
-        for_x = (2 * _pull(weights @ _with_ones(y), x)).to(dtype) if needs[0] else None
-        for_y = (2 * _pull(weights.mT @ _with_ones(x), y)).to(dtype) if needs[1] else None
+        weights, factor = _matrix_weights((x, y, gamma, coefficient, tf32), g, outputs[0])
+        for_x = (factor * _pull(weights @ _with_ones(y), x)).to(dtype) if needs[0] else None
+        for_y = (factor * _pull(weights.mT @ _with_ones(x), y)).to(dtype) if needs[1] else None
     if needs[2] or needs[3]:
 
         def component(c: slice) -> Tensor:
@@ -469,6 +484,7 @@ gaussian_matrix = Operator(
     backward=_matrix_backward,
     jvp=_matrix_jvp,
     vmap=_matrix_vmap,
+    keeps_outputs=True,
 )
 gaussian_sum = Operator(
     "gaussian_sum",
