@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils.checkpoint import checkpoint
 
 Op = Callable[..., Tensor | Sequence[Tensor]]
 
@@ -60,6 +61,15 @@ def check_autograd(op: Op, reference: Op, inputs: Sequence[Tensor]) -> None:
     assert_close(third_derivative(op, inputs), third_derivative(reference, inputs))
     one = [t.clone().requires_grad_(i == 0) for i, t in enumerate(inputs)]
     assert gradcheck(op, one)
+    check_checkpointed(op, inputs)
+
+
+def check_checkpointed(op: Op, inputs: Sequence[Tensor]) -> None:
+    """Checkpointing hands out what was saved once only."""
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    plain = torch.autograd.grad(scalar(op)(*leaves), leaves)
+    again = checkpoint(scalar(op), *leaves, use_reentrant=False)
+    assert_close(torch.autograd.grad(again, leaves), plain)
 
 
 def third_derivative(op: Op, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -224,6 +224,8 @@ def test_empty_sizes(device, n, m, d):
     assert matrix.shape == (n, m)
     assert_close(matrix, torch.ones(n, m, dtype=DOUBLE, device=device) if d == 0 else matrix)
     assert_close(product, broadcast_matvec(x, y, v, 1.0))
+    if n and m:
+        assert_close(mmd2(x, y, 1.0, "biased"), torch.zeros((), dtype=DOUBLE, device=device))
     gradients = torch.autograd.grad(matrix.sum() + product.sum(), leaves)
     assert [g.shape for g in gradients] == [t.shape for t in leaves]
 
@@ -234,6 +236,14 @@ def test_batches_broadcast(device):
     assert_close(gaussian_kernel_matvec(x, y, v, 1.2), broadcast_matvec(x, y, v, 1.2))
     assert_close(mmd2(x, y, [1.2, 0.5]), broadcast_mmd2(x, y, [1.2, 0.5]))
     assert gaussian_kernel(x[:0], y).shape == (0, 4, 5, 6)
+
+
+def test_energy_of_nothing(device):
+    gamma = torch.ones(1, 1, dtype=DOUBLE, device=device)
+    empty = torch.zeros(1, 0, 3, device=device)
+    value, gradient = gaussian_energy(empty, gamma, 0, 1.0, 1.0, 1.0, False, True)
+    assert value.tolist() == [0.0]
+    assert gradient.shape == (1, 0, 3)
 
 
 def test_any_strides(device):
@@ -299,6 +309,55 @@ def test_derivatives_are_as_accurate_as_differences(device, data, d):
     ):
         error, their_error = ((t.double() - truth).norm() for t in (a, b))
         assert error <= 2 * their_error + torch.finfo(torch.float32).eps * scale
+
+
+@pytest.mark.parametrize("d", [784, 1500])
+def test_many_dimensions_of_one_sign(device, d):
+    """Sums of sums: the error of a distance does not grow with the dimensions."""
+    x, y = to(device, *(torch.rand(n, d, dtype=DOUBLE) for n in (40, 33)))
+    rounded = [t.float() for t in (x, y)]
+    exact = broadcast(*[t.double() for t in rounded], (d / 6) ** 0.5)
+    error = (gaussian_kernel(*rounded, (d / 6) ** 0.5).double() - exact).abs().max()
+    assert error < 1.5e-6 * exact.max()
+
+
+@pytest.mark.parametrize("op", [gaussian_kernel, mmd2])
+def test_one_far_point_costs_the_others_nothing(device, op):
+    x, y = to(device, torch.randn(60, 2), torch.randn(50, 2))
+    x[0] = 1e6
+    v = to(device, torch.randn(60, 2), torch.randn(50, 2))
+    ours = hvp(lambda x, y, s: op(x, y, s).sum(), [t.requires_grad_() for t in (x, y)], v, 1.4)
+    plain = broadcast if op is gaussian_kernel else broadcast_mmd2
+    exact = [t.detach().double().requires_grad_() for t in (x, y)]
+    wide = [t.double() for t in v]
+    for a, b in zip(ours, hvp(lambda x, y, s: plain(x, y, s).sum(), exact, wide, 1.4), strict=True):
+        torch.testing.assert_close(
+            a[1:].double(), b[1:], rtol=1e-3, atol=1e-4 * b.abs().max().item()
+        )
+
+
+@pytest.mark.parametrize("op", [gaussian_kernel, mmd2])
+def test_derivatives_under_autocast_are_those_without(op):
+    leaves = [torch.randn(n, 3).requires_grad_() for n in (20, 15)]
+    sigma = torch.tensor([0.8, 1.7], requires_grad=True)
+
+    def derivatives():
+        return torch.autograd.grad(op(*leaves, sigma).square().sum(), [*leaves, sigma])
+
+    expected = derivatives()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(derivatives(), expected)
+
+
+@pytest.mark.parametrize("sigma", [1e-20, 1e22])
+def test_extreme_bandwidths(device, sigma):
+    x, y = to(device, torch.randn(20, 9), torch.randn(15, 9))
+    assert_close(gaussian_kernel(x, y, sigma), broadcast(x.double(), y.double(), sigma).float())
+    assert (gaussian_kernel(x, x.clone(), sigma).diagonal() == 1).all()
+    leaf = x.clone().requires_grad_()
+    value = mmd2(leaf, y, sigma)
+    assert value.abs() < 1e-6
+    assert torch.autograd.grad(value, leaf)[0].isfinite().all()
 
 
 def test_gradient_within_tight_clusters(device):
@@ -460,7 +519,10 @@ BAD_CALLS = {
     "sigma must be positive and finite.*got -1": lambda: mmd2(GOOD, GOOD, [1.0, -1.0]),
     "sigma must hold at least one": lambda: mmd2(GOOD, GOOD, []),
     "sigma must be a number": lambda: mmd2(GOOD, GOOD, "median"),
-    "sigma must be a number or floating": lambda: mmd2(GOOD, GOOD, torch.ones(2, 2)),
+    "sigma must be a number or numbers": lambda: mmd2(GOOD, GOOD, torch.ones(2, 2)),
+    "sigma must be floating-point": lambda: mmd2(GOOD, GOOD, torch.ones(2, dtype=int)),
+    "sigma must be positive.*got 1000": lambda: mmd2(GOOD, GOOD, 10**400),
+    "v must be vectors": lambda: gaussian_kernel_matvec(GOOD, GOOD, GOOD[:, 0]),
     "v must have a row for each of the 3": lambda: gaussian_kernel_matvec(GOOD, GOOD, GOOD[:2]),
     "v must be points|v must be a tensor": lambda: gaussian_kernel_matvec(GOOD, GOOD, None),
     "estimator must be one of unbiased": lambda: mmd2(GOOD, GOOD, 1.0, "best"),

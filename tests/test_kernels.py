@@ -696,3 +696,11 @@ def test_everything_is_exported():
     for name in kernels.__all__:
         assert getattr(kernels, name).__doc__
     assert sorted(kernels.__all__) == kernels.__all__
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_no_p_value_without_a_statistic(bad):
+    x, y = torch.randn(20, 2), torch.randn(20, 2)
+    x[3, 1] = bad
+    assert kernels.mmd2_test(x, y, num_permutations=20).p_value.isnan() or bad == torch.inf
+    assert kernels.mean_squared_distance_bandwidth(x).isnan()

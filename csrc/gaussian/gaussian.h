@@ -61,8 +61,25 @@ struct Energy {
   }
 };
 
+// A number within the normal range of C: times an infinite s, or times 0, it is no NaN.
+template <typename C>
+HESSREG_HD C within_range(double value) {
+  constexpr C kLeast = std::numeric_limits<C>::min(), kMost = std::numeric_limits<C>::max();
+  return value < kLeast ? kLeast : value > kMost ? kMost : static_cast<C>(value);
+}
+
+// A coefficient as a finite number of C: what is multiplied by it may be 0.
+template <typename C>
+HESSREG_HD C finite(double value) {
+  constexpr C kMost = std::numeric_limits<C>::max();
+  return value > kMost ? kMost : value < -kMost ? -kMost : static_cast<C>(value);
+}
+
 // exp(-gamma s) is taken as 2^(-scale s).
-HESSREG_HD double scale_of(double gamma) { return 1.4426950408889634 * gamma; }
+template <typename C>
+HESSREG_HD C scale_of(double gamma) {
+  return within_range<C>(1.4426950408889634 * gamma);
+}
 
 HESSREG_HD double coefficient_of(const Mixture& mixture, int64_t batch, int64_t component) {
   if (!mixture.coefficient) return 1.0 / static_cast<double>(mixture.count);

@@ -97,7 +97,7 @@ struct SumSpace {
         panels(problem.d, arena),
         centre(problem.d, arena),
         weights(arena.take<C>(kBlock * kBlock)),
-        totals(arena.take<double>(kBlock * problem.e)),
+        totals(arena.take<double>(smaller(kBlock, round_up(problem.n, kPanel<C>)) * problem.e)),
         factors(arena) {}
 
   // The blocks of factor l: always the same memory.
@@ -202,7 +202,7 @@ void sum_rows(const Sum& problem, void* workspace, int64_t begin, int64_t end) {
       space.factor(problem, l)
           .left.load(static_cast<const C*>(factor.left) + i * factor.rank, factor.rank, count);
     }
-    for (int64_t k = 0; k < kBlock * e; ++k) space.totals[k] = 0;
+    for (int64_t k = 0; k < space.panels.count * kPanel<C> * e; ++k) space.totals[k] = 0;
     for (int64_t block = 0; block < columns.count; ++block) {
       const int64_t j = batch * m + columns.begin(block);
       const int64_t width = batch * m + columns.end(block) - j;
@@ -549,7 +549,7 @@ double energy_of_spans(const Energy& problem, EnergySpace<C>& space, const SpanP
 
 template <typename C>
 void lay_out(const Energy& problem, EnergySpace<C>& space, const SpanPair& spans) {
-  if (problem.d <= kDirect) return;
+  if (problem.d > 0 && problem.d <= kDirect) return;  // these read the points themselves
   const C* z = static_cast<const C*>(problem.z) + spans.batch * problem.count * problem.d;
   const C *first = z + spans.i.begin * problem.d, *second = z + spans.j.begin * problem.d;
   space.centre.find(first, spans.i.size());

@@ -28,7 +28,7 @@ struct Blocks {
 constexpr int64_t kMaxSpan = 4 * kBlock;
 HESSREG_HD int64_t span_for(int64_t count) {
   constexpr int64_t kSpans = 10;
-  const int64_t blocks = (count + kSpans * kBlock - 1) / (kSpans * kBlock);
+  const int64_t blocks = count > 0 ? (count + kSpans * kBlock - 1) / (kSpans * kBlock) : 1;
   return blocks * kBlock < kMaxSpan ? blocks * kBlock : kMaxSpan;
 }
 

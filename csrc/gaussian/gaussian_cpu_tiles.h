@@ -62,9 +62,9 @@ struct Components {
     for (int64_t c = 0; c < count; ++c) {
       const double gamma = mixture.gamma[batch * count + c];
       const double weight = mixture.coefficient ? mixture.coefficient[batch * count + c] : 1;
-      scale[c] = static_cast<C>(-scale_of(gamma));
-      coefficient[c] = static_cast<C>(weight);
-      slope[c] = static_cast<C>(weight * gamma);
+      scale[c] = -scale_of<C>(gamma);
+      coefficient[c] = finite<C>(weight);
+      slope[c] = finite<C>(weight * gamma);
     }
   }
 };
@@ -320,20 +320,21 @@ struct Distances {
     const int64_t depth = smaller(kDepth, y.d - start);
     C* kept = partial + (p * kBlock + g * kGroup) * kPanel<C>;
     Tile<C, kGroup> tile;
-    start ? restore(kept, tile) : clear<C, kGroup, 2>(tile);
+    clear<C, kGroup, 2>(tile);
     multiply<false, C, kGroup, 2>(x.panel(p) + start * kPanel<C>, kPanel<C>,
                                   y.data + g * kGroup * y.stride + start, 1, y.stride, depth, tile);
+    if (start > 0) add_kept(kept, tile);
     if (start + depth < y.d) return keep(tile, kept);
     from_products(p, g, tile);
     use(p, g, tile);
   }
 
-  HESSREG_HD static void restore(const C* kept, Tile<C, kGroup>& tile) {
+  HESSREG_HD static void add_kept(const C* kept, Tile<C, kGroup>& tile) {
 #pragma GCC unroll 12
     for (int r = 0; r < kGroup; ++r)
 #pragma GCC unroll 2
       for (int h = 0; h < 2; ++h)
-        tile[r][h] = load<C, kLanes<C>>(kept + r * kPanel<C> + h * kLanes<C>);
+        tile[r][h] += load<C, kLanes<C>>(kept + r * kPanel<C> + h * kLanes<C>);
   }
   HESSREG_HD static void keep(const Tile<C, kGroup>& tile, C* kept) {
 #pragma GCC unroll 12

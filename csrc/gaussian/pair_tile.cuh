@@ -443,9 +443,9 @@ __device__ __forceinline__ void load_components(const Mixture& mixture, int64_t 
   for (int c = threadIdx.x; c < mixture.count; c += kThreads) {
     const double gamma = mixture.gamma[batch * mixture.count + c];
     const double coefficient = coefficient_of(mixture, batch, c);
-    out->scale[c] = static_cast<C>(scale_of(gamma));
-    out->coefficient[c] = static_cast<C>(coefficient);
-    out->slope[c] = static_cast<C>(coefficient * gamma);
+    out->scale[c] = scale_of<C>(gamma);
+    out->coefficient[c] = finite<C>(coefficient);
+    out->slope[c] = finite<C>(coefficient * gamma);
   }
 }
 

@@ -100,7 +100,7 @@ def mean_squared_distance_bandwidth(x: Tensor, y: Tensor | None = None) -> Tenso
     points = _joined(x, y)
     points = points - points[:1].detach()  # points that coincide have a variance of exactly 0
     variance = points.var(0).sum()
-    return torch.where(variance > 0, variance, 1.0).sqrt()
+    return torch.where(variance == 0, 1.0, variance).sqrt()  # NaN stays NaN
 
 
 class AdaptiveBandwidth(nn.Module):

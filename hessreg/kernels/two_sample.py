@@ -162,7 +162,8 @@ def mmd2_test(
         generator: draws the permutations; None: torch's own.
 
     Returns:
-        The statistic ``[...]`` in the dtype of ``x`` and the p-value ``[...]`` in float64.
+        The statistic ``[...]`` in the dtype of ``x`` and the p-value ``[...]`` in float64; NaN for
+        samples that give no finite statistic.
 
     Raises:
         TypeError: for anything but floating-point tensors, real bandwidths, an integer and a
@@ -191,6 +192,7 @@ def mmd2_test(
     slack = 64 * torch.finfo(z.dtype).eps  # divisions into equal groups must count as equal
     as_large = (found >= observed - slack).sum(-1)  # the one observed among them
     p_value = as_large.double() / found.shape[-1]
+    p_value = torch.where(observed[..., 0].isfinite(), p_value, torch.nan)
     return TwoSampleTest(observed[..., 0].to(x.dtype), p_value)
 
 

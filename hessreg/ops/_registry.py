@@ -10,6 +10,7 @@ operators that are themselves differentiable, which makes every order right.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -108,6 +109,14 @@ def _unwrap_batched_grads(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list
     return plain, dims, level
 
 
+def _no_autocast() -> AbstractContextManager[object]:
+    """Derivatives are as exact as what they are derivatives of."""
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
 def _as_function_output(outputs: Any) -> Any:
     return tuple(outputs) if isinstance(outputs, list) else outputs
 
@@ -192,7 +201,8 @@ class Operator:
         ctx.save_for_backward(*tensors, *([output] if isinstance(output, Tensor) else output))
 
     def _derive(self, ctx: Any, needs: Arguments, cotangent: Any) -> Sequence[Any]:
-        tensors, outputs = ctx.saved_tensors[: ctx.num_inputs], ctx.saved_tensors[ctx.num_inputs :]
+        saved = ctx.saved_tensors  # once: checkpointing lets nobody unpack twice
+        tensors, outputs = saved[: ctx.num_inputs], saved[ctx.num_inputs :]
         arguments = _unflatten(tensors, ctx.layout)
         if not self._keeps_outputs:
             return self._backward(arguments, needs, cotangent)
@@ -233,15 +243,16 @@ class Operator:
             def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
                 needs = _unflatten(ctx.needs_input_grad[1:], ctx.layout)
                 incoming = list(cotangents) if ctx.returns_list else cotangents[0]
-                results = operator._derive(ctx, needs, incoming)
+                with _no_autocast():
+                    results = operator._derive(ctx, needs, incoming)
                 return (None, *_fill_order(results, ctx.layout))
 
             @staticmethod
             def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
                 arguments = _unflatten(ctx.saved_tensors, ctx.layout)
-                return _as_function_output(
-                    operator._jvp(arguments, _unflatten(tangents, ctx.layout))
-                )
+                with _no_autocast():
+                    moved = operator._jvp(arguments, _unflatten(tangents, ctx.layout))
+                return _as_function_output(moved)
 
             @staticmethod
             def vmap(info: Any, dims: Any, layout: Any, *tensors: Tensor) -> tuple[Any, Any]:

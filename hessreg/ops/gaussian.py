@@ -16,7 +16,9 @@ Points are ``[batch, n, d]``, mixtures ``[batch, components]`` in float64.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -39,8 +41,9 @@ def _mixture(x: Tensor, y: Tensor, gamma: Tensor, coefficient: Tensor) -> Tensor
     """phi(s_ij) by definition, in the dtype that is computed in: ``[batch, n, m]``."""
     dtype = _compute_dtype(x)
     s = (x.to(dtype)[:, :, None] - y.to(dtype)[:, None]).square().sum(-1)
-    components = torch.exp(-gamma.to(dtype)[:, None, None] * s[..., None])
-    return (components * coefficient.to(dtype)[:, None, None]).sum(-1)
+    most = torch.finfo(dtype).max
+    rates, weights = (t.clamp(-most, most).to(dtype)[:, None, None] for t in (gamma, coefficient))
+    return (torch.exp(-rates * s[..., None]) * weights).sum(-1)
 
 
 def matrix_reference(
@@ -128,11 +131,20 @@ def _group_factor(
 
 
 def _centred(*points: Tensor) -> list[Tensor]:
-    """The points from their common mean: what is large and equal in them cannot cost digits."""
+    """The points from a common centre: what is large and equal in them cannot cost digits.
+
+    In each dimension their mean, if all of them are within a factor of two of it, so that nothing
+    is rounded; else zero.
+    """
     together = torch.cat([p.detach() for p in points], -2)
-    mean = together.sum(-2, keepdim=True) / max(together.shape[-2], 1)
-    mean = torch.where(mean.isfinite(), mean, 0)
-    return [p - mean for p in points]
+    if together.shape[-2] == 0:
+        return list(points)
+    mean = together.mean(-2, keepdim=True)
+    nearest, furthest = (mean.abs() * factor for factor in (0.5, 2.0))
+    along = together * mean.sign()
+    is_far = (along >= nearest).all(-2, keepdim=True) & (along <= furthest).all(-2, keepdim=True)
+    centre = torch.where(is_far & mean.isfinite(), mean, 0)
+    return [p - centre for p in points]
 
 
 def _pull(moments: Tensor, x: Tensor) -> Tensor:
@@ -206,7 +218,7 @@ def _matrix_jvp(arguments: Arguments, tangents: Arguments) -> Tensor:
     x, y, gamma, coefficient, tf32 = arguments
     dtype = x.dtype
     x, y = _centred(*(t.to(_compute_dtype(t)) for t in (x, y)))
-    dx, dy, dgamma, dcoefficient = (None if t is None else t for t in tangents[:4])
+    dx, dy, dgamma, dcoefficient = tangents[:4]
     terms = []
     if dx is not None or dy is not None:
         a, b = _or_zeros(dx, x), _or_zeros(dy, y)
@@ -527,7 +539,7 @@ def gaussian_kernel(x: Tensor, y: Tensor | None = None, sigma: Sigma = 1.0) -> T
             checked.
 
     Returns:
-        ``[..., n, m]`` with entries in [0, 1], 1 where points are equal.
+        ``[..., n, m]`` with entries in [0, 1], 1 where points are equal, up to rounding.
 
     Raises:
         TypeError: for anything but floating-point tensors and real bandwidths.
@@ -606,18 +618,19 @@ def mmd2(x: Tensor, y: Tensor, sigma: Sigma = 1.0, estimator: Estimator = "unbia
     Equivalent to ``K(x, x).mean() + K(y, y).mean() - 2 K(x, y).mean()`` (``"biased"``), with the
     diagonals of the first two left out (``"unbiased"``). Value and gradient come from one sweep
     over the pairs, and no matrix is stored, forward or in any derivative. Differentiable in ``x``,
-    ``y`` and ``sigma`` to any order. In float32 its gradient is as exact as that of differences
-    taken one by one, far from the origin too; from 5 dimensions on it loses a digit for each factor
-    of 10 by which clusters are apart further than ``sigma`` and their own size.
+    ``y`` and ``sigma`` to any order. In float32 its gradient in the points is as exact as
+    that of differences taken one by one, far from the origin too; from 5 dimensions on, and in
+    ``sigma`` and in further derivatives, it loses a digit for each factor of 10 by which clusters
+    are apart further than ``sigma`` and their own size.
 
     Args:
         x: sample ``[..., n, d]`` in float16, bfloat16, float32 or float64.
         y: sample ``[..., m, d]``, like ``x`` in dtype and device; batches broadcast.
         sigma: bandwidth or bandwidths, as for :func:`gaussian_kernel`.
         estimator: ``"unbiased"`` (a U-statistic, may be negative; needs n, m >= 2), ``"biased"``
-            (a V-statistic, never negative; n, m >= 1), or ``"linear"`` (unbiased, of independent
-            pairs of points, in linear time: the points in their order, as many of both as there
-            are in the smaller sample; at least 2 of each).
+            (a V-statistic, not negative but for rounding; n, m >= 1), or ``"linear"`` (unbiased,
+            of independent pairs of points, in linear time: the points in their order, as many of
+            both as there are in the smaller sample; at least 2 of each).
 
     Returns:
         ``[...]`` in the dtype of ``x``; sums are taken in float64.
@@ -693,10 +706,11 @@ def _gamma(sigma: Sigma, points: Tensor) -> Tensor:
     """1 / (2 sigma^2) for each sample and component: ``[batch, components]`` in float64."""
     shape = (points.shape[0], -1)
     if isinstance(sigma, Tensor):
-        if not sigma.is_floating_point() or sigma.dim() > 1 or sigma.numel() == 0:
+        if not sigma.is_floating_point():
+            raise TypeError(f"sigma must be floating-point, got a tensor of {sigma.dtype}")
+        if sigma.dim() > 1 or sigma.numel() == 0:
             raise ValueError(
-                "sigma must be a number or floating-point numbers [components], got a tensor of "
-                f"{sigma.dtype} of shape {tuple(sigma.shape)}"
+                f"sigma must be a number or numbers [components], got shape {tuple(sigma.shape)}"
             )
         if sigma.device != points.device:
             raise ValueError(
@@ -721,12 +735,18 @@ def _values(sigma: float | Sequence[float]) -> Sequence[float]:
 
 
 def _gamma_of(sigma: float) -> float:
-    if isinstance(sigma, bool) or not isinstance(sigma, (int, float)):
+    if isinstance(sigma, bool) or not isinstance(sigma, Real):
         raise TypeError(f"sigma must be a number, numbers or a tensor, got {type(sigma)}")
-    square = float(sigma) * float(sigma)
-    if not (sigma > 0 and 0 < square <= _LARGEST):
-        raise ValueError(f"sigma must be positive and finite, and so its square, got {sigma}")
-    return 0.5 / square
+    try:
+        square = float(sigma) * float(sigma)
+        gamma = 0.5 / square if sigma > 0 else 0.0
+    except (OverflowError, ZeroDivisionError):
+        gamma = 0.0
+    if not 0 < gamma <= _LARGEST:
+        raise ValueError(
+            f"sigma must be positive and finite, and so its square, got {reprlib.repr(sigma)}"
+        )
+    return gamma
 
 
 def _broadcast(*tensors: Tensor) -> torch.Size:
@@ -756,7 +776,8 @@ def _check_points(x: Any, name: str) -> None:
             f"got {x.dtype}, {x.layout}"
         )
     if x.dim() < 2:
-        raise ValueError(f"{name} must be points [..., n, d], got shape {tuple(x.shape)}")
+        wanted = "vectors [..., m, e]" if name == "v" else "points [..., n, d]"
+        raise ValueError(f"{name} must be {wanted}, got shape {tuple(x.shape)}")
 
 
 def _check_alike(x: Tensor, other: Any, name: str, *, same_width: bool = True) -> None:
