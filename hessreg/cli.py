@@ -24,10 +24,12 @@ import torch
 from torch import Tensor
 
 import hessreg
+from hessreg.gan.checkpoint import CheckpointError
 from hessreg.gan.compare import Comparison, ComparisonError
 from hessreg.gan.config import DEFAULTS, TrainConfig, parse_sigma
 from hessreg.gan.progress import make_progress, say
 from hessreg.gan.run import Run
+from hessreg.gan.run_folder import RunFolderError
 from hessreg.gan.sample_files import load_samples
 from hessreg.gan.trainer import NonFiniteError
 from hessreg.kernels import TwoSampleTest, median_bandwidth, mmd2, mmd2_test
@@ -58,7 +60,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return _fail(str(error) or "interrupted", 130)
     except ModuleNotFoundError as error:
         return _fail(f"this command needs {error.name}: pip install 'hessreg[gan]'", 2)
-    except (_InputError, OSError) as error:
+    except (_InputError, CheckpointError, RunFolderError, OSError) as error:
         return _fail(str(error), 2)
     except (ComparisonError, NonFiniteError) as error:
         return _fail(str(error), 1)
@@ -214,10 +216,27 @@ def _parse(args: list[str]) -> tuple[str, dict[str, Any]]:
     except UnicodeDecodeError as error:
         raise _InputError(f"--config: not a text file ({error})") from None
     except (ArgumentError, ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise _InputError(_readable(str(error))) from None
+        # Of an unknown name in a file, jsonargparse says only the command.
+        nameless = str(error) == repr(args[0]) if args else False
+        message = _unknown_name(args) if nameless else str(error)
+        raise _InputError(_readable(message)) from None
     chosen = options[options.command]
     per_dataset = options.command in ("train", "compare")
     return options.command, dict(vars(chosen[chosen.dataset] if per_dataset else chosen))
+
+
+def _unknown_name(args: list[str]) -> str:
+    """What the innermost parser says, which names the unknown key."""
+    from jsonargparse import ArgumentError
+
+    parsers = {"train": _train_parser, "compare": _compare_parser}
+    try:
+        parsers[args[0]](args[1]).parse_args(args[2:])
+    except (ArgumentError, ValueError, TypeError) as error:
+        return str(error)
+    except (LookupError, AttributeError):
+        pass
+    return "--config: unknown name"
 
 
 def _readable(message: str) -> str:
@@ -266,8 +285,11 @@ def _mmd(options: dict[str, Any]) -> None:
         )
         sigma = _sigma(options["sigma"], real, fake)
         value = mmd2(real, fake, sigma, estimator=options["estimator"])
+        _check_result(sigma, value)
         test = _test(options, real, fake, sigma)
-    shown = ", ".join(f"{s:.4g}" for s in torch.as_tensor(sigma).reshape(-1).tolist())
+    shown = ", ".join(
+        f"{s:.4g}" for s in torch.as_tensor(sigma, dtype=torch.float64).reshape(-1).tolist()
+    )
     say(f"MMD^2: {value.item():.6g} ({options['estimator']})")
     say(f"sigma: {shown}{' (median)' if options['sigma'] == 'median' else ''}")
     say(f"n: {len(real)}, m: {len(fake)}, d: {real.shape[1]}")
@@ -284,6 +306,14 @@ def _sigma(text: str, real: Tensor, fake: Tensor) -> Tensor | list[float]:
         )
     values = parse_sigma(text, ("median",))
     return median_bandwidth(real, fake) if isinstance(values, str) else values
+
+
+def _check_result(sigma: Tensor | list[float], value: Tensor) -> None:
+    gamma = 0.5 / torch.as_tensor(sigma, dtype=torch.float64).square()
+    if not (gamma.isfinite() & (gamma > 0)).all():
+        raise ValueError("the median distance, or its square, is not positive and finite")
+    if not value.isfinite():
+        raise ValueError(f"MMD^2 is {value.item()}: the points are too far apart")
 
 
 def _test(

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -227,6 +228,7 @@ def refused(capsys, *args) -> str:
         ("train ring --architecture dcgan", "dcgan is for samples of shape (1, 8, 8), got (2,)"),
         ("train ring --gaussian.sigma 0", "sigma must be median, ema, learned or positive"),
         ("train ring --gaussian.interaction_weight 1e400", "interaction_weight must be finite"),
+        ("train ring --batch_size 1", "batch_size must be at least 2 with gaussian, got 1"),
         ("resume missing", "missing is not a run folder"),
         ("train --resume missing", "missing is not a run folder"),
         ("resume missing --steps x", "--steps: Expected int. Got value: x"),
@@ -249,7 +251,8 @@ def test_damaged_config_file_is_refused(capsys, tmp_path):
     texts = ("regularizer: [", "- 1", "depth: 3", "steps: many", "[" * 3000, "steps: " + "9" * 400)
     for text in texts:
         file.write_text(text)
-        refused(capsys, "train", "digits", f"--config={file}", f"--out={tmp_path / 'run'}")
+        error = refused(capsys, "train", "digits", f"--config={file}", f"--out={tmp_path / 'run'}")
+        assert "depth" in error or text != "depth: 3"
     file.write_bytes(b"\xff\xfe\x00")
     assert "not a text file" in refused(capsys, "train", "digits", f"--config={file}")
 
@@ -306,6 +309,29 @@ def test_divergence_stops_the_run_and_names_the_last_checkpoint(capsys, tmp_path
     assert error.count("\n") == 1
     assert "is not finite" in error
     assert str(folder / "checkpoints" / "step-000000000.safetensors") in error
+
+
+@pytest.mark.parametrize("dataset", ["digits", "ring"])
+def test_samples_that_are_not_finite_stop_the_run(capsys, tmp_path, dataset):
+    folder = tmp_path / "run"
+    options = ["--regularizer=none", "--generator_lr=1e20", "--steps=1", f"--out={folder}"]
+    assert main(["train", dataset, *SMALL, *options]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "step 1: generated samples are not finite; the last good checkpoint is" in error
+    assert not (folder / "result.json").exists()
+
+
+def test_limits_below_what_is_done_are_refused(capsys, tmp_path):
+    folder = tmp_path / "run"
+    small = [*SMALL, "--regularizer=none", f"--out={folder}", "--steps=3"]
+    assert main(["train", "digits", *small]) == 0
+    capsys.readouterr()
+    before = (folder / "config.yaml").read_bytes()
+    error = refused(capsys, "resume", folder, "--steps=2")
+    assert "steps must be at least the 3 already done, got 2" in error
+    assert "already done, got 1e-09" in refused(capsys, "resume", folder, "--seconds=1e-9")
+    assert (folder / "config.yaml").read_bytes() == before
 
 
 # Two samples
@@ -391,6 +417,11 @@ def test_samples_that_cannot_be_compared_are_refused(tmp_path, capsys):
     two = samples(tmp_path, "two.npz", {"a": holed, "b": holed})
     assert "choose one with --key: a, b" in error(two)
     assert "has no array 'c', only a, b" in error(two, "--key=c")
+    assert "holds no arrays" in error(samples(tmp_path, "empty.npz", {}))
+    (tmp_path / "text.npy").write_text("1 2 3")
+    assert "text.npy is no NumPy file" in error(tmp_path / "text.npy")
+    far = samples(tmp_path, "far.npy", 1e200 * np.eye(3, 2))
+    assert "not positive and finite" in error(far)
     for name in ("bad.npy", "bad.npz"):
         (tmp_path / name).write_bytes(b"PK\x03\x04 no array")
         assert "is not a readable array" in error(tmp_path / name)
@@ -405,8 +436,28 @@ def test_folders_that_cannot_be_compared_are_refused(tmp_path, capsys):
     assert "has 5 x 4 pixels, grey" in error(mixed)
     coloured = images(tmp_path / "coloured", [(4, 5), (4, 5, 3)])
     assert "1.png has 5 x 4 pixels, colour" in error(coloured)
+    (tmp_path / "deep").mkdir()
+    Image.fromarray(np.zeros((4, 5), np.uint16)).save(tmp_path / "deep" / "0.png")
+    assert "0.png has I;16 pixels, 8 bits wanted" in error(tmp_path / "deep")
     (tmp_path / "empty" / "broken.png").write_bytes(b"\x89PNG nothing")
     assert "broken.png is not a readable image" in error(tmp_path / "empty")
+
+
+def test_damaged_archives_are_refused(tmp_path, capsys):
+    good, file = samples(tmp_path, "good.npy", np.zeros((3, 2))), tmp_path / "bad.npz"
+    header = b"{'descr': '<f8', 'shape': (3, 2".ljust(118)
+    broken = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    for name, content in (("notes.txt", b"no array"), ("a.npy", broken)):
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr(name, content)
+        assert "bad.npz" in refused(capsys, "mmd", good, file)
+    whole = bytearray(samples(tmp_path, "whole.npz", {"a": np.zeros((3, 2))}).read_bytes())
+    entry = whole.index(b"PK\x01\x02")
+    for place, value in ((entry + 8, 1), (entry + 10, 77), (entry + 10, 8)):
+        damaged = whole.copy()
+        damaged[place] = value  # encrypted, an unknown compression, no deflated data
+        file.write_bytes(damaged)
+        assert "bad.npz is not a readable array" in refused(capsys, "mmd", good, file)
 
 
 @pytest.mark.parametrize(
@@ -415,6 +466,7 @@ def test_folders_that_cannot_be_compared_are_refused(tmp_path, capsys):
         ("--sigma=mean", "sigma must be median or positive numbers with commas, got 'mean'"),
         ("--sigma=ema", "sigma must be median or positive numbers with commas, got 'ema'"),
         ("--sigma=0", "sigma must be median or positive numbers with commas, got '0'"),
+        ("--sigma=1e-160", "positive numbers with commas, got '1e-160'"),
         ("--sigma=1e-200", "positive numbers with commas, got '1e-200'"),
         ("--estimator=best", "invalid choice: 'best'"),
         ("--permutations=-1", "num_permutations must be at least 1, got -1"),

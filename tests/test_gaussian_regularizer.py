@@ -271,6 +271,7 @@ def test_a_foreign_state_is_refused_and_changes_nothing(policy, change, message)
         ({"generator_weight": "1"}, TypeError, "generator_weight must be a number, got '1'"),
         ({"discriminator_weight": True}, TypeError, "discriminator_weight must be a number"),
         ({"sigma": 0.0}, ValueError, "sigma must be positive and finite, its square too, got 0"),
+        ({"sigma": 1e-160}, ValueError, "its square too, got 1e-160"),
         ({"sigma": [1.0, math.inf]}, ValueError, "its square too, got inf"),
         ({"sigma": []}, ValueError, "sigma must hold at least one bandwidth, got none"),
         ({"sigma": "mean"}, ValueError, "median, ema, learned, got 'mean'"),

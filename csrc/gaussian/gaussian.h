@@ -61,18 +61,21 @@ struct Energy {
   }
 };
 
+template <typename C>
+constexpr C kLeast = std::numeric_limits<C>::min();  // that is normal
+template <typename C>
+constexpr C kMost = std::numeric_limits<C>::max();
+
 // A number within the normal range of C: times an infinite s, or times 0, it is no NaN.
 template <typename C>
 HESSREG_HD C within_range(double value) {
-  constexpr C kLeast = std::numeric_limits<C>::min(), kMost = std::numeric_limits<C>::max();
-  return value < kLeast ? kLeast : value > kMost ? kMost : static_cast<C>(value);
+  return value < kLeast<C> ? kLeast<C> : value > kMost<C> ? kMost<C> : static_cast<C>(value);
 }
 
 // A coefficient as a finite number of C: what is multiplied by it may be 0.
 template <typename C>
 HESSREG_HD C finite(double value) {
-  constexpr C kMost = std::numeric_limits<C>::max();
-  return value > kMost ? kMost : value < -kMost ? -kMost : static_cast<C>(value);
+  return value > kMost<C> ? kMost<C> : value < -kMost<C> ? -kMost<C> : static_cast<C>(value);
 }
 
 // exp(-gamma s) is taken as 2^(-scale s).

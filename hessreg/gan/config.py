@@ -45,10 +45,14 @@ def parse_sigma(text: str | float, policies: Sequence[str] = _POLICIES) -> str |
         values = [float(part) for part in str(text).split(",")]
     except ValueError:
         values = []
-    _require(
-        bool(values) and all(v > 0 and 0 < v * v < math.inf for v in values), "sigma", wanted, text
-    )
+    _require(bool(values) and all(map(_is_bandwidth, values)), "sigma", wanted, text)
     return values
+
+
+def _is_bandwidth(value: float) -> bool:
+    """Whether the kernel's 1 / (2 sigma^2) is positive and finite."""
+    square = value * value
+    return value > 0 and square > 0 and 0 < 0.5 / square < math.inf
 
 
 def _check_regularizer(name: str) -> None:
@@ -235,6 +239,10 @@ class TrainConfig:
         _require_at_least(self, 0, "steps", "seconds", "seed", "generator_lr", "discriminator_lr")
         _require_at_least(self, 1, "threads", "latent_dim", "batch_size")
         _require_at_least(self, 1, "log_every", "eval_every", "save_every")
+        if "gaussian" in self.regularizer.split("+"):
+            _require(
+                self.batch_size >= 2, "batch_size", "at least 2 with gaussian", self.batch_size
+            )
         _require(self.threads <= 1024, "threads", "at most 1024", self.threads)
         _require(2 <= self.width <= 8192, "width", "in [2, 8192]", self.width)
         _require(self.latent_dim <= 8192, "latent_dim", "at most 8192", self.latent_dim)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ __all__ = ["save_curves", "save_grid", "save_kernel", "save_ring", "save_side_by
 _SCALE = 6  # screen pixels per image pixel
 _GAP = 4
 _IMAGES, _POINTS = 64, 2000  # in one picture
+_LINES = {"loss_d": "--", "hessian_norm_d": "--", "r1": ":", "mmd2": "-."}
 _BLUE, _ORANGE = "tab:blue", "tab:orange"
 
 
@@ -170,17 +171,34 @@ def save_curves(
     }
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
-        for run, rows in runs.items():
+        for index, (run, rows) in enumerate(runs.items()):
             for key in keys:
-                points = [(row["cpu_seconds"], row[key]) for row in rows if key in row]
-                if points:
-                    axes.plot(*zip(*points, strict=True), label=f"{run} {key}", linewidth=1)
+                _plot(axes, rows, key, color=f"C{index}", label=f"{run} {key}")
         axes.set(title=title, xlabel="CPU seconds of training")
+        axes.set_visible(bool(axes.lines))
         if axes.lines:
             axes.legend(fontsize="small")
             if title != "losses":
-                axes.set_yscale("log")
+                _set_scale(axes)
     _save_figure(path, figure)
+
+
+def _plot(axes: Axes, rows: Sequence[Mapping[str, float]], key: str, **style: Any) -> None:
+    """Plot one quantity of one run, if it has it; a single value shows as a dot."""
+    points = [(row["cpu_seconds"], row[key]) for row in rows if key in row]
+    if points:
+        line = _LINES.get(key, "-")
+        axes.plot(*zip(*points, strict=True), linestyle=line, marker=".", linewidth=1, **style)
+
+
+def _set_scale(axes: Axes) -> None:
+    """Logarithmic, linear about 0 if there are values that have no logarithm."""
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.lines])
+    sizes = np.abs(values[values != 0])
+    if (values > 0).all():
+        axes.set_yscale("log")
+    elif sizes.size:
+        axes.set_yscale("symlog", linthresh=float(np.median(sizes)))
 
 
 def _save_figure(path: Path, figure: Figure) -> None:

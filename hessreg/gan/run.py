@@ -149,7 +149,7 @@ class Run:
             seconds: New limit of CPU time. With neither the old limits stay.
 
         Raises:
-            ValueError: If a limit is negative.
+            ValueError: If a limit is negative, or below what is already done.
             RunFolderError: If this is not a run folder, or another process uses it.
             CheckpointError: If there is no readable checkpoint that fits the configuration.
         """
@@ -158,10 +158,25 @@ class Run:
         if steps or seconds:
             config = replace(config, steps=steps, seconds=seconds)
         folder.lock()
-        run = cls(folder, config)
-        run._load()
-        folder.write_config(config)
+        try:
+            run = cls(folder, config)
+            run._load()
+            if steps or seconds:
+                run._check_limits()
+            folder.write_config(config)
+        except BaseException:
+            folder.unlock()
+            raise
         return run
+
+    def _check_limits(self) -> None:
+        """Refuse limits that are already exceeded."""
+        for name, done in (("steps", self.trainer.steps_done), ("seconds", self.cpu_seconds)):
+            limit = getattr(self.config, name)
+            if 0 < limit < done:
+                raise ValueError(
+                    f"{name} must be at least the {done:.10g} already done, got {limit}"
+                )
 
     def close(self) -> None:
         """Let other processes use the folder; `train` does so at its end."""
@@ -243,10 +258,16 @@ class Run:
 
     def _samples(self) -> torch.Tensor:
         count = self.judge.num_samples
-        return self.trainer.ema.sample(count, torch.Generator().manual_seed(self.config.seed)).cpu()
+        generator = torch.Generator().manual_seed(self.config.seed)
+        samples = self.trainer.ema.sample(count, generator).cpu()
+        if not samples.isfinite().all():
+            step = self.trainer.steps_done
+            raise NonFiniteError(f"step {step}: generated samples are not finite")
+        return samples
 
     def _evaluate(self) -> dict[str, float]:
-        samples = self._samples()
+        with self._naming_the_checkpoint():
+            samples = self._samples()
         self.task.draw(self.folder.path / "samples.png", samples)
         return self.judge.evaluate(samples)
 

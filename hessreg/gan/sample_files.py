@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import lzma
+import tokenize
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,20 @@ from torch import Tensor
 __all__ = ["SampleFileError", "load_samples"]
 
 _IMAGES = (".png", ".jpg", ".jpeg")
+_EIGHT_BITS = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
+_MAGIC = (b"\x93NUMPY", b"PK\x03\x04", b"PK\x05\x06")  # an array; an archive; an empty one
+_DAMAGE = (
+    OSError,
+    ValueError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    SyntaxError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+)
 
 
 class SampleFileError(ValueError):
@@ -55,24 +72,33 @@ def _read_array(path: Path, key: str | None) -> np.ndarray:
         )
     try:
         with path.open("rb") as file:
+            if not file.read(6).startswith(_MAGIC):
+                raise SampleFileError(f"{path} is no NumPy file")
+            file.seek(0)
             loaded = np.load(file, allow_pickle=False)
             return loaded if isinstance(loaded, np.ndarray) else _pick(path, loaded, key)
     except FileNotFoundError:
         raise SampleFileError(f"there is no file {path}") from None
     except SampleFileError:
         raise
-    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise SampleFileError(f"{path} is not a readable array ({error})") from None
 
 
 def _pick(path: Path, arrays: Any, key: str | None) -> np.ndarray:
     with arrays:
+        if not arrays.files:
+            raise SampleFileError(f"{path} holds no arrays")
         names = ", ".join(arrays.files)
         if key is None and len(arrays.files) != 1:
             raise SampleFileError(f"{path} holds several arrays: choose one with --key: {names}")
         if key is not None and key not in arrays.files:
             raise SampleFileError(f"{path} has no array {key!r}, only {names}")
-        return arrays[arrays.files[0] if key is None else key]
+        name = arrays.files[0] if key is None else key
+        array = arrays[name]
+    if not isinstance(array, np.ndarray):
+        raise SampleFileError(f"{path}: {name} is no array")
+    return array
 
 
 def _read_folder(path: Path) -> np.ndarray:
@@ -95,9 +121,11 @@ def _read_image(file: Path) -> np.ndarray:
 
     try:
         with Image.open(file) as image:
+            if image.mode not in _EIGHT_BITS:
+                raise SampleFileError(f"{file} has {image.mode} pixels, 8 bits wanted")
             grey = image.mode in ("1", "L", "LA")
             return np.asarray(image.convert("L" if grey else "RGB"))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise SampleFileError(f"{file} is not a readable image ({error})") from None
 
 

@@ -152,7 +152,8 @@ def make_bandwidth(sigma: float | Sequence[float] | str) -> Bandwidth:
         if not isinstance(value, Real) or isinstance(value, bool):
             raise TypeError(f"sigma must be a number, numbers or a policy, got {value!r}")
         number = float(value)
-        if not (number > 0 and 0 < number * number < math.inf):
+        square = number * number
+        if not (number > 0 and square > 0 and 0 < 0.5 / square < math.inf):
             raise ValueError(f"sigma must be positive and finite, its square too, got {value}")
     if not values:
         raise ValueError("sigma must hold at least one bandwidth, got none")
