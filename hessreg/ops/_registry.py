@@ -109,12 +109,14 @@ def _unwrap_batched_grads(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list
     return plain, dims, level
 
 
-def _no_autocast() -> AbstractContextManager[object]:
+def _no_autocast(ctx: Any) -> AbstractContextManager[object]:
     """Derivatives are as exact as what they are derivatives of."""
-    for device in ("cpu", "cuda"):
-        if torch.is_autocast_enabled(device):
-            return torch.autocast(device, enabled=False)
-    return nullcontext()
+    device = ctx.device_type
+    return (
+        torch.autocast(device, enabled=False)
+        if torch.is_autocast_enabled(device)
+        else nullcontext()
+    )
 
 
 def _as_function_output(outputs: Any) -> Any:
@@ -193,7 +195,7 @@ class Operator:
         return torch._add_batch_dim(outputs, 0, level)
 
     def _save(self, ctx: Any, tensors: Sequence[Tensor], output: Any) -> None:
-        ctx.num_inputs = len(tensors)
+        ctx.num_inputs, ctx.device_type = len(tensors), tensors[0].device.type
         if not self._keeps_outputs:
             ctx.save_for_backward(*tensors)
             return
@@ -243,14 +245,14 @@ class Operator:
             def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
                 needs = _unflatten(ctx.needs_input_grad[1:], ctx.layout)
                 incoming = list(cotangents) if ctx.returns_list else cotangents[0]
-                with _no_autocast():
+                with _no_autocast(ctx):
                     results = operator._derive(ctx, needs, incoming)
                 return (None, *_fill_order(results, ctx.layout))
 
             @staticmethod
             def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
                 arguments = _unflatten(ctx.saved_tensors, ctx.layout)
-                with _no_autocast():
+                with _no_autocast(ctx):
                     moved = operator._jvp(arguments, _unflatten(tangents, ctx.layout))
                 return _as_function_output(moved)
 

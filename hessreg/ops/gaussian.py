@@ -697,6 +697,7 @@ def _equal(gamma: Tensor) -> Tensor:
     return torch.full_like(gamma, 1 / gamma.shape[-1])
 
 
+# A graph that is compiled keeps the setting of that time: torch cannot trace the question.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _allow_tf32() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
