@@ -33,13 +33,13 @@ from hessreg.gan.run_folder import RunFolderError
 from hessreg.gan.sample_files import load_samples
 from hessreg.gan.trainer import NonFiniteError
 from hessreg.kernels import TwoSampleTest, median_bandwidth, mmd2, mmd2_test
+from hessreg.ops.gaussian import _ESTIMATORS
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 __all__ = ["main"]
 
-_ESTIMATORS = ("unbiased", "biased", "linear")
 _COMPARED = "none,r1,hsn1r,gaussian"
 _PACKAGES = ("numpy", "scikit-learn", "safetensors", "matplotlib", "tensorboard", "rich")
 

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, get_args, get_type_hints
 
+from hessreg.ops.gaussian import _gamma_of
+
 __all__ = [
     "DEFAULTS",
     "REGULARIZERS",
@@ -50,9 +52,10 @@ def parse_sigma(text: str | float, policies: Sequence[str] = _POLICIES) -> str |
 
 
 def _is_bandwidth(value: float) -> bool:
-    """Whether the kernel's 1 / (2 sigma^2) is positive and finite."""
-    square = value * value
-    return value > 0 and square > 0 and 0 < 0.5 / square < math.inf
+    try:
+        return _gamma_of(value) > 0
+    except ValueError:
+        return False
 
 
 def _check_regularizer(name: str) -> None:

@@ -737,7 +737,7 @@ def _values(sigma: float | Sequence[float]) -> Sequence[float]:
 
 def _gamma_of(sigma: float) -> float:
     if isinstance(sigma, bool) or not isinstance(sigma, Real):
-        raise TypeError(f"sigma must be a number, numbers or a tensor, got {type(sigma)}")
+        raise TypeError(f"sigma must be a number, numbers or a tensor, got {sigma!r}")
     try:
         square = float(sigma) * float(sigma)
         gamma = 0.5 / square if sigma > 0 else 0.0

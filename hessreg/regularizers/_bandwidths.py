@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from hessreg.kernels import AdaptiveBandwidth, median_bandwidth, mmd2
+from hessreg.ops.gaussian import _gamma_of, _values
 
 __all__ = ["Bandwidth", "make_bandwidth"]
 
@@ -147,14 +146,7 @@ def make_bandwidth(sigma: float | Sequence[float] | str) -> Bandwidth:
             wanted = ", ".join(_POLICIES)
             raise ValueError(f"sigma must be numbers or one of {wanted}, got {sigma!r}")
         return _POLICIES[sigma](sigma)
-    values: list[Any] = list(sigma) if isinstance(sigma, Sequence) else [sigma]
+    values = _values(sigma)
     for value in values:
-        if not isinstance(value, Real) or isinstance(value, bool):
-            raise TypeError(f"sigma must be a number, numbers or a policy, got {value!r}")
-        number = float(value)
-        square = number * number
-        if not (number > 0 and square > 0 and 0 < 0.5 / square < math.inf):
-            raise ValueError(f"sigma must be positive and finite, its square too, got {value}")
-    if not values:
-        raise ValueError("sigma must hold at least one bandwidth, got none")
+        _gamma_of(value)
     return Bandwidth("fixed", [float(value) for value in values])
