@@ -76,12 +76,12 @@ def _is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def _is_nested_forward() -> bool:
-    """Forward mode within forward mode, in which torch drops terms of any ``autograd.Function``."""
+def _forward_levels() -> int:
+    """How deep forward mode is nested; in more than one level torch drops terms of any Function."""
     if not torch._C._are_functorch_transforms_active():
-        return False
+        return forward_ad._current_level + 1
     stack = torch._C._functorch.get_interpreter_stack() or []
-    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
 
 
 # ``torch.autograd.grad(is_grads_batched=True)`` has batched tensors of its own, other than those of
@@ -119,6 +119,31 @@ def _no_autocast(ctx: Any) -> AbstractContextManager[object]:
     )
 
 
+def reverse_of(reference: Callable[..., Any]) -> Callable[..., Sequence[Any]]:
+    """The ``backward`` of an operator of which only the value is worth a kernel.
+
+    Plain torch differentiates the reference, as often as it is asked to.
+    """
+
+    def backward(arguments: Arguments, needs: Arguments, cotangent: Any) -> Sequence[Any]:
+        tensors, layout = _flatten(arguments)
+        wanted = [i for i, need in enumerate(_fill_order(needs, layout)) if need]
+
+        def restricted(*moving: Tensor) -> Any:
+            filled = list(tensors)
+            for i, tensor in zip(wanted, moving, strict=True):
+                filled[i] = tensor
+            return reference(*_unflatten(filled, layout))
+
+        pullback = torch.func.vjp(restricted, *[tensors[i] for i in wanted])[1]
+        found = dict(zip(wanted, pullback(cotangent), strict=True))
+        results = _unflatten([found.get(i) for i in range(len(tensors))], layout)
+        pairs = zip(results, layout, strict=True)
+        return [result if isinstance(item, _Slot) else None for result, item in pairs]
+
+    return backward
+
+
 def _as_function_output(outputs: Any) -> Any:
     return tuple(outputs) if isinstance(outputs, list) else outputs
 
@@ -141,7 +166,8 @@ class Operator:
             values; ``needs`` has the form of the arguments with a flag for each tensor.
         keeps_outputs: ``backward`` takes the outputs too, as a fourth argument, and cotangents may
             be None: for an operator that returns what its own derivative needs.
-        jvp: ``(arguments, tangents) -> tangent of the output``; a missing tangent is None.
+        jvp: ``(arguments, tangents) -> tangent of the output``; a missing tangent is None. Without
+            it, the reference runs in forward mode.
         vmap: ``(batch_size, arguments, dims) -> output`` with the batch in front.
     """
 
@@ -152,7 +178,7 @@ class Operator:
         reference: Callable[..., Any],
         fake: Callable[..., Any],
         backward: Callable[..., Sequence[Any]],
-        jvp: Callable[[Arguments, Arguments], Any],
+        jvp: Callable[[Arguments, Arguments], Any] | None = None,
         vmap: Callable[[int, Arguments, Arguments], Any],
         keeps_outputs: bool = False,
     ) -> None:
@@ -175,7 +201,7 @@ class Operator:
             return self._call_batched_grads(tensors, layout)
         if not is_tracked(tensors):
             return self._run_kernel(arguments)
-        if _is_nested_forward():
+        if _forward_levels() > (self._jvp is not None):
             return self.reference(*arguments)
         outputs = self._function.apply(layout, *tensors)
         return list(outputs) if isinstance(outputs, tuple) else outputs
@@ -252,8 +278,9 @@ class Operator:
             @staticmethod
             def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
                 arguments = _unflatten(ctx.saved_tensors, ctx.layout)
+                rule: Any = operator._jvp  # without one the reference has run
                 with _no_autocast(ctx):
-                    moved = operator._jvp(arguments, _unflatten(tangents, ctx.layout))
+                    moved = rule(arguments, _unflatten(tangents, ctx.layout))
                 return _as_function_output(moved)
 
             @staticmethod
