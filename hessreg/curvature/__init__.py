@@ -1,6 +1,8 @@
 """Curvature of a loss without forming its Hessian."""
 
 from hessreg.curvature._checks import NonFiniteError
+from hessreg.curvature.gauss_newton import GaussNewtonOperator
+from hessreg.curvature.hessian import HessianOperator
 from hessreg.curvature.lanczos import lanczos, power_iteration
 from hessreg.curvature.norms import (
     NormEstimate,
@@ -11,16 +13,24 @@ from hessreg.curvature.norms import (
     one_norm,
     spectral_norm,
 )
-from hessreg.curvature.operators import DenseOperator, HessianOperator, LinearOperator
+from hessreg.curvature.operators import (
+    DenseOperator,
+    LinearOperator,
+    SumOperator,
+    SymmetricOperator,
+)
 from hessreg.curvature.third_order import native_norms, require_third_order_safe, third_order_safe
 
 __all__ = [
     "DenseOperator",
+    "GaussNewtonOperator",
     "HessianOperator",
     "LinearOperator",
     "NonFiniteError",
     "NormEstimate",
     "NormOrder",
+    "SumOperator",
+    "SymmetricOperator",
     "frobenius_norm",
     "lanczos",
     "native_norms",

@@ -1,26 +1,17 @@
-"""Symmetric linear operators: the Hessian of a loss without forming it, and dense matrices."""
+"""Symmetric linear operators: what every algorithm of this package multiplies by."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
-
-from hessreg.curvature._checks import NonFiniteError
-from hessreg.curvature.third_order import (
-    refuse_opaque,
-    require_third_order_safe,
-    third_order_safe,
-)
+from torch import Tensor
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
 
-__all__ = ["DenseOperator", "HessianOperator", "LinearOperator", "SymmetricOperator"]
+__all__ = ["DenseOperator", "LinearOperator", "SumOperator", "SymmetricOperator"]
 
 
 @runtime_checkable
@@ -51,7 +42,15 @@ class LinearOperator(Protocol):
 
 
 class SymmetricOperator:
-    """Checks of vectors and the export to scipy, shared by the operators of this module."""
+    """What the operators of this package share: checks, arithmetic and the export to scipy.
+
+    Operators of one shape can be added, subtracted, multiplied by numbers and shifted.
+
+    Example:
+        >>> A = DenseOperator(torch.diag(torch.tensor([1.0, 2.0])))
+        >>> (2.0 * A - A.shifted(0.5)).matvec(torch.tensor([1.0, 1.0]))
+        tensor([0.5000, 1.5000])
+    """
 
     shape: tuple[int, int]
     dtype: torch.dtype
@@ -66,6 +65,24 @@ class SymmetricOperator:
         self._check_vectors("V", V, ndim=2)
         columns = [self.matvec(v) for v in V.unbind(1)]
         return torch.stack(columns, 1) if columns else torch.empty_like(V)
+
+    def shifted(self, shift: float) -> SumOperator:
+        """This operator plus ``shift`` times the identity."""
+        return SumOperator([self], [1.0], shift)
+
+    def __add__(self, other: SymmetricOperator) -> SumOperator:
+        return SumOperator([self, other], [1.0, 1.0])
+
+    def __sub__(self, other: SymmetricOperator) -> SumOperator:
+        return SumOperator([self, other], [1.0, -1.0])
+
+    def __mul__(self, factor: float) -> SumOperator:
+        return SumOperator([self], [factor])
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> SumOperator:
+        return SumOperator([self], [-1.0])
 
     def to_scipy(self) -> ScipyLinearOperator:
         """The same operator as a ``scipy.sparse.linalg.LinearOperator``.
@@ -100,155 +117,57 @@ class SymmetricOperator:
             raise ValueError(f"{name} must be on {self.device}, got {v.device}")
 
 
-class HessianOperator(SymmetricOperator):
-    """Hessian of a scalar loss with respect to parameters, known by its products.
-
-    The gradient is built once, with its graph; each product is one reverse pass through it, about
-    1.35 gradients for a multilayer perceptron. The operator is the Hessian at the parameters'
-    values when it was made. It leaves ``.grad``, the modules' mode and buffers and the random
-    state as they were.
+class SumOperator(SymmetricOperator):
+    """sum_i factors[i] A_i + shift I.
 
     Args:
-        loss: a scalar with its graph (kept alive, never freed), or a callable without arguments
-            that returns one. The callable is evaluated once, here, under
-            :func:`~hessreg.curvature.third_order.third_order_safe`, and the buffers and the random
-            state are put back afterwards. Nothing in it may go through ``torch.compile``: a
-            compiled module is refused, a compiled function may raise torch's own error.
-        params: the tensors to differentiate by: one, or several of one dtype and device. Vectors
-            are their flat concatenation, [n]. Those the loss does not use count as zeros.
-
-    Attributes:
-        loss: the scalar, with its graph.
-        params: the parameters, as a list.
-        gradient: the flat gradient [n], detached.
+        operators: the A_i, at least one, of one shape, dtype and device.
+        factors: as many numbers.
+        shift: multiple of the identity.
 
     Raises:
-        TypeError: a loss or a parameter of the wrong type.
-        ValueError: no scalar, no graph, no parameters, a parameter twice, a mixture of dtypes or
-            devices, a gradient penalty through a normalisation layer that torch differentiates
-            wrongly, native weight normalisation, a reentrant checkpoint, a compiled module.
-        NonFiniteError: NaN or infinity in the loss or the gradient.
+        TypeError: an operator that is none, or a factor that is no number.
+        ValueError: none, another number of factors, or operators that do not fit together.
 
     Example:
-        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
-        >>> H = HessianOperator(x[0] ** 3 + x[0] * x[1], x)
-        >>> H.matvec(torch.tensor([1.0, 0.0]))
-        tensor([6., 1.])
+        >>> A = DenseOperator(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+        >>> SumOperator([A], [2.0], shift=1.0).matvec(torch.tensor([1.0, 0.0]))
+        tensor([1., 2.])
     """
 
     def __init__(
-        self, loss: Tensor | Callable[[], Tensor], params: Tensor | Iterable[Tensor]
+        self, operators: Sequence[LinearOperator], factors: Sequence[float], shift: float = 0.0
     ) -> None:
-        self.params = _check_params(params)
-        self.dtype = self.params[0].dtype
-        self.device = self.params[0].device
-        n = sum(p.numel() for p in self.params)
-        self.shape = (n, n)
-        self.loss = _check_loss(loss if isinstance(loss, Tensor) else _evaluate(loss, self.device))
-        refuse_opaque(self.loss)
-        require_third_order_safe(self.loss, derivatives=2)
-        grads = torch.autograd.grad(
-            self.loss, self.params, create_graph=True, materialize_grads=True
-        )
-        self.gradient = _flatten(grads).detach()
-        self._check_finite("gradient", self.gradient)
-        # A gradient that is constant in every parameter has no graph and a zero Hessian.
-        self._live = [i for i, g in enumerate(grads) if g.requires_grad]
-        self._grads = [grads[i] for i in self._live]
-        self._batched = True
+        if not operators or len(operators) != len(factors):
+            raise ValueError(
+                "operators and factors must be as many, and at least one, got"
+                f" {len(operators)} and {len(factors)}"
+            )
+        for op in operators:
+            _check_alike(op, operators[0])
+        for number in (*factors, shift):
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                raise TypeError(f"factors and shift must be numbers, got {number!r}")
+        self.operators, self.factors, self.shift = list(operators), list(factors), shift
+        self.shape = operators[0].shape
+        self.dtype, self.device = operators[0].dtype, operators[0].device
 
     def matvec(self, v: Tensor, *, create_graph: bool = False) -> Tensor:
-        """Hessian-vector product H v.
-
-        Args:
-            v: [n].
-            create_graph: make the product differentiable in the parameters and in everything else
-                the loss depends on.
-
-        Returns:
-            [n].
-
-        Raises:
-            TypeError: v is not a tensor, or of another dtype.
-            ValueError: v has another shape or device; a product to be differentiated through a
-                normalisation layer that torch differentiates wrongly.
-            NonFiniteError: NaN or infinity in the product (looked for on the CPU only: on a GPU
-                the check would wait for the device).
-        """
+        """Product with v [n], differentiable in what the operators depend on if asked."""
         self._check_vectors("v", v, ndim=1)
-        if create_graph:
-            require_third_order_safe(self.loss)
-        return self._checked(_flatten(self._products(self._split(v), create_graph=create_graph)))
+        products = [op.matvec(v, create_graph=create_graph) for op in self.operators]
+        return self._combine(products, v)
 
     def matmat(self, V: Tensor) -> Tensor:
-        """Products with the k columns of V [n, k], in one batched reverse pass: [n, k]."""
+        """Products with the k columns of V [n, k]: [n, k]."""
         self._check_vectors("V", V, ndim=2)
-        if not self._batched or V.shape[1] == 0:
-            return super().matmat(V)
-        vectors = [part.mT.reshape(-1, *p.shape) for part, p in self._pairs(V)]
-        try:
-            products = self._products(vectors, batched=True)
-        except RuntimeError:  # an operation of the loss has no batching rule
-            self._batched = False
-            return super().matmat(V)
-        return self._checked(torch.cat([h.reshape(V.shape[1], -1) for h in products], 1).mT)
+        return self._combine([op.matmat(V) for op in self.operators], V)
 
-    def check_finite(self, product: Tensor) -> None:
-        """Reports NaN or infinity in a product [n] by parameter and position.
-
-        Raises:
-            NonFiniteError: names the first parameter concerned, its shape, the position and the
-                value.
-
-        Example:
-            >>> x = torch.ones(2, requires_grad=True)
-            >>> H = HessianOperator(x.square().sum(), x)
-            >>> H.check_finite(  # doctest: +IGNORE_EXCEPTION_DETAIL
-            ...     torch.tensor([0.0, float("nan")])
-            ... )
-            Traceback (most recent call last):
-            NonFiniteError: Hessian-vector product of params[0], shape (2,), is nan at (1,)
-        """
-        self._check_finite("Hessian-vector product", product.detach())
-
-    def _checked(self, product: Tensor) -> Tensor:
-        if self.device.type == "cpu":
-            for column in product.reshape(self.shape[0], -1).unbind(1):
-                self.check_finite(column)
-        return product
-
-    def _products(
-        self, vectors: Sequence[Tensor], create_graph: bool = False, batched: bool = False
-    ) -> Sequence[Tensor]:
-        if not self._grads:
-            return [torch.zeros_like(v) for v in vectors]
-        return torch.autograd.grad(
-            self._grads,
-            self.params,
-            [vectors[i] for i in self._live],
-            retain_graph=True,
-            create_graph=create_graph,
-            is_grads_batched=batched,
-            materialize_grads=True,
-        )
-
-    def _pairs(self, v: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        return zip(v.split([p.numel() for p in self.params]), self.params, strict=True)
-
-    def _split(self, v: Tensor) -> list[Tensor]:
-        return [part.reshape(p.shape) for part, p in self._pairs(v)]
-
-    def _check_finite(self, what: str, vector: Tensor) -> None:
-        if torch.isfinite(vector.sum()):  # tells nearly always, at a tenth of the time
-            return
-        for i, part in enumerate(self._split(vector)):
-            bad = (~torch.isfinite(part)).nonzero()
-            if len(bad):
-                place = tuple(bad[0].tolist())
-                raise NonFiniteError(
-                    f"{what} of params[{i}], shape {tuple(part.shape)},"
-                    f" is {part[place].item()} at {place}"
-                )
+    def _combine(self, products: Sequence[Tensor], v: Tensor) -> Tensor:
+        total = self.shift * v
+        for factor, product in zip(self.factors, products, strict=True):
+            total = torch.add(total, product, alpha=factor)
+        return total
 
 
 class DenseOperator(SymmetricOperator):
@@ -284,59 +203,19 @@ class DenseOperator(SymmetricOperator):
         return self.H.detach() @ V
 
 
-def _flatten(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.cat([t.reshape(-1) for t in tensors])
-
-
-def _check_params(params: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    if isinstance(params, nn.Module):
-        raise TypeError("params must be tensors, got a Module: pass module.parameters()")
-    checked = [params] if isinstance(params, Tensor) else list(params)
-    for i, p in enumerate(checked):
-        if not isinstance(p, Tensor):
-            raise TypeError(f"params[{i}] must be a Tensor, got {type(p).__name__}")
-        if not p.requires_grad:
-            raise ValueError(f"params[{i}], shape {tuple(p.shape)}, must require a gradient")
-        _check_dtype(f"params[{i}]", p.dtype)
-        if (p.dtype, p.device) != (checked[0].dtype, checked[0].device):
-            raise ValueError(
-                f"params must share one dtype and device: params[0] has {checked[0].dtype} on"
-                f" {checked[0].device}, params[{i}] has {p.dtype} on {p.device}"
-            )
-    _check_distinct(checked)
-    return checked
-
-
-def _check_dtype(name: str, dtype: torch.dtype) -> None:
-    if dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name} must be float32 or float64, got {dtype}")
-
-
-def _check_distinct(params: Sequence[Tensor]) -> None:
-    if not any(p.numel() for p in params):
-        raise ValueError(f"params must hold at least one number, got {len(params)} tensors")
-    first: dict[int, int] = {}
-    for i, p in enumerate(params):
-        if first.setdefault(id(p), i) != i:
-            raise ValueError(f"params must be distinct, params[{i}] is params[{first[id(p)]}]")
-
-
-def _check_loss(loss: Tensor) -> Tensor:
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"loss must be a Tensor or return one, got {type(loss).__name__}")
-    if loss.numel() != 1:
-        raise ValueError(f"loss must be a scalar, got shape {tuple(loss.shape)}")
-    if not loss.requires_grad:
-        raise ValueError("loss must have a graph, got one that requires no gradient")
-    if not torch.isfinite(loss):
-        raise NonFiniteError(f"loss must be finite, got {loss.item()}")
-    return loss
+def _check_alike(op: LinearOperator, first: LinearOperator) -> None:
+    if not isinstance(op, LinearOperator):
+        raise TypeError(f"operators must be linear operators, got {type(op).__name__}")
+    kind, wanted = ((o.shape, o.dtype, o.device) for o in (op, first))
+    if kind != wanted:
+        raise ValueError(f"operators must agree in shape, dtype and device: {wanted}, got {kind}")
 
 
 def _check_symmetric(H: Tensor) -> None:
     if not isinstance(H, Tensor):
         raise TypeError(f"H must be a Tensor, got {type(H).__name__}")
-    _check_dtype("H", H.dtype)
+    if H.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"H must be float32 or float64, got {H.dtype}")
     if H.dim() != 2 or H.shape[0] != H.shape[1] or H.shape[0] == 0:
         raise ValueError(f"H must be square and not empty, got shape {tuple(H.shape)}")
     values = H.detach()
@@ -345,48 +224,3 @@ def _check_symmetric(H: Tensor) -> None:
     asymmetry = (values - values.mT).abs().max()
     if asymmetry > values.abs().max() * torch.finfo(H.dtype).eps ** 0.5:
         raise ValueError(f"H must be symmetric, got max |H - H'| = {asymmetry.item():.3g}")
-
-
-def _evaluate(loss: Callable[[], Tensor], device: torch.device) -> Tensor:
-    if not callable(loss):
-        raise TypeError(f"loss must be a Tensor or a callable, got {type(loss).__name__}")
-    with ExitStack() as stack:
-        devices = [device] if device.type == "cuda" else []
-        stack.enter_context(torch.random.fork_rng(devices))
-        stack.enter_context(_buffers_restored())
-        stack.enter_context(third_order_safe())
-        stack.enter_context(torch.enable_grad())
-        return loss()
-
-
-@contextmanager
-def _buffers_restored() -> Iterator[None]:
-    """Puts the buffers of every module called inside back, as far as this thread changed them."""
-    saved: dict[nn.Module, dict[str, tuple[Tensor, Tensor, int]]] = {}
-    thread = threading.get_ident()
-
-    def save(module: nn.Module, args: Any) -> None:
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None):
-            raise ValueError(
-                "loss cannot be differentiated twice through torch.compile: pass the module before"
-                " it is compiled"
-            )
-        if threading.get_ident() == thread and module not in saved:
-            buffers = module.named_buffers(recurse=False)
-            saved[module] = {k: (b, b.detach().clone(), b._version) for k, b in buffers}
-
-    handle = nn.modules.module.register_module_forward_pre_hook(save)
-    try:
-        yield
-    finally:
-        handle.remove()
-        for module, buffers in saved.items():
-            _restore(module, buffers)
-
-
-@torch.no_grad()
-def _restore(module: nn.Module, buffers: dict[str, tuple[Tensor, Tensor, int]]) -> None:
-    for name, (buffer, value, version) in buffers.items():
-        module._buffers[name] = buffer
-        # Unless it was changed under autograd's eyes, the graph may hold the buffer.
-        (buffer.data if buffer._version == version else buffer).copy_(value)

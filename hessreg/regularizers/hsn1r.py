@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hessreg.curvature._checks import check_at_least, check_not_negative
+from hessreg.curvature.hessian import HessianOperator
 from hessreg.curvature.norms import (
     NormEstimate,
     NormOrder,
@@ -19,7 +20,6 @@ from hessreg.curvature.norms import (
     one_norm,
     spectral_norm,
 )
-from hessreg.curvature.operators import HessianOperator
 from hessreg.curvature.third_order import third_order_safe
 from hessreg.regularizers._protocol import BaseRegularizer, StepContext
 

@@ -1,0 +1,125 @@
+"""The Hessian of a loss, known by its products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hessreg.curvature.evaluation import RandomState, evaluate
+from hessreg.curvature.parameter_operator import CurvatureGraph, ParameterOperator, check_loss
+from hessreg.curvature.parameters import FlatParameters
+from hessreg.curvature.third_order import refuse_opaque, require_third_order_safe
+
+__all__ = ["HessianOperator"]
+
+
+class HessianOperator(ParameterOperator):
+    """Hessian of a scalar loss with respect to parameters, known by its products.
+
+    The gradient is built once, with its graph; each product is one reverse pass through it, about
+    1.35 gradients for a multilayer perceptron. The operator is the Hessian at the parameters'
+    values when it was made. It leaves ``.grad``, the modules' mode and buffers and the random
+    state as they were; dropout keeps its masks from product to product.
+
+    Args:
+        loss: a scalar with its graph (kept alive, never freed), or a callable that returns one,
+            without arguments or, if there is ``data``, of a batch. A callable is evaluated under
+            :func:`~hessreg.curvature.third_order.third_order_safe`, and the buffers and the random
+            state are put back afterwards. Without data it is evaluated once, here. Nothing in it
+            may go through ``torch.compile``: a compiled module is refused, a compiled function may
+            raise torch's own error.
+        params: the tensors to differentiate by: one, or several of one dtype and device. Vectors
+            are their flat concatenation, [n]. Those the loss does not use count as zeros.
+        data: batches, each a tensor or a collection that begins with one, such as a DataLoader:
+            the operator is the Hessian of the mean over all rows, ``loss`` being the mean over the
+            rows of a batch. Each product goes through all of it, from the same random state, with
+            the parameters' values at that time.
+        process_group: every process of the group has its own loss or data, and products are
+            averaged over all rows (without data: over the processes). All must make the same
+            calls.
+        progress: show a bar for each pass over the data.
+        max_bytes: memory for several vectors at once, about; more of them are taken in turn.
+
+    Attributes:
+        loss: the scalar with its graph; None if there is data.
+        params: the parameters, as a list.
+        gradient: the flat gradient [n], detached.
+
+    Raises:
+        TypeError: a loss, a parameter or data of the wrong type.
+        ValueError: no scalar, no graph, no parameters, a parameter twice, a mixture of dtypes or
+            devices, a gradient penalty through a normalisation layer that torch differentiates
+            wrongly, native weight normalisation, a reentrant checkpoint, a compiled module, data
+            without rows.
+        NonFiniteError: NaN or infinity in the loss or the gradient.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> H = HessianOperator(x[0] ** 3 + x[0] * x[1], x)
+        >>> H.matvec(torch.tensor([1.0, 0.0]))
+        tensor([6., 1.])
+        >>> batches = [torch.ones(2, 2), torch.zeros(1, 2)]
+        >>> HessianOperator(lambda b: (b @ x).square().mean(), x, batches).matvec(torch.ones(2))
+        tensor([2.6667, 2.6667])
+    """
+
+    def __init__(
+        self,
+        loss: Tensor | Callable[..., Tensor],
+        params: Tensor | Iterable[Tensor],
+        data: Iterable[Any] | None = None,
+        *,
+        process_group: dist.ProcessGroup | None = None,
+        progress: bool = False,
+        max_bytes: int = 1 << 30,
+    ) -> None:
+        flat = FlatParameters(params)
+        state = RandomState(flat.device)
+        if not callable(loss) and (data is not None or not isinstance(loss, Tensor)):
+            wanted = "a callable of a batch" if data is not None else "a Tensor or a callable"
+            raise TypeError(f"loss must be {wanted}, got {type(loss).__name__}")
+
+        def linearize(*batch: Any) -> _HessianGraph:
+            value = loss if isinstance(loss, Tensor) else evaluate(loss, *batch, state=state)
+            return _HessianGraph(check_loss(value), flat)
+
+        super().__init__(flat, linearize, data, process_group, progress, max_bytes)
+
+
+class _HessianGraph(CurvatureGraph):
+    """The gradient of one loss with its graph."""
+
+    def __init__(self, loss: Tensor, params: FlatParameters) -> None:
+        refuse_opaque(loss)
+        require_third_order_safe(loss, derivatives=2)
+        grads = torch.autograd.grad(loss, params.tensors, create_graph=True, materialize_grads=True)
+        gradient = params.flatten(grads).detach()
+        params.check_finite("gradient", gradient)
+        # A gradient that is constant in every parameter has no graph and a zero Hessian.
+        self._live = [i for i, g in enumerate(grads) if g.requires_grad]
+        self._grads = [grads[i] for i in self._live]
+        super().__init__(params, loss, gradient, self._grads)
+
+    def product(self, v: Tensor, create_graph: bool) -> Tensor:
+        if create_graph:
+            require_third_order_safe(self.loss)
+        return super().product(v, create_graph)
+
+    def multiply(
+        self, parts: Sequence[Tensor], create_graph: bool = False, batched: bool = False
+    ) -> Sequence[Tensor]:
+        if not self._grads:
+            return [torch.zeros_like(part) for part in parts]
+        return torch.autograd.grad(
+            self._grads,
+            self.params.tensors,
+            [parts[i] for i in self._live],
+            retain_graph=True,
+            create_graph=create_graph,
+            is_grads_batched=batched,
+            materialize_grads=True,
+        )

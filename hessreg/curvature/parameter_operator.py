@@ -1,0 +1,242 @@
+"""What the Hessian and the Gauss-Newton operator share: graphs, batches of data, processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from hessreg.curvature._checks import NonFiniteError
+from hessreg.curvature.evaluation import RandomState
+from hessreg.curvature.operators import SymmetricOperator
+from hessreg.curvature.parameters import FlatParameters
+
+__all__ = ["CurvatureGraph", "ParameterOperator", "check_loss"]
+
+
+class CurvatureGraph:
+    """The curvature of one scalar at one point, as an autograd graph that is kept.
+
+    Args:
+        params: what to differentiate by.
+        loss: the scalar.
+        gradient: its gradient [n], detached.
+        root: the tensors that products go back through, for the memory they take.
+    """
+
+    def __init__(
+        self, params: FlatParameters, loss: Tensor, gradient: Tensor, root: Sequence[Tensor]
+    ) -> None:
+        self.params, self.loss, self.gradient = params, loss, gradient
+        self._root = root
+        self._batched = True
+
+    def product(self, v: Tensor, create_graph: bool) -> Tensor:
+        """Product with v [n]."""
+        return self.params.flatten(self.multiply(self.params.split(v), create_graph=create_graph))
+
+    def products(self, vectors: Tensor, max_bytes: int) -> Tensor:
+        """Products with k vectors [k, n], several at a time as far as memory goes."""
+        if self._batched and len(vectors) > 1:
+            try:
+                size = max(1, max_bytes // self._bytes_per_vector())
+                return torch.cat([self._batched_product(part) for part in vectors.split(size)])
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                self._batched = False  # an operation of the loss has no batching rule
+        return torch.stack([self.product(v, create_graph=False) for v in vectors])
+
+    def multiply(
+        self, parts: Sequence[Tensor], create_graph: bool = False, batched: bool = False
+    ) -> Sequence[Tensor]:
+        """Products by parameter; with ``batched``, of k vectors in front of each part."""
+        raise NotImplementedError
+
+    def _batched_product(self, vectors: Tensor) -> Tensor:
+        return self.params.flatten(self.multiply(self.params.split(vectors), batched=True), batch=1)
+
+    def _bytes_per_vector(self) -> int:
+        """About what one vector more takes: its share of every tensor on the way back."""
+        sizes = [_output_elements(node) for node in _graph_nodes(self._root)]
+        return self.params.dtype.itemsize * (2 * self.params.size + sum(sizes))
+
+
+class ParameterOperator(SymmetricOperator):
+    """A curvature matrix of a loss with respect to parameters: of one graph, or summed over data.
+
+    Args:
+        params: what to differentiate by.
+        linearize: builds the graph of one batch; without data, takes nothing.
+        data: batches, to go through once for each product; or None.
+        process_group: processes of which each has its own data.
+        progress: show a bar for each pass over the data.
+        max_bytes: memory for several vectors at once, about.
+    """
+
+    def __init__(
+        self,
+        params: FlatParameters,
+        linearize: Callable[..., CurvatureGraph],
+        data: Iterable[Any] | None,
+        process_group: dist.ProcessGroup | None,
+        progress: bool,
+        max_bytes: int,
+    ) -> None:
+        _check_data(data)
+        self._flat, self._linearize, self._data = params, linearize, data
+        self._group, self._progress, self._max_bytes = process_group, progress, max_bytes
+        self.params = params.tensors
+        self.dtype, self.device = params.dtype, params.device
+        self.shape = (params.size, params.size)
+        self._state = RandomState(params.device)
+        self._graph = linearize() if data is None else None
+        self.gradient = self._sum(lambda graph: graph.gradient)
+
+    @property
+    def loss(self) -> Tensor | None:
+        """The scalar with its graph; None if there is data."""
+        return None if self._graph is None else self._graph.loss
+
+    def matvec(self, v: Tensor, *, create_graph: bool = False) -> Tensor:
+        """Product with v.
+
+        Args:
+            v: [n].
+            create_graph: make the product differentiable in the parameters and in everything else
+                the loss depends on. With several processes each has the gradient of its own share,
+                to be averaged as gradients are.
+
+        Returns:
+            [n].
+
+        Raises:
+            TypeError: v is not a tensor, or of another dtype.
+            ValueError: v has another shape or device; a product to be differentiated through a
+                normalisation layer that torch differentiates wrongly.
+            NonFiniteError: NaN or infinity in the product (looked for on the CPU only: on a GPU
+                the check would wait for the device).
+        """
+        self._check_vectors("v", v, ndim=1)
+        return self._checked(self._sum(lambda graph: graph.product(v, create_graph)))
+
+    def matmat(self, V: Tensor) -> Tensor:
+        """Products with the k columns of V [n, k], many in one batched reverse pass: [n, k]."""
+        self._check_vectors("V", V, ndim=2)
+        if V.shape[1] == 0:
+            return torch.empty_like(V)
+        vectors = V.mT.contiguous()
+        return self._checked(self._sum(lambda graph: graph.products(vectors, self._max_bytes))).mT
+
+    def check_finite(self, product: Tensor) -> None:
+        """Reports NaN or infinity in a product [n] by parameter and position.
+
+        Raises:
+            NonFiniteError: names the first parameter concerned, its shape, the position and the
+                value.
+        """
+        self._flat.check_finite("product", product.detach())
+
+    def _checked(self, product: Tensor) -> Tensor:
+        if self.device.type == "cpu":
+            self.check_finite(product)
+        return product
+
+    def _sum(self, of: Callable[[CurvatureGraph], Tensor]) -> Tensor:
+        """The mean over the rows of the data, of all processes."""
+        if self._graph is not None:
+            total, rows = of(self._graph), 1
+        else:
+            total, rows = self._sum_over_data(of)
+        return total if self._group is None else _mean_over_processes(total, rows, self._group)
+
+    def _sum_over_data(self, of: Callable[[CurvatureGraph], Tensor]) -> tuple[Tensor, int]:
+        total, rows = torch.zeros((), dtype=self.dtype, device=self.device), 0
+        with self._state.restored():  # one order and one set of masks for all products
+            for batch in self._batches():
+                count = _count_rows(batch)
+                total = total + count * of(self._linearize(batch))
+                rows += count
+        if not rows:
+            raise ValueError("data has no rows: it is empty, or can be gone through once only")
+        return total / rows, rows
+
+    def _batches(self) -> Iterator[Any]:
+        if not self._progress:
+            return iter(self._data or ())
+        from rich.progress import track
+
+        total = len(self._data) if isinstance(self._data, Collection) else None
+        return iter(track(self._data or (), "product", total=total, transient=True))
+
+
+def check_loss(loss: Any) -> Tensor:
+    """Refuses what is no finite scalar with a graph.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: not a scalar, or without a graph.
+        NonFiniteError: NaN or infinity.
+    """
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss must be a Tensor or return one, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(f"loss must be a scalar, got shape {tuple(loss.shape)}")
+    if not loss.requires_grad:
+        raise ValueError("loss must have a graph, got one that requires no gradient")
+    if not torch.isfinite(loss):
+        raise NonFiniteError(f"loss must be finite, got {loss.item()}")
+    return loss
+
+
+def _check_data(data: Any) -> None:
+    if data is None:
+        return
+    if not isinstance(data, Iterable):
+        raise TypeError(f"data must be an iterable of batches, got {type(data).__name__}")
+    if isinstance(data, Iterator):
+        raise TypeError(
+            "data is gone through once for each product: it must be a loader or a list, got an"
+            f" iterator, {type(data).__name__}"
+        )
+
+
+def _count_rows(batch: Any) -> int:
+    """The length of the first tensor of a batch."""
+    if isinstance(batch, Tensor):
+        return len(batch)
+    parts = batch.values() if isinstance(batch, dict) else batch
+    if isinstance(parts, Iterable) and not isinstance(parts, str):
+        for part in parts:
+            return _count_rows(part)
+    raise TypeError(f"a batch must hold a tensor to tell its rows, got {type(batch).__name__}")
+
+
+def _mean_over_processes(mean: Tensor, rows: int, group: dist.ProcessGroup) -> Tensor:
+    weighted = torch.cat([rows * mean.detach().flatten(), mean.new_full((1,), rows)])
+    dist.all_reduce(weighted, group=group)
+    value = (weighted[:-1] / weighted[-1]).view_as(mean)
+    if not mean.requires_grad:
+        return value
+    # The gradients of the processes' means are yet to be averaged, each with the same weight.
+    share = mean * (rows * dist.get_world_size(group) / weighted[-1])
+    return share + (value - share.detach())
+
+
+def _graph_nodes(roots: Sequence[Tensor]) -> Iterator[Node]:
+    seen: set[Node] = set()
+    pending = [t.grad_fn for t in roots]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            pending.extend(parent for parent, _ in node.next_functions)
+            yield node
+
+
+def _output_elements(node: Node) -> int:
+    return sum(torch.Size(output.shape).numel() for output in node._input_metadata)
