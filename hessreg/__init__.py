@@ -7,19 +7,32 @@ from hessreg.kernels import (
     nystrom_features,
     random_fourier_features,
 )
-from hessreg.ops import gaussian_kernel, gaussian_kernel_matvec, mmd2, project_orthogonal
+from hessreg.ops import (
+    MLPHessian,
+    gaussian_kernel,
+    gaussian_kernel_matvec,
+    mlp_hvp,
+    mlp_parameter_hvp,
+    mmd2,
+    project_orthogonal,
+    symmetric_matmul,
+)
 
 __version__ = "0.1.0"
 __all__ = [
+    "MLPHessian",
     "__version__",
     "backend",
     "build_info",
     "gaussian_kernel",
     "gaussian_kernel_matvec",
     "median_bandwidth",
+    "mlp_hvp",
+    "mlp_parameter_hvp",
     "mmd2",
     "mmd2_test",
     "nystrom_features",
     "project_orthogonal",
     "random_fourier_features",
+    "symmetric_matmul",
 ]

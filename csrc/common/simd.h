@@ -142,6 +142,26 @@ HESSREG_HD void store(T* p, Vector<Compute<T>> v) {
   for (int lane = 0; lane < kLanes<Compute<T>>; ++lane) p[lane] = from_compute<T>(v[lane]);
 }
 
+// The first `count` elements, all that there are of them, and zeros beyond.
+template <typename C>
+HESSREG_HD Vector<C> load_some(const C* p, int64_t count) {
+  if (count >= kLanes<C>) return load<C, kLanes<C>>(p);
+#if defined(__AVX512F__)
+  const auto mask = static_cast<uint16_t>(count > 0 ? (1u << count) - 1 : 0);
+  if constexpr (sizeof(C) == 4) return (Vector<C>)_mm512_maskz_loadu_ps(mask, p);
+  if constexpr (sizeof(C) == 8) return (Vector<C>)_mm512_maskz_loadu_pd(mask, p);
+#endif
+  Vector<C> v = {};
+  for (int64_t lane = 0; lane < count; ++lane) v[lane] = p[lane];
+  return v;
+}
+
+template <typename T>
+HESSREG_HD void store_some(T* p, const Vector<Compute<T>>& v, int64_t count) {
+  if (count >= kLanes<Compute<T>>) return store<T>(p, v);
+  for (int64_t lane = 0; lane < count; ++lane) p[lane] = from_compute<T>(v[lane]);
+}
+
 // A hint only: any address will do.
 HESSREG_HD void prefetch(const void* p) { __builtin_prefetch(p); }
 

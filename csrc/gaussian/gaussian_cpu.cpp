@@ -26,12 +26,6 @@ struct MatrixSpace {
 };
 
 template <typename T>
-HESSREG_HD void store_some(T* to, const Vector<Compute<T>>& v, int64_t count) {
-  if (count >= kLanes<Compute<T>>) return store<T>(to, v);
-  for (int64_t lane = 0; lane < count; ++lane) to[lane] = from_compute<T>(v[lane]);
-}
-
-template <typename T>
 void matrix_block(const Matrix& problem, MatrixSpace<Compute<T>>& space, T* out, int64_t columns) {
   using C = Compute<T>;
   const Distances<C> distances{space.y, space.panels, space.x, space.partial};

@@ -5,44 +5,18 @@
 // One block stands in panels, so many points side by side that they fill two vectors; points of the
 // other are broadcast, a group at a time. The distances of a panel and a group stay in registers
 // until they have become weights.
-#include "../common/simd.h"
+#include "../common/cpu_tiles.h"
 #include "gaussian_cpu.h"
 
 namespace hessreg::gaussian::HESSREG_ISA {
 namespace {
 
-template <typename C>
-constexpr int kPanel = 2 * kLanes<C>;                // points of a panel
-constexpr int kGroup = kVectorBytes == 64 ? 12 : 6;  // points that are broadcast at a time
 constexpr int64_t kDepth = 256;      // terms of a product at a time: its operands stay in cache
 constexpr int64_t kDifferences = 8;  // dimensions up to which differences cost no more
 static_assert(kBlock % kGroup == 0 && kBlock % kPanel<float> == 0);
 
-template <typename C, int R, int N = 2>
-using Tile = Vector<C>[R][N];
-
-HESSREG_HD int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-HESSREG_HD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Rows apart by whole vectors and never by a power of two, which would share cache sets.
 HESSREG_HD int64_t row_stride(int64_t d) { return round_up(d, 16) + 16; }
-
-// Hands out parts of a workspace; without one it measures what is needed.
-class Arena {
- public:
-  HESSREG_HD explicit Arena(void* workspace) : base_(reinterpret_cast<uintptr_t>(workspace)) {}
-  template <typename T>
-  HESSREG_HD T* take(int64_t count) {
-    const uintptr_t here = base_ + static_cast<uintptr_t>(used_);
-    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return reinterpret_cast<T*>(here);
-  }
-  HESSREG_HD int64_t used() const { return used_; }
-
- private:
-  uintptr_t base_;
-  int64_t used_ = 0;
-};
 
 // ---- mixtures ----------------------------------------------------------------------------------
 
@@ -102,14 +76,6 @@ HESSREG_HD void weigh(const Components<C>& mixture, Tile<C, R, N>& s, Tile<C, R,
 
 // ---- products ----------------------------------------------------------------------------------
 
-template <typename C, int R, int N>
-HESSREG_HD void clear(Tile<C, R, N>& tile) {
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int h = 0; h < N; ++h) tile[r][h] = Vector<C>{};
-}
-
 // Terms summed up in one go in the type of the elements; beyond that, sums of sums.
 constexpr int64_t kTerms = 48;
 
@@ -119,31 +85,6 @@ HESSREG_HD void add(const Tile<C, R, N>& tile, Tile<C, R, N>& sum) {
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int h = 0; h < N; ++h) sum[r][h] += tile[r][h];
-}
-
-// tile[r][:] += sum_k a[k a_step :] b[k b_step + r b_row], or with kDiffer the sum of the squared
-// differences of the two.
-template <bool kDiffer, typename C, int R, int N>
-HESSREG_HD void multiply(const C* a, int64_t a_step, const C* b, int64_t b_step, int64_t b_row,
-                         int64_t depth, Tile<C, R, N>& tile) {
-#pragma GCC unroll 1
-  for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_step) {
-    Vector<C> column[N];
-#pragma GCC unroll 2
-    for (int h = 0; h < N; ++h) column[h] = load<C, kLanes<C>>(a + h * kLanes<C>);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-      for (int h = 0; h < N; ++h) {
-        if constexpr (kDiffer) {
-          const Vector<C> difference = column[h] - b[r * b_row];
-          tile[r][h] += difference * difference;
-        } else {
-          tile[r][h] += column[h] * b[r * b_row];
-        }
-      }
-    }
-  }
 }
 
 // ---- blocks ------------------------------------------------------------------------------------
@@ -221,35 +162,14 @@ struct Panels {
   }
 
   HESSREG_HD void load(const C* rows, int64_t stride, int64_t number) {
-    constexpr int64_t kSide = kLanes<C>;
     count = (number + kPanel<C> - 1) / kPanel<C>;
-    for (int64_t i = 0; i < count * kPanel<C>; i += kSide) {
-      for (int64_t k = 0; k < width; k += kSide) {
-        const bool whole = i + kSide <= number && k + kSide <= width;
-        C* to = data + i / kPanel<C> * kPanel<C> * width + k * kPanel<C> + i % kPanel<C>;
-        whole ? load_square(rows + i * stride + k, stride, to)
-              : load_part(rows + i * stride + k, stride, number - i, width - k, to);
-      }
+    for (int64_t p = 0; p < count; ++p) {
+      const int64_t i = p * kPanel<C>;
+      load_panel(rows + i * stride, stride, number - i, width, data + i * width);
     }
   }
 
   HESSREG_HD const C* panel(int64_t p) const { return data + p * kPanel<C> * width; }
-
- private:
-  HESSREG_HD static void load_square(const C* from, int64_t stride, C* to) {
-    Vector<C> rows[kLanes<C>];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes<C>; ++i) rows[i] = hessreg::load<C, kLanes<C>>(from + i * stride);
-    transpose<C>(rows);
-#pragma GCC unroll 16
-    for (int k = 0; k < kLanes<C>; ++k) store(to + k * kPanel<C>, rows[k]);
-  }
-  HESSREG_HD static void load_part(const C* from, int64_t stride, int64_t rows, int64_t columns,
-                                   C* to) {
-    for (int64_t k = 0; k < smaller(columns, kLanes<C>); ++k)
-      for (int64_t i = 0; i < kLanes<C>; ++i)
-        to[k * kPanel<C> + i] = i < rows ? from[i * stride + k] : C(0);
-  }
 };
 
 // Where coordinates are taken from: in each dimension the mean of a block, if all its points are

@@ -38,7 +38,7 @@ def _flatten(arguments: Arguments) -> tuple[list[Tensor], list[Any]]:
         if isinstance(argument, Tensor):
             tensors.append(argument)
             layout.append(_BARE)
-        elif isinstance(argument, (list, tuple)):
+        elif isinstance(argument, (list, tuple)) and all(isinstance(t, Tensor) for t in argument):
             tensors.extend(argument)
             layout.append(_Slot(len(argument)))
         else:
@@ -142,6 +142,21 @@ def reverse_of(reference: Callable[..., Any]) -> Callable[..., Sequence[Any]]:
         return [result if isinstance(item, _Slot) else None for result, item in pairs]
 
     return backward
+
+
+def vmap_of(reference: Callable[..., Any]) -> Callable[[int, Arguments, Arguments], Any]:
+    """The ``vmap`` of an operator of which only the value is worth a kernel."""
+
+    def vmap(batch_size: int, arguments: Arguments, dims: Arguments) -> Any:
+        tensors, layout = _flatten(arguments)
+
+        def run(*filled: Tensor) -> Any:
+            return reference(*_unflatten(filled, layout))
+
+        in_dims = tuple(_fill_order(dims, layout))
+        return torch.func.vmap(run, in_dims)(*tensors)
+
+    return vmap
 
 
 def _as_function_output(outputs: Any) -> Any:

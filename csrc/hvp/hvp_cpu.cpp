@@ -1,0 +1,706 @@
+// Compiled once per instruction set, with HESSREG_ISA naming the namespace.
+#include "hvp_cpu_tiles.h"
+
+namespace hessreg::hvp::HESSREG_ISA {
+namespace {
+
+// What all passes through a network know of it.
+template <typename C>
+class Pass {
+ protected:
+  HESSREG_HD Pass(const Network& network, void* workspace)
+      : network_(network), batch_(network.batch), arena_(workspace) {}
+
+  HESSREG_HD int64_t width(int64_t l) const {
+    return l == 0 ? network_.inputs() : network_.layers[l - 1].out;
+  }
+  HESSREG_HD const Layer& layer(int64_t l) const { return network_.layers[l - 1]; }
+  HESSREG_HD const C* weight(int64_t l) const { return static_cast<const C*>(layer(l).weight); }
+  HESSREG_HD int64_t chunks(int64_t l) const { return ceil_div(width(l), kRows); }
+  HESSREG_HD int64_t multiplications(int64_t l) const { return batch_ * width(l) * width(l - 1); }
+
+  // The units of layers 0 ... l - 1.
+  HESSREG_HD int64_t units(int64_t l) const {
+    int64_t total = 0;
+    for (int64_t i = 0; i < l; ++i) total += width(i);
+    return total;
+  }
+  HESSREG_HD int64_t padded_units(int64_t l) const {
+    int64_t total = 0;
+    for (int64_t i = 0; i < l; ++i) total += round_up(width(i), kPanel<C>);
+    return total;
+  }
+  // The elements of panels of samples, or of units, of layers 0 ... l - 1.
+  HESSREG_HD int64_t sample_panels_size(int64_t l) const {
+    return round_up(batch_, kPanel<C>) * units(l);
+  }
+  HESSREG_HD int64_t unit_panels_size(int64_t l) const { return batch_ * padded_units(l); }
+  // Panels of layer l, where those of the layers before stand before it.
+  HESSREG_HD Panels<C> samples(C* region, int64_t l) const {
+    return {region + sample_panels_size(l), width(l)};
+  }
+  HESSREG_HD Panels<C> unit_panels(C* region, int64_t l) const {
+    return {region + unit_panels_size(l), batch_};
+  }
+
+  // Calls use(start, columns) for each panel of samples.
+  template <typename Use>
+  HESSREG_HD void each_panel(const Use& use) const {
+    for (int64_t start = 0; start < batch_; start += kPanel<C>)
+      use(start, smaller(kPanel<C>, batch_ - start));
+  }
+
+  // Calls use(row, column, count) for each vector of a chunk of layer l, a block of a panel.
+  template <typename Use>
+  HESSREG_HD static void each_vector(int64_t rows, int64_t columns, const Use& use) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t h = 0; h < columns; h += kLanes<C>) use(r, h, columns - h);
+  }
+
+  const Network& network_;
+  int64_t batch_;
+  Arena arena_;
+};
+
+template <typename C>
+HESSREG_HD C* at(void* const* list, int64_t l) {
+  return static_cast<C*>(list[l - 1]);
+}
+template <typename C>
+HESSREG_HD const C* at(const void* const* list, int64_t l) {
+  return static_cast<const C*>(list[l - 1]);
+}
+
+// A buffer for the products of a chunk with a panel.
+template <typename C>
+struct alignas(64) Block {
+  C data[kRows * kPanel<C>];
+  HESSREG_HD C* row(int64_t r) { return data + r * kPanel<C>; }
+};
+
+// ---- forward -----------------------------------------------------------------------------------
+
+template <typename C>
+class ForwardPass : Pass<C> {
+  using Base = Pass<C>;
+
+ public:
+  HESSREG_HD ForwardPass(const Forward& problem, void* workspace)
+      : Base(problem.network, workspace),
+        p_(problem),
+        a_(this->arena_.template take<C>(this->sample_panels_size(depth()))) {}
+
+  HESSREG_HD int64_t bytes() const { return this->arena_.used(); }
+  HESSREG_HD int64_t stages() const { return depth() + 1; }
+  HESSREG_HD Stage stage(int64_t l) const {
+    if (l == 0) return {1, 0};
+    return {this->chunks(l), 2 * this->multiplications(l)};
+  }
+
+  void run(int64_t l, int64_t begin, int64_t end) const {
+    if (l == 0) return this->samples(a_, 0).load_columns(static_cast<const C*>(p_.x), this->batch_);
+    for (int64_t chunk = begin; chunk < end; ++chunk) run_chunk(l, chunk * kRows);
+  }
+
+ private:
+  HESSREG_HD int64_t depth() const { return p_.network.depth; }
+
+  void run_chunk(int64_t l, int64_t first) const {
+    const int64_t rows = smaller(kRows, this->width(l) - first), in = this->width(l - 1);
+    Block<C> block;
+    this->each_panel([&](int64_t start, int64_t columns) {
+      const C* before = this->samples(a_, l - 1).data + start * in;
+      const Term<C> term = rows_of(this->weight(l) + first * in, in, before);
+      sum_products(&term, 1, rows, columns, block.data, kPanel<C>);
+      add_bias(l, first, rows, block);
+      if (l == depth())
+        store_transposed(block.data, rows, columns,
+                         static_cast<C*>(p_.y) + start * this->width(l) + first, this->width(l));
+      else
+        finish(l, first, rows, start, columns, block);
+    });
+  }
+
+  HESSREG_HD void add_bias(int64_t l, int64_t first, int64_t rows, Block<C>& block) const {
+    const C* bias = static_cast<const C*>(this->layer(l).bias);
+    if (!bias) return;
+    this->each_vector(rows, kPanel<C>, [&](int64_t r, int64_t h, int64_t) {
+      C* here = block.row(r) + h;
+      store(here, load<C, kLanes<C>>(here) + bias[first + r]);
+    });
+  }
+
+  HESSREG_HD void finish(int64_t l, int64_t first, int64_t rows, int64_t start, int64_t columns,
+                         Block<C>& block) const {
+    C* panel = this->samples(a_, l).data + start * this->width(l) + first * kPanel<C>;
+    this->each_vector(rows, columns, [&](int64_t r, int64_t h, int64_t count) {
+      const Jet<Vector<C>> jet = activate<VectorMath<C>>(
+          p_.activation, static_cast<C>(p_.parameter), load<C, kLanes<C>>(block.row(r) + h));
+      const int64_t place = (first + r) * this->batch_ + start + h;
+      store(panel + r * kPanel<C> + h, jet.value);
+      store_some<C>(at<C>(p_.a, l) + place, jet.value, count);
+      store_some<C>(at<C>(p_.first, l) + place, jet.first, count);
+      store_some<C>(at<C>(p_.second, l) + place, jet.second, count);
+    });
+  }
+
+  const Forward& p_;
+  C* a_;  // panels of samples, layers 0 ... L - 1
+};
+
+// ---- backward ----------------------------------------------------------------------------------
+
+// Stage by stage from layer L to layer 1.
+template <typename C>
+class BackwardPass : Pass<C> {
+  using Base = Pass<C>;
+
+ public:
+  HESSREG_HD BackwardPass(const Backward& problem, void* workspace)
+      : Base(problem.network, workspace),
+        p_(problem),
+        delta_(this->arena_.template take<C>(this->sample_panels_size(depth() + 1))) {}
+
+  HESSREG_HD int64_t bytes() const { return this->arena_.used(); }
+  HESSREG_HD int64_t stages() const { return depth(); }
+  HESSREG_HD Stage stage(int64_t index) const {
+    if (index == 0) return {1, 0};
+    return {this->chunks(depth() - index), 2 * this->multiplications(depth() - index + 1)};
+  }
+
+  void run(int64_t index, int64_t begin, int64_t end) const {
+    if (index == 0) return start_from_outputs();
+    for (int64_t chunk = begin; chunk < end; ++chunk) run_chunk(depth() - index, chunk * kRows);
+  }
+
+ private:
+  HESSREG_HD int64_t depth() const { return p_.network.depth; }
+
+  void start_from_outputs() const {
+    const Panels<C> panels = this->samples(delta_, depth());
+    panels.load_columns(static_cast<const C*>(p_.delta_out), this->batch_);
+    this->each_panel([&](int64_t start, int64_t columns) {
+      const C* panel = panels.data + start * panels.rows;
+      this->each_vector(panels.rows, columns, [&](int64_t r, int64_t h, int64_t count) {
+        store_some<C>(at<C>(p_.delta, depth()) + r * this->batch_ + start + h,
+                      load<C, kLanes<C>>(panel + r * kPanel<C> + h), count);
+      });
+    });
+  }
+
+  void run_chunk(int64_t l, int64_t first) const {
+    const int64_t in = this->width(l), out = this->width(l + 1), batch = this->batch_;
+    const int64_t rows = smaller(kRows, in - first);
+    Block<C> block;
+    this->each_panel([&](int64_t start, int64_t columns) {
+      const C* after = this->samples(delta_, l + 1).data + start * out;
+      C* panel = this->samples(delta_, l).data + start * in + first * kPanel<C>;
+      const Term<C> term = columns_of(this->weight(l + 1) + first, in, out, after);
+      sum_products(&term, 1, rows, columns, block.data, kPanel<C>);
+      this->each_vector(rows, columns, [&](int64_t r, int64_t h, int64_t count) {
+        const int64_t place = (first + r) * batch + start + h;
+        const Vector<C> g = load<C, kLanes<C>>(block.row(r) + h);
+        const Vector<C> delta = g * load_some(at<C>(p_.first, l) + place, count);
+        store(panel + r * kPanel<C> + h, delta);
+        store_some<C>(at<C>(p_.delta, l) + place, delta, count);
+        store_some<C>(at<C>(p_.s, l) + place, g * load_some(at<C>(p_.second, l) + place, count),
+                      count);
+      });
+    });
+  }
+
+  const Backward& p_;
+  C* delta_;  // panels of samples, layers 0 ... L
+};
+
+// ---- several directions ------------------------------------------------------------------------
+
+// Directions go through all layers in groups of so many that what they leave stays in cache.
+constexpr int64_t kGroupBytes = 1 << 19;
+
+HESSREG_HD int64_t group_size(int64_t directions, int64_t bytes_of_one) {
+  const int64_t size = kGroupBytes / (bytes_of_one + 1);
+  return size < 1 ? 1 : smaller(size, directions);
+}
+
+// Stage 0 prepares what all directions share; then `each` stages for every group.
+struct Groups {
+  int64_t directions, size, each;
+
+  HESSREG_HD int64_t stages() const {
+    return 1 + (directions ? ceil_div(directions, size) : 0) * each;
+  }
+  HESSREG_HD int64_t first(int64_t stage) const { return (stage - 1) / each * size; }
+  HESSREG_HD int64_t count(int64_t stage) const { return smaller(size, directions - first(stage)); }
+  HESSREG_HD int64_t step(int64_t stage) const { return (stage - 1) % each; }
+};
+
+// ---- tangent -----------------------------------------------------------------------------------
+
+template <typename C>
+class TangentPass : Pass<C> {
+  using Base = Pass<C>;
+
+ public:
+  HESSREG_HD TangentPass(const Tangent& problem, void* workspace)
+      : Base(problem.network, workspace),
+        p_(problem),
+        ra_size_(this->sample_panels_size(depth())),
+        groups_{p_.directions, group_size(p_.directions, ra_size_ * sizeof(C)), depth() + 1},
+        a_(this->arena_.template take<C>(ra_size_)),
+        ra_(this->arena_.template take<C>(groups_.size * ra_size_)) {}
+
+  HESSREG_HD int64_t bytes() const { return this->arena_.used(); }
+  HESSREG_HD int64_t stages() const { return groups_.stages(); }
+  HESSREG_HD Stage stage(int64_t index) const {
+    if (index == 0) return {depth(), this->batch_ * this->units(depth())};
+    const int64_t l = groups_.step(index), count = groups_.count(index);
+    if (l == 0) return {p_.u ? count : 0, count * this->batch_ * this->width(0)};
+    return {count * this->chunks(l), 4 * count * this->multiplications(l)};
+  }
+
+  void run(int64_t index, int64_t begin, int64_t end) const {
+    if (index == 0) {
+      for (int64_t l = begin; l < end; ++l) prepare(l);
+      return;
+    }
+    const int64_t l = groups_.step(index), first = groups_.first(index);
+    if (l == 0) {
+      for (int64_t j = begin; j < end; ++j) start_from_inputs(first + j, ra(j));
+      return;
+    }
+    const int64_t chunks = this->chunks(l);
+    for (int64_t task = begin; task < end; ++task)
+      run_chunk(l, first + task / chunks, ra(task / chunks), task % chunks * kRows);
+  }
+
+ private:
+  HESSREG_HD int64_t depth() const { return p_.network.depth; }
+  HESSREG_HD C* ra(int64_t place) const { return ra_ + place * ra_size_; }
+
+  // a_l where a direction in W_{l+1} meets it.
+  void prepare(int64_t l) const {
+    if (this->layer(l + 1).weight_offset < 0) return;
+    const Panels<C> panels = this->samples(a_, l);
+    if (l == 0) return panels.load_columns(static_cast<const C*>(p_.x), this->batch_);
+    panels.load_rows(at<C>(p_.a, l), this->batch_);
+  }
+
+  void start_from_inputs(int64_t j, C* ra) const {
+    const C* u = static_cast<const C*>(p_.u) + j * this->batch_ * this->width(0);
+    this->samples(ra, 0).load_columns(u, this->batch_);
+  }
+
+  void run_chunk(int64_t l, int64_t j, C* ra, int64_t first) const {
+    const Layer& layer = this->layer(l);
+    const int64_t rows = smaller(kRows, layer.out - first), in = layer.in;
+    const C* v = static_cast<const C*>(p_.v) + j * p_.length;
+    Block<C> block;
+    this->each_panel([&](int64_t start, int64_t columns) {
+      Term<C> terms[2];
+      int count = 0;
+      if (l > 1 || p_.u)
+        terms[count++] = rows_of<C>(this->weight(l) + first * in, in,
+                                    this->samples(ra, l - 1).data + start * in);
+      if (layer.weight_offset >= 0)
+        terms[count++] = rows_of<C>(v + layer.weight_offset + first * in, in,
+                                    this->samples(a_, l - 1).data + start * in);
+      sum_products(terms, count, rows, columns, block.data, kPanel<C>);
+      const C* c = layer.bias_offset >= 0 ? v + layer.bias_offset + first : nullptr;
+      l == depth() ? finish_outputs(j, first, rows, start, columns, c, block)
+                   : finish(l, j, ra, first, rows, start, columns, c, block);
+    });
+  }
+
+  HESSREG_HD void finish(int64_t l, int64_t j, C* ra, int64_t first, int64_t rows, int64_t start,
+                         int64_t columns, const C* c, Block<C>& block) const {
+    C* panel = this->samples(ra, l).data + start * this->width(l) + first * kPanel<C>;
+    C* rz = at<C>(p_.rz, l) + j * this->width(l) * this->batch_;
+    this->each_vector(rows, columns, [&](int64_t r, int64_t h, int64_t count) {
+      const int64_t place = (first + r) * this->batch_ + start + h;
+      const Vector<C> z = load<C, kLanes<C>>(block.row(r) + h) + (c ? c[r] : C(0));
+      store_some<C>(rz + place, z, count);
+      store(panel + r * kPanel<C> + h, z * load_some(at<C>(p_.first, l) + place, count));
+    });
+  }
+
+  HESSREG_HD void finish_outputs(int64_t j, int64_t first, int64_t rows, int64_t start,
+                                 int64_t columns, const C* c, Block<C>& block) const {
+    if (c)
+      this->each_vector(rows, columns, [&](int64_t r, int64_t h, int64_t) {
+        C* here = block.row(r) + h;
+        store(here, load<C, kLanes<C>>(here) + c[r]);
+      });
+    const int64_t out = this->width(depth());
+    store_transposed(block.data, rows, columns,
+                     static_cast<C*>(p_.ry) + (j * this->batch_ + start) * out + first, out);
+  }
+
+  const Tangent& p_;
+  int64_t ra_size_;
+  Groups groups_;
+  C *a_, *ra_;  // panels of samples, layers 0 ... L - 1; of each direction of a group
+};
+
+// ---- adjoint -----------------------------------------------------------------------------------
+
+template <typename C>
+class AdjointPass : Pass<C> {
+  using Base = Pass<C>;
+
+ public:
+  HESSREG_HD AdjointPass(const Adjoint& problem, void* workspace)
+      : Base(problem.network, workspace),
+        p_(problem),
+        r_size_(this->sample_panels_size(depth() + 1)),
+        units_size_(this->unit_panels_size(depth())),
+        groups_{p_.directions, group_size(p_.directions, (r_size_ + units_size_) * sizeof(C)),
+                depth() + 1},
+        delta_(this->arena_.template take<C>(r_size_)),
+        a_(this->arena_.template take<C>(units_size_)),
+        first_(this->arena_.template take<C>(units_size_)),
+        r_(this->arena_.template take<C>(groups_.size * r_size_)),
+        ra_(this->arena_.template take<C>(groups_.size * units_size_)) {}
+
+  HESSREG_HD int64_t bytes() const { return this->arena_.used(); }
+  HESSREG_HD int64_t stages() const { return groups_.stages(); }
+  HESSREG_HD Stage stage(int64_t index) const {
+    const int64_t elements = this->batch_ * this->units(depth());
+    if (index == 0) return {depth(), 3 * elements};
+    const int64_t step = groups_.step(index), count = groups_.count(index);
+    if (step == 0) return {count * depth(), count * elements};
+    const int64_t l = depth() + 1 - step;
+    return {count * tasks(l), 8 * count * this->multiplications(l)};
+  }
+
+  void run(int64_t index, int64_t begin, int64_t end) const {
+    if (index == 0) {
+      for (int64_t l = begin; l < end; ++l) prepare(l);
+      return;
+    }
+    const int64_t step = groups_.step(index), first = groups_.first(index);
+    const int64_t l = depth() + 1 - step, each = step == 0 ? depth() : tasks(l);
+    for (int64_t task = begin; task < end; ++task) {
+      const Direction direction = this->direction(first, task / each);
+      step == 0 ? start(direction, task % each) : run_task(l, direction, task % each);
+    }
+  }
+
+ private:
+  // One of a group, and its part of the workspace.
+  struct Direction {
+    int64_t index;
+    C *r, *ra;
+    const C* v;
+  };
+
+  HESSREG_HD int64_t depth() const { return p_.network.depth; }
+  HESSREG_HD bool second() const { return !p_.gauss_newton; }
+  HESSREG_HD Direction direction(int64_t first, int64_t place) const {
+    const int64_t index = first + place;
+    return {index, r_ + place * r_size_, ra_ + place * units_size_,
+            static_cast<const C*>(p_.v) + index * p_.length};
+  }
+
+  // Chunks of rows of the result for W_l and b_l, then chunks of layer l - 1.
+  HESSREG_HD int64_t result_tasks(int64_t l) const {
+    const Layer& layer = this->layer(l);
+    return layer.weight_offset >= 0 || layer.bias_offset >= 0 ? this->chunks(l) : 0;
+  }
+  HESSREG_HD int64_t tasks(int64_t l) const {
+    return result_tasks(l) + (l > 1 || p_.r_input ? this->chunks(l - 1) : 0);
+  }
+  HESSREG_HD void run_task(int64_t l, const Direction& direction, int64_t task) const {
+    const int64_t results = result_tasks(l);
+    task < results ? result_chunk(l, direction, task * kRows)
+                   : adjoint_chunk(l, direction, (task - results) * kRows);
+  }
+
+  // What all directions share of layer l and of delta_{l+1}.
+  void prepare(int64_t l) const {
+    if (second()) this->samples(delta_, l + 1).load_rows(at<C>(p_.delta, l + 1), this->batch_);
+    if (this->layer(l + 1).weight_offset < 0) return;
+    const Panels<C> panels = this->unit_panels(a_, l);
+    if (l == 0) return panels.load_rows(static_cast<const C*>(p_.x), this->width(0));
+    panels.load_columns(at<C>(p_.a, l), this->width(l));
+    if (second()) this->unit_panels(first_, l).load_columns(at<C>(p_.first, l), this->width(l));
+  }
+
+  // R delta_L, and Ra_l where delta_{l+1} meets it.
+  void start(const Direction& direction, int64_t l) const {
+    const int64_t j = direction.index, width = this->width(l);
+    if (l == 0)
+      this->samples(direction.r, depth())
+          .load_columns(
+              static_cast<const C*>(p_.r_delta_out) + j * this->batch_ * this->width(depth()),
+              this->batch_);
+    if (!second() || this->layer(l + 1).weight_offset < 0) return;
+    const Panels<C> panels = this->unit_panels(direction.ra, l);
+    if (l > 0) {
+      panels.load_columns(at<C>(p_.rz, l) + j * width * this->batch_, width);
+      const C* first = this->unit_panels(first_, l).data;
+      for (int64_t i = 0; i < round_up(width, kPanel<C>) * this->batch_; i += kLanes<C>)
+        store(panels.data + i, load<C, kLanes<C>>(panels.data + i) * load<C, kLanes<C>>(first + i));
+    } else if (p_.u) {
+      panels.load_rows(static_cast<const C*>(p_.u) + j * this->batch_ * width, width);
+    }
+  }
+
+  void result_chunk(int64_t l, const Direction& direction, int64_t first) const {
+    const Layer& layer = this->layer(l);
+    const int64_t rows = smaller(kRows, layer.out - first);
+    C* result = static_cast<C*>(p_.result) + direction.index * p_.length;
+    if (layer.bias_offset >= 0)
+      sum_samples(this->samples(direction.r, l), first, rows, result + layer.bias_offset + first);
+    if (layer.weight_offset >= 0)
+      weight_chunk(l, direction, first, rows, result + layer.weight_offset + first * layer.in);
+  }
+
+  HESSREG_HD void sum_samples(const Panels<C>& panels, int64_t first, int64_t rows, C* to) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      Vector<C> total = {};
+      this->each_panel([&](int64_t start, int64_t columns) {
+        const C* from = panels.data + start * panels.rows + (first + r) * kPanel<C>;
+        for (int64_t h = 0; h < columns; h += kLanes<C>) total += load_some(from + h, columns - h);
+      });
+      to[r] = sum_lanes<C>(total);
+    }
+  }
+
+  void weight_chunk(int64_t l, const Direction& direction, int64_t first, int64_t rows,
+                    C* to) const {
+    const int64_t out = this->width(l), in = this->width(l - 1), batch = this->batch_;
+    const C* r = this->samples(direction.r, l).data + first * kPanel<C>;
+    const C* delta = this->samples(delta_, l).data + first * kPanel<C>;
+    Block<C> block;
+    for (int64_t start = 0; start < in; start += kPanel<C>) {
+      Term<C> terms[2];
+      int count = 0;
+      terms[count++] =
+          samples_of<C>(r, out, batch, this->unit_panels(a_, l - 1).data + start * batch);
+      if (second() && (l > 1 || p_.u))
+        terms[count++] = samples_of<C>(delta, out, batch,
+                                       this->unit_panels(direction.ra, l - 1).data + start * batch);
+      const int64_t columns = smaller(kPanel<C>, in - start);
+      if (columns == kPanel<C>) {
+        sum_products(terms, count, rows, columns, to + start, in);
+        continue;
+      }
+      sum_products(terms, count, rows, columns, block.data, kPanel<C>);
+      this->each_vector(rows, columns, [&](int64_t i, int64_t h, int64_t some) {
+        store_some<C>(to + i * in + start + h, load<C, kLanes<C>>(block.row(i) + h), some);
+      });
+    }
+  }
+
+  // Rg_{l-1} and R delta_{l-1}.
+  void adjoint_chunk(int64_t l, const Direction& direction, int64_t first) const {
+    const Layer& layer = this->layer(l);
+    const int64_t rows = smaller(kRows, layer.in - first), in = layer.in, out = layer.out;
+    Block<C> block;
+    this->each_panel([&](int64_t start, int64_t columns) {
+      Term<C> terms[2];
+      int count = 0;
+      terms[count++] = columns_of<C>(this->weight(l) + first, in, out,
+                                     this->samples(direction.r, l).data + start * out);
+      if (second() && layer.weight_offset >= 0)
+        terms[count++] = columns_of<C>(direction.v + layer.weight_offset + first, in, out,
+                                       this->samples(delta_, l).data + start * out);
+      sum_products(terms, count, rows, columns, block.data, kPanel<C>);
+      if (l == 1) {
+        C* to = static_cast<C*>(p_.r_input) + (direction.index * this->batch_ + start) * in;
+        store_transposed(block.data, rows, columns, to + first, in);
+      } else {
+        finish(l - 1, direction, first, rows, start, columns, block);
+      }
+    });
+  }
+
+  HESSREG_HD void finish(int64_t l, const Direction& direction, int64_t first, int64_t rows,
+                         int64_t start, int64_t columns, Block<C>& block) const {
+    const int64_t width = this->width(l);
+    C* panel = this->samples(direction.r, l).data + start * width + first * kPanel<C>;
+    const C* rz = second() ? at<C>(p_.rz, l) + direction.index * width * this->batch_ : nullptr;
+    this->each_vector(rows, columns, [&](int64_t r, int64_t h, int64_t count) {
+      const int64_t place = (first + r) * this->batch_ + start + h;
+      Vector<C> moved =
+          load<C, kLanes<C>>(block.row(r) + h) * load_some(at<C>(p_.first, l) + place, count);
+      if (rz) moved += load_some(at<C>(p_.s, l) + place, count) * load_some(rz + place, count);
+      store(panel + r * kPanel<C> + h, moved);
+    });
+  }
+
+  const Adjoint& p_;
+  int64_t r_size_, units_size_;
+  Groups groups_;
+  C* delta_;       // panels of samples, layers 0 ... L
+  C *a_, *first_;  // panels of units, layers 0 ... L - 1
+  C *r_, *ra_;     // likewise of each direction of a group
+};
+
+// ---- symmetric product -------------------------------------------------------------------------
+
+// Each row of the lower triangle, a vector at a time, enters its own sum and those of its columns.
+template <typename C>
+class SymmetricPass {
+ public:
+  HESSREG_HD SymmetricPass(const SymmetricProduct& problem, void* workspace)
+      : p_(problem),
+        padded_(round_up(p_.n, kLanes<C>)),
+        parts_(p_.batch >= kEnough ? 1 : smaller(kEnough, 1 + p_.n / kRowsOfPart)),
+        arena_(workspace),
+        v_(arena_.take<C>(p_.batch * size())),
+        sums_(arena_.take<C>(p_.batch * parts_ * size())) {}
+
+  HESSREG_HD int64_t bytes() const { return arena_.used(); }
+  HESSREG_HD int64_t stages() const { return 3; }
+  HESSREG_HD Stage stage(int64_t index) const {
+    const int64_t work = p_.batch * p_.columns * p_.n;
+    if (index == 1) return {p_.batch * parts_, 2 * work * p_.n};
+    return {p_.batch, work};
+  }
+
+  void run(int64_t stage, int64_t begin, int64_t end) const {
+    for (int64_t task = begin; task < end; ++task) {
+      if (stage == 0) prepare(task);
+      if (stage == 1) run_part(task / parts_, task % parts_);
+      if (stage == 2) add_parts(task);
+    }
+  }
+
+ private:
+  static constexpr int64_t kEnough = 8;  // tasks for the threads there may be
+  static constexpr int64_t kRowsOfPart = 512;
+
+  HESSREG_HD int64_t size() const { return p_.columns * padded_; }
+  HESSREG_HD C* v(int64_t batch) const { return v_ + batch * size(); }
+  HESSREG_HD C* sums(int64_t batch, int64_t part) const {
+    return sums_ + (batch * parts_ + part) * size();
+  }
+
+  // v as [columns, padded n].
+  void prepare(int64_t batch) const {
+    const C* from = static_cast<const C*>(p_.v) + batch * p_.n * p_.columns;
+    for (int64_t c = 0; c < p_.columns; ++c)
+      for (int64_t i = 0; i < padded_; ++i)
+        v(batch)[c * padded_ + i] = i < p_.n ? from[i * p_.columns + c] : C(0);
+  }
+
+  void add_parts(int64_t batch) const {
+    C* to = static_cast<C*>(p_.out) + batch * p_.n * p_.columns;
+    for (int64_t i = 0; i < p_.n; ++i) {
+      for (int64_t c = 0; c < p_.columns; ++c) {
+        C total = 0;
+        for (int64_t part = 0; part < parts_; ++part) total += sums(batch, part)[c * padded_ + i];
+        to[i * p_.columns + c] = total;
+      }
+    }
+  }
+
+  // Every parts_-th block of rows, so that all parts have as much to do.
+  void run_part(int64_t batch, int64_t part) const {
+    C* sum = sums(batch, part);
+    for (int64_t i = 0; i < size(); ++i) sum[i] = 0;
+    const C* a = static_cast<const C*>(p_.a) + batch * p_.n * p_.n;
+    for (int64_t row = part * kLanes<C>; row < p_.n; row += parts_ * kLanes<C>)
+      for (int64_t c = 0; c < p_.columns; ++c)
+        block(a, row, v(batch) + c * padded_, sum + c * padded_);
+  }
+
+  // As many rows as a vector has lanes.
+  void block(const C* a, int64_t row, const C* v, C* sum) const {
+    Vector<C> own[kLanes<C>] = {};
+    const int64_t rows = smaller(kLanes<C>, p_.n - row);
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) some_rows<4>(a, row, r, v, sum, own + r);
+    for (; r < rows; ++r) some_rows<1>(a, row, r, v, sum, own + r);
+    transpose<C>(own);
+    Vector<C> total = load<C, kLanes<C>>(sum + row);
+    for (int k = 0; k < kLanes<C>; ++k) total += own[k];
+    store(sum + row, total);
+  }
+
+  // Rows row + r ...: their columns before `row`, and from there to the diagonal.
+  template <int R>
+  HESSREG_HD void some_rows(const C* a, int64_t row, int64_t r, const C* v, C* sum,
+                            Vector<C>* own) const {
+    const C* here = a + (row + r) * p_.n;
+    Vector<C> mine[R] = {};
+    for (int64_t j = 0; j < row; j += kLanes<C>) {
+      const Vector<C> across = load<C, kLanes<C>>(v + j);
+      Vector<C> column = load<C, kLanes<C>>(sum + j);
+#pragma GCC unroll 4
+      for (int i = 0; i < R; ++i) {
+        const Vector<C> entries = load<C, kLanes<C>>(here + i * p_.n + j);
+        mine[i] += entries * across;
+        column += entries * v[row + r + i];
+      }
+      store(sum + j, column);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < R; ++i) {
+      own[i] = mine[i] + diagonal(here + i * p_.n + row, p_.n - row, r + i, v + row, sum + row);
+    }
+  }
+
+  // Row r of the square on the diagonal.
+  HESSREG_HD static Vector<C> diagonal(const C* entries, int64_t count, int64_t r, const C* v,
+                                       C* sum) {
+    Signs<C> lanes;
+    for (int lane = 0; lane < kLanes<C>; ++lane) lanes[lane] = lane;
+    const Vector<C> zero = {}, row = load_some(entries, count);
+    const auto place = static_cast<decltype(lanes[0] + 0)>(r);
+    const Vector<C> lower = lanes < place ? row : zero, whole = lanes <= place ? row : zero;
+    store(sum, load<C, kLanes<C>>(sum) + lower * v[r]);
+    return whole * load<C, kLanes<C>>(v);
+  }
+
+  const SymmetricProduct& p_;
+  int64_t padded_, parts_;
+  Arena arena_;
+  C *v_, *sums_;  // [batch, columns, padded n], [batch, part, columns, padded n]
+};
+
+// ---- by dtype ----------------------------------------------------------------------------------
+
+HESSREG_HD Element element_of(const SymmetricProduct& problem) { return problem.element; }
+template <typename Problem>
+HESSREG_HD Element element_of(const Problem& problem) {
+  return problem.network.element;
+}
+
+template <template <typename> class Solver, typename Problem, typename Body>
+HESSREG_HD auto with_solver(const Problem& problem, void* workspace, const Body& body) {
+  if (element_of(problem) == Element::kFloat64) return body(Solver<double>(problem, workspace));
+  return body(Solver<float>(problem, workspace));
+}
+
+template <template <typename> class Solver, typename Problem>
+constexpr Staged<Problem> staged() {
+  return {
+      [](const Problem& problem) {
+        return with_solver<Solver>(problem, nullptr, [](const auto& s) { return s.bytes(); });
+      },
+      [](const Problem& problem) {
+        return with_solver<Solver>(problem, nullptr, [](const auto& s) { return s.stages(); });
+      },
+      [](const Problem& problem, int64_t index) {
+        return with_solver<Solver>(problem, nullptr, [=](const auto& s) { return s.stage(index); });
+      },
+      [](const Problem& problem, void* workspace, int64_t index, int64_t begin, int64_t end) {
+        with_solver<Solver>(problem, workspace, [=](const auto& s) { s.run(index, begin, end); });
+      },
+  };
+}
+
+}  // namespace
+
+const CpuKernels kernels = {
+    staged<ForwardPass, Forward>(),
+    staged<BackwardPass, Backward>(),
+    staged<TangentPass, Tangent>(),
+    staged<AdjointPass, Adjoint>(),
+    staged<SymmetricPass, SymmetricProduct>(),
+};
+
+}  // namespace hessreg::hvp::HESSREG_ISA

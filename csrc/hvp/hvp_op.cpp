@@ -1,0 +1,355 @@
+#include <algorithm>
+#include <memory>
+
+#include "../common/binding.h"
+#include "hvp.h"
+#ifdef HESSREG_CUDA
+#include "hvp_cuda.h"
+#else
+#include "../common/cpu_isa.h"
+#include "hvp_cpu.h"
+#endif
+
+namespace hessreg::hvp {
+namespace {
+
+Element wide_element_of(const Tensor& tensor) {
+  const Element element = element_of(tensor, "hvp");
+  STD_TORCH_CHECK(element == Element::kFloat32 || element == Element::kFloat64,
+                  "hvp: expected float32 or float64");
+  return element;
+}
+
+// Tensors as a kernel takes them, all of the dtype and on the device of the model.
+class Inputs {
+ public:
+  explicit Inputs(const Tensor& model) : model_(model) {}
+
+  const void* take(const Tensor& tensor, const char* name, const std::vector<int64_t>& sizes) {
+    STD_TORCH_CHECK(tensor.sizes().equals(sizes), "hvp: ", name, " must be ", written(sizes),
+                    ", got ", written({tensor.sizes().begin(), tensor.sizes().end()}));
+    STD_TORCH_CHECK(
+        tensor.scalar_type() == model_.scalar_type() && tensor.device() == model_.device(),
+        "hvp: ", name, " differs from the first argument in dtype or device");
+    kept_.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
+    return kept_.back().const_data_ptr();
+  }
+
+  // Null for a tensor without elements where sizes asks for some: it was left out.
+  const void* take_any(const Tensor& tensor, const char* name, const std::vector<int64_t>& sizes) {
+    return tensor.numel() == 0 ? nullptr : take(tensor, name, sizes);
+  }
+
+ private:
+  static std::string written(const std::vector<int64_t>& sizes) {
+    std::string text = "[";
+    for (size_t i = 0; i < sizes.size(); ++i)
+      text += (i > 0 ? ", " : "") + std::to_string(sizes[i]);
+    return text + "]";
+  }
+
+  Tensor model_;
+  std::vector<Tensor> kept_;
+};
+
+using Offsets = std::vector<int64_t>;
+
+// The layers of a network, and lists of what belongs to its hidden layers.
+class Arguments {
+ public:
+  Arguments(const Tensor& model, const std::vector<Tensor>& weights) : inputs_(model) {
+    STD_TORCH_CHECK(model.dim() == 2, "hvp: the first argument must have 2 dimensions, got ",
+                    model.dim());
+    STD_TORCH_CHECK(!weights.empty(), "hvp: a network needs at least one layer");
+    for (const Tensor& weight : weights) {
+      STD_TORCH_CHECK(weight.dim() == 2, "hvp: weights must have 2 dimensions, got ", weight.dim());
+      const int64_t out = weight.size(0), in = weight.size(1);
+      STD_TORCH_CHECK(layers_.empty() || layers_.back().out == in,
+                      "hvp: a weight must have a column for each output of the layer before");
+      layers_.push_back({inputs_.take(weight, "weights", {out, in}), nullptr, in, out, -1, -1});
+    }
+    network_ = {layers_.data(), static_cast<int64_t>(layers_.size()), model.size(0),
+                wide_element_of(model)};
+  }
+
+  const Network& network() const { return network_; }
+  Inputs& inputs() { return inputs_; }
+
+  void set_biases(const std::vector<Tensor>& biases) {
+    STD_TORCH_CHECK(biases.size() == layers_.size(), "hvp: ", biases.size(), " biases for ",
+                    layers_.size(), " layers");
+    for (size_t l = 0; l < layers_.size(); ++l)
+      layers_[l].bias = inputs_.take_any(biases[l], "biases", {layers_[l].out});
+  }
+
+  void set_offsets(const Offsets& weights, const Offsets& biases, int64_t length) {
+    STD_TORCH_CHECK(weights.size() == layers_.size() && biases.size() == layers_.size(),
+                    "hvp: there must be an offset for each layer");
+    std::vector<std::pair<int64_t, int64_t>> ranges;
+    for (size_t l = 0; l < layers_.size(); ++l) {
+      layers_[l].weight_offset = weights[l];
+      layers_[l].bias_offset = biases[l];
+      if (weights[l] >= 0) ranges.emplace_back(weights[l], layers_[l].in * layers_[l].out);
+      if (biases[l] >= 0) ranges.emplace_back(biases[l], layers_[l].out);
+    }
+    check_apart(ranges, length);
+  }
+
+  // Whether offsets point to every element of a flat vector.
+  bool covers_all() const { return covers_all_; }
+
+  // Pointers to matrices [width of layer, batch] of the first `count` layers.
+  std::vector<const void*> take_hidden(const std::vector<Tensor>& tensors, const char* name,
+                                       int64_t count, int64_t directions = -1) {
+    STD_TORCH_CHECK(static_cast<int64_t>(tensors.size()) == count, "hvp: ", name, " must hold ",
+                    count, " tensors, got ", tensors.size());
+    std::vector<const void*> pointers;
+    for (int64_t l = 0; l < count; ++l) {
+      std::vector<int64_t> sizes{layers_[l].out, network_.batch};
+      if (directions >= 0) sizes.insert(sizes.begin(), directions);
+      pointers.push_back(inputs_.take(tensors[l], name, sizes));
+    }
+    return pointers;
+  }
+
+  int64_t hidden() const { return network_.depth - 1; }
+
+ private:
+  void check_apart(std::vector<std::pair<int64_t, int64_t>>& ranges, int64_t length) {
+    std::sort(ranges.begin(), ranges.end());
+    int64_t end = 0, total = 0;
+    for (const auto& [start, count] : ranges) {
+      STD_TORCH_CHECK(start >= end && start + count <= length,
+                      "hvp: offsets must point to parts of a vector of ", length,
+                      " elements that do not overlap");
+      end = start + count;
+      total += count;
+    }
+    covers_all_ = total == length;
+  }
+
+  Inputs inputs_;
+  std::vector<Layer> layers_;
+  Network network_{};
+  bool covers_all_ = false;
+};
+
+// Appends new matrices [width of layer, batch] of the first `count` layers to the results.
+std::vector<void*> append_hidden(std::vector<Tensor>& results, const Tensor& like,
+                                 const Network& network, int64_t count, int64_t directions = -1) {
+  std::vector<void*> pointers;
+  for (int64_t l = 0; l < count; ++l) {
+    std::vector<int64_t> sizes{network.layers[l].out, network.batch};
+    if (directions >= 0) sizes.insert(sizes.begin(), directions);
+    results.push_back(torch::stable::new_empty(like, sizes));
+    pointers.push_back(results.back().mutable_data_ptr());
+  }
+  return pointers;
+}
+
+#ifdef HESSREG_CUDA
+
+template <typename Problem>
+void run(void (*launch)(const Problem&, void*, void*), const Problem& problem, const Tensor& like) {
+  const Executor executor(like);
+  Tensor scratch = torch::stable::new_empty(like, {cuda::scratch_bytes(problem)}, ScalarType::Byte);
+  launch(problem, scratch.mutable_data_ptr(), executor.stream());
+}
+
+void run(const Forward& problem, const Tensor& like) { run(cuda::forward, problem, like); }
+void run(const Backward& problem, const Tensor& like) { run(cuda::backward, problem, like); }
+void run(const Tangent& problem, const Tensor& like) { run(cuda::tangent, problem, like); }
+void run(const Adjoint& problem, const Tensor& like) { run(cuda::adjoint, problem, like); }
+void run(const SymmetricProduct& problem, const Tensor& like) {
+  run(cuda::symmetric_product, problem, like);
+}
+
+#else
+
+const CpuKernels& kernels() {
+#if defined(__x86_64__)
+  if (active_isa() == Isa::kAvx512) return avx512::kernels;
+  if (active_isa() == Isa::kAvx2) return avx2::kernels;
+#endif
+  return baseline::kernels;
+}
+
+// Memory aligned to 64 bytes, as it comes.
+class Workspace {
+ public:
+  explicit Workspace(int64_t bytes) : memory_(new std::byte[bytes + kAlignment]) {}
+  void* aligned() const {
+    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+    return reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
+  }
+
+ private:
+  static constexpr size_t kAlignment = 64;
+  std::unique_ptr<std::byte[]> memory_;
+};
+
+// Runs stage after stage, in torch's thread pool where there is work enough.
+template <typename Problem>
+void run(const Staged<Problem>& kernel, const Problem& problem) {
+  constexpr int64_t kWorkOfThread = 1 << 20;
+  const Workspace workspace(kernel.workspace_bytes(problem));
+  for (int64_t index = 0; index < kernel.stages(problem); ++index) {
+    const Stage stage = kernel.stage(problem, index);
+    if (stage.tasks == 0) continue;
+    const int64_t grain = stage.work <= kWorkOfThread ? stage.tasks : 1;
+    torch::stable::parallel_for(0, stage.tasks, grain, [&](int64_t begin, int64_t end) {
+      kernel.run(problem, workspace.aligned(), index, begin, end);
+    });
+  }
+}
+
+void run(const Forward& problem, const Tensor&) { run(kernels().forward, problem); }
+void run(const Backward& problem, const Tensor&) { run(kernels().backward, problem); }
+void run(const Tangent& problem, const Tensor&) { run(kernels().tangent, problem); }
+void run(const Adjoint& problem, const Tensor&) { run(kernels().adjoint, problem); }
+void run(const SymmetricProduct& problem, const Tensor&) {
+  run(kernels().symmetric_product, problem);
+}
+
+#endif
+
+Tensor symmetric_matmul_op(Tensor a_, Tensor v_) {
+  STD_TORCH_CHECK(a_.dim() == 3 && v_.dim() == 3, "hvp: a and v must have 3 dimensions");
+  const int64_t batch = a_.size(0), n = a_.size(1), columns = v_.size(2);
+  Inputs inputs(a_);
+  const void* a = inputs.take(a_, "a", {batch, n, n});
+  const void* v = inputs.take(v_, "v", {batch, n, columns});
+  Tensor out = torch::stable::new_empty(a_, {batch, n, columns});
+  run(SymmetricProduct{a, v, out.mutable_data_ptr(), batch, n, columns, wide_element_of(a_)}, a_);
+  return out;
+}
+
+std::vector<Tensor> forward_op(Tensor x_, std::vector<Tensor> weights, std::vector<Tensor> biases,
+                               int64_t activation, double parameter) {
+  STD_TORCH_CHECK(activation >= 0 && activation < kNumActivations,
+                  "hvp: activation must be in [0, ", kNumActivations, "), got ", activation);
+  Arguments arguments(x_, weights);
+  arguments.set_biases(biases);
+  const Network& network = arguments.network();
+  const void* x = arguments.inputs().take(x_, "x", {network.batch, network.inputs()});
+  std::vector<Tensor> out{torch::stable::new_empty(x_, {network.batch, network.outputs()})};
+  const auto a = append_hidden(out, x_, network, arguments.hidden());
+  const auto first = append_hidden(out, x_, network, arguments.hidden());
+  const auto second = append_hidden(out, x_, network, arguments.hidden());
+  run(Forward{network, x, static_cast<Activation>(activation), parameter, out[0].mutable_data_ptr(),
+              a.data(), first.data(), second.data()},
+      x_);
+  return out;
+}
+
+std::vector<Tensor> backward_op(Tensor delta_, std::vector<Tensor> weights, std::vector<Tensor> d1,
+                                std::vector<Tensor> d2) {
+  Arguments arguments(delta_, weights);
+  const Network& network = arguments.network();
+  const auto first = arguments.take_hidden(d1, "d1", arguments.hidden());
+  const auto second = arguments.take_hidden(d2, "d2", arguments.hidden());
+  const void* delta_out =
+      arguments.inputs().take(delta_, "delta", {network.batch, network.outputs()});
+  std::vector<Tensor> out;
+  const auto delta = append_hidden(out, delta_, network, network.depth);
+  const auto s = append_hidden(out, delta_, network, arguments.hidden());
+  run(Backward{network, first.data(), second.data(), delta_out, delta.data(), s.data()}, delta_);
+  return out;
+}
+
+std::vector<Tensor> tangent_op(Tensor x_, std::vector<Tensor> weights, std::vector<Tensor> a_,
+                               std::vector<Tensor> d1, Tensor direction_x, Tensor v_,
+                               Offsets weight_offsets, Offsets bias_offsets) {
+  STD_TORCH_CHECK(v_.dim() == 2, "hvp: v must have 2 dimensions, got ", v_.dim());
+  Arguments arguments(x_, weights);
+  const Network& network = arguments.network();
+  const int64_t directions = v_.size(0), length = v_.size(1);
+  arguments.set_offsets(weight_offsets, bias_offsets, length);
+  Inputs& inputs = arguments.inputs();
+  const void* x = inputs.take(x_, "x", {network.batch, network.inputs()});
+  const void* u =
+      inputs.take_any(direction_x, "direction_x", {directions, network.batch, network.inputs()});
+  const void* v = inputs.take(v_, "v", {directions, length});
+  const auto a = arguments.take_hidden(a_, "a", arguments.hidden());
+  const auto first = arguments.take_hidden(d1, "d1", arguments.hidden());
+  std::vector<Tensor> out{
+      torch::stable::new_empty(x_, {directions, network.batch, network.outputs()})};
+  const auto rz = append_hidden(out, x_, network, arguments.hidden(), directions);
+  run(Tangent{network, x, a.data(), first.data(), u, v, directions, length,
+              out[0].mutable_data_ptr(), rz.data()},
+      x_);
+  return out;
+}
+
+std::vector<Tensor> adjoint_op(Tensor x_, std::vector<Tensor> weights, std::vector<Tensor> a_,
+                               std::vector<Tensor> d1, std::vector<Tensor> delta_,
+                               std::vector<Tensor> s_, std::vector<Tensor> rz_, Tensor direction_x,
+                               Tensor v_, Tensor r_delta_, Offsets weight_offsets,
+                               Offsets bias_offsets, bool gauss_newton, bool with_input) {
+  STD_TORCH_CHECK(v_.dim() == 2, "hvp: v must have 2 dimensions, got ", v_.dim());
+  Arguments arguments(x_, weights);
+  const Network& network = arguments.network();
+  const int64_t directions = v_.size(0), length = v_.size(1), hidden = arguments.hidden();
+  arguments.set_offsets(weight_offsets, bias_offsets, length);
+  Inputs& inputs = arguments.inputs();
+  const std::vector<int64_t> input_sizes{directions, network.batch, network.inputs()};
+  const auto a = arguments.take_hidden(a_, "a", hidden);
+  const auto first = arguments.take_hidden(d1, "d1", hidden);
+  const auto delta = arguments.take_hidden(delta_, "delta", gauss_newton ? 0 : network.depth);
+  const auto s = arguments.take_hidden(s_, "s", gauss_newton ? 0 : hidden);
+  const auto rz = arguments.take_hidden(rz_, "rz", gauss_newton ? 0 : hidden, directions);
+  Adjoint problem{network,
+                  inputs.take(x_, "x", {network.batch, network.inputs()}),
+                  a.data(),
+                  first.data(),
+                  delta.data(),
+                  s.data(),
+                  rz.data(),
+                  inputs.take_any(direction_x, "direction_x", input_sizes),
+                  inputs.take(v_, "v", {directions, length}),
+                  directions,
+                  length,
+                  inputs.take(r_delta_, "r_delta", {directions, network.batch, network.outputs()}),
+                  gauss_newton,
+                  nullptr,
+                  nullptr};
+  std::vector<Tensor> out{torch::stable::new_empty(x_, {directions, length})};
+  if (!arguments.covers_all()) torch::stable::zero_(out[0]);
+  problem.result = out[0].mutable_data_ptr();
+  if (with_input) {
+    out.push_back(torch::stable::new_empty(x_, input_sizes));
+    problem.r_input = out[1].mutable_data_ptr();
+  }
+  run(problem, x_);
+  return out;
+}
+
+}  // namespace
+
+#ifndef HESSREG_CUDA
+STABLE_TORCH_LIBRARY_FRAGMENT(hessreg, m) {
+  m.def("symmetric_matmul(Tensor a, Tensor v) -> Tensor");
+  m.def(
+      "mlp_forward(Tensor x, Tensor[] weights, Tensor[] biases, int activation, float parameter)"
+      " -> Tensor[]");
+  m.def("mlp_backward(Tensor delta, Tensor[] weights, Tensor[] d1, Tensor[] d2) -> Tensor[]");
+  m.def(
+      "mlp_tangent(Tensor x, Tensor[] weights, Tensor[] a, Tensor[] d1, Tensor direction_x,"
+      " Tensor v, int[] weight_offsets, int[] bias_offsets) -> Tensor[]");
+  m.def(
+      "mlp_adjoint(Tensor x, Tensor[] weights, Tensor[] a, Tensor[] d1, Tensor[] delta,"
+      " Tensor[] s, Tensor[] rz, Tensor direction_x, Tensor v, Tensor r_delta,"
+      " int[] weight_offsets, int[] bias_offsets, bool gauss_newton, bool with_input)"
+      " -> Tensor[]");
+}
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(hessreg, HESSREG_DISPATCH_KEY, m) {
+  m.impl("symmetric_matmul", TORCH_BOX(&symmetric_matmul_op));
+  m.impl("mlp_forward", TORCH_BOX(&forward_op));
+  m.impl("mlp_backward", TORCH_BOX(&backward_op));
+  m.impl("mlp_tangent", TORCH_BOX(&tangent_op));
+  m.impl("mlp_adjoint", TORCH_BOX(&adjoint_op));
+}
+
+}  // namespace hessreg::hvp

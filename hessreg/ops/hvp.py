@@ -1,0 +1,783 @@
+r"""Hessian-vector products: symmetric matrices, and multilayer perceptrons by the R-operator.
+
+A network has layers ``z_l = W_l a_{l-1} + b_l``, ``a_l = f(z_l)``, ``a_0 = x``, and the output
+``y = z_L``. With ``delta_L`` the gradient of the loss in ``y``: ``g_l = W_{l+1}' delta_{l+1}``,
+``delta_l = f'(z_l) o g_l``, ``s_l = f''(z_l) o g_l``. ``R`` is the derivative along a direction,
+``V_l`` in ``W_l``, ``c_l`` in ``b_l``, ``u`` in ``x`` (Pearlmutter 1994). Four operators go through
+the layers, the first two once for any number of products, the others for several directions:
+
+- ``mlp_forward``: ``y``, ``a_l``, ``d1_l = f'(z_l)``, ``d2_l = f''(z_l)``.
+- ``mlp_backward``: ``delta_l``, ``s_l``.
+- ``mlp_tangent``: ``R y``, ``Rz_l = W_l Ra_{l-1} + V_l a_{l-1} + c_l``, ``Ra_l = d1_l o Rz_l``.
+- ``mlp_adjoint``: ``Rg_l = W_{l+1}' R delta_{l+1} + V_{l+1}' delta_{l+1}``,
+  ``R delta_l = d1_l o Rg_l + s_l o Rz_l``, and the product: ``R delta_l a_{l-1}' + delta_l
+  Ra_{l-1}'`` for ``W_l``, the sum of ``R delta_l`` over the batch for ``b_l``, ``Rg_0`` for ``x``.
+
+``x``, ``y`` and ``delta_L`` are ``[batch, width]``; what one operator keeps for another is
+``[width, batch]``. A direction is one flat vector, ``V_l`` and ``c_l`` at given offsets in it (-1:
+none).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hessreg.ops._registry import Arguments, Operator, is_tracked, reverse_of, vmap_of
+
+Activation = str | tuple[str, float]
+Head = Callable[[Tensor], Tensor]  # R y [k, batch, outputs] -> R delta_L, of the same shape
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# In the order of hvp.h, with the parameter of each: the one it has unless it is given another.
+_PARAMETERS: dict[str, float | None] = {
+    "identity": None,
+    "tanh": None,
+    "sigmoid": None,
+    "softplus": 1.0,
+    "silu": None,
+    "gelu": None,
+    "gelu_tanh": None,
+    "relu": None,
+    "leaky_relu": 0.01,
+    "elu": 1.0,
+}
+_NAMES = tuple(_PARAMETERS)
+
+Jet = tuple[Tensor, Tensor, Tensor]  # f, f' and f''
+
+
+# ---- activations -------------------------------------------------------------------------------
+
+
+def _tanh(z: Tensor, _: float) -> Jet:
+    t = z.tanh()
+    return t, 1 - t * t, -2 * t * (1 - t * t)
+
+
+def _sigmoid(z: Tensor, _: float) -> Jet:
+    s = z.sigmoid()
+    return s, s * (1 - s), s * (1 - s) * (1 - 2 * s)
+
+
+def _softplus(z: Tensor, beta: float) -> Jet:
+    slope, bend, _ = _sigmoid(beta * z, 0.0)
+    return torch.logaddexp(beta * z, torch.zeros_like(z)) / beta, slope, beta * bend
+
+
+def _silu(z: Tensor, _: float) -> Jet:
+    gate, first, second = _sigmoid(z, 0.0)
+    return z * gate, gate + z * first, 2 * first + z * second
+
+
+def _gelu(z: Tensor, _: float) -> Jet:
+    share = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
+    density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    return z * share, share + z * density, (2 - z * z) * density
+
+
+def _gelu_tanh(z: Tensor, _: float) -> Jet:
+    scale, cube = math.sqrt(2 / math.pi), 0.044715
+    slope, bend = scale * (1 + 3 * cube * z * z), 6 * scale * cube * z
+    t, t1, t2 = _tanh(scale * (z + cube * z * z * z), 0.0)
+    first, second = t1 * slope, t2 * slope * slope + t1 * bend
+    return 0.5 * z * (1 + t), 0.5 * (1 + t + z * first), first + 0.5 * z * second
+
+
+def _leaky_relu(z: Tensor, slope: float) -> Jet:
+    first = torch.where(z > 0, torch.ones_like(z), slope)
+    return first * z, first, torch.zeros_like(z)
+
+
+def _elu(z: Tensor, alpha: float) -> Jet:
+    below = z.clamp(max=0)
+    slope = alpha * below.exp()
+    first, second = torch.where(z > 0, 1, slope), torch.where(z > 0, 0, slope)
+    return torch.where(z > 0, z, alpha * below.expm1()), first, second
+
+
+_JETS: tuple[Callable[[Tensor, float], Jet], ...] = (
+    lambda z, _: (z, torch.ones_like(z), torch.zeros_like(z)),
+    _tanh,
+    _sigmoid,
+    _softplus,
+    _silu,
+    _gelu,
+    _gelu_tanh,
+    lambda z, _: _leaky_relu(z, 0.0),
+    _leaky_relu,
+    _elu,
+)
+
+
+# ---- reference ---------------------------------------------------------------------------------
+
+
+def symmetric_matmul_reference(a: Tensor, v: Tensor) -> Tensor:
+    """A v with A from its lower triangle; derivatives along symmetric matrices only."""
+    in_lower = torch.ones_like(a, dtype=torch.bool).tril()
+    lower, upper = torch.where(in_lower, a, a.mT), torch.where(in_lower, a.mT, a)
+    # The gradient goes to both triangles in equal parts.
+    apart = upper - lower
+    return (lower + 0.5 * (apart - apart.detach()).nan_to_num()) @ v
+
+
+def forward_reference(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activation: int,
+    parameter: float,
+) -> list[Tensor]:
+    """``[y, a_1, ..., d1_1, ..., d2_1, ...]`` by definition."""
+    a, jets = x.mT, []
+    for weight, bias in zip(weights, biases, strict=True):
+        z = weight @ a + (bias[:, None] if bias.numel() else 0)
+        jets.append(_JETS[activation](z, parameter))
+        a = jets[-1][0]
+    return [z.mT, *(jet[i] for i in range(3) for jet in jets[:-1])]
+
+
+def backward_reference(
+    delta: Tensor, weights: Sequence[Tensor], d1: Sequence[Tensor], d2: Sequence[Tensor]
+) -> list[Tensor]:
+    """``[delta_1, ..., delta_L, s_1, ..., s_{L-1}]`` by definition."""
+    deltas, s = [delta.mT.clone()], []
+    for weight, first, second in zip(weights[:0:-1], d1[::-1], d2[::-1], strict=True):
+        g = weight.mT @ deltas[-1]
+        deltas.append(first * g)
+        s.append(second * g)
+    return [*deltas[::-1], *s[::-1]]
+
+
+def _weight_part(v: Tensor, weight: Tensor, offset: int) -> Tensor | None:
+    """``V_l`` of every direction, ``[k, out, in]``."""
+    if offset < 0:
+        return None
+    return v[:, offset : offset + weight.numel()].unflatten(1, weight.shape)
+
+
+def _total(terms: Sequence[Tensor | None]) -> Any:
+    present = [term for term in terms if term is not None]
+    return sum(present[1:], start=present[0]) if present else None
+
+
+def _transposed(a: Tensor | None) -> Tensor | None:
+    return None if a is None else a.mT
+
+
+def _product(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return None if a is None or b is None else a @ b
+
+
+def tangent_reference(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    d1: Sequence[Tensor],
+    direction_x: Tensor,
+    v: Tensor,
+    weight_offsets: Sequence[int],
+    bias_offsets: Sequence[int],
+) -> list[Tensor]:
+    """``[R y, Rz_1, ..., Rz_{L-1}]`` by definition."""
+    ra = direction_x.mT if direction_x.numel() else None
+    moved: list[Tensor] = []
+    for i, (weight, before) in enumerate(zip(weights, [x.mT, *a], strict=True)):
+        start = bias_offsets[i]
+        bias = v[:, start : start + len(weight), None] if start >= 0 else None
+        direction = _weight_part(v, weight, weight_offsets[i])
+        rz = _total([_product(weight, ra), _product(direction, before), bias])
+        shape = (len(v), len(weight), len(x))
+        moved.append(x.new_zeros(shape) if rz is None else rz.expand(shape))
+        ra = d1[i] * moved[-1] if i < len(d1) else None
+    return [moved[-1].mT, *moved[:-1]]
+
+
+def adjoint_reference(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    d1: Sequence[Tensor],
+    delta: Sequence[Tensor],
+    s: Sequence[Tensor],
+    rz: Sequence[Tensor],
+    direction_x: Tensor,
+    v: Tensor,
+    r_delta: Tensor,
+    weight_offsets: Sequence[int],
+    bias_offsets: Sequence[int],
+    gauss_newton: bool,
+    with_input: bool,
+) -> list[Tensor]:
+    """``[product [k, p]]``, and that for the input, ``[k, batch, n_0]``, by definition."""
+    before = [x.mT, *a]
+    directions = [
+        _weight_part(v, w, start) for w, start in zip(weights, weight_offsets, strict=True)
+    ]
+    ra = [direction_x.mT if direction_x.numel() else None]
+    ra += [first * moved for first, moved in zip(d1, rz)]  # noqa: B905 - none for Gauss-Newton
+    parts: dict[int, Tensor] = {}
+    r = r_delta.mT
+    for i in reversed(range(len(weights))):
+        if bias_offsets[i] >= 0:
+            parts[bias_offsets[i]] = r.sum(-1)
+        first_term, rg = r @ before[i].mT, weights[i].mT @ r
+        if gauss_newton:
+            cross = bent = None
+        else:
+            cross = _product(delta[i], _transposed(ra[i]))
+            bent = _product(_transposed(directions[i]), delta[i])
+        if weight_offsets[i] >= 0:
+            parts[weight_offsets[i]] = _total([first_term, cross]).flatten(1)
+        rg = _total([rg, bent])
+        if i > 0:
+            r = d1[i - 1] * rg + (0 if gauss_newton else s[i - 1] * rz[i - 1])
+    flat = torch.cat(list(_with_gaps(parts, v)), 1)
+    return [flat, rg.mT] if with_input else [flat]
+
+
+def _with_gaps(parts: dict[int, Tensor], v: Tensor) -> Iterator[Tensor]:
+    """The parts in their order, and zeros where there is none."""
+    end = 0
+    for start in sorted(parts):
+        yield v.new_zeros(len(v), start - end)
+        yield parts[start]
+        end = start + parts[start].shape[1]
+    yield v.new_zeros(len(v), v.shape[1] - end)
+
+
+# ---- derivatives, batching, shapes ---------------------------------------------------------------
+
+
+def _symmetric_part(a: Tensor) -> Tensor:
+    return 0.5 * (a + a.mT)
+
+
+def _symmetric_backward(
+    arguments: Arguments, needs: Arguments, cotangent: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    a, v = arguments
+    for_a = _symmetric_part(cotangent @ v.mT) if needs[0] else None
+    return for_a, symmetric_product(a, cotangent) if needs[1] else None
+
+
+def _symmetric_jvp(arguments: Arguments, tangents: Arguments) -> Tensor:
+    a, v = arguments
+    da, dv = tangents
+    by_a = None if da is None else symmetric_product(_symmetric_part(da), v)
+    by_v = None if dv is None else symmetric_product(a, dv)
+    return _total([by_a, by_v])
+
+
+def _symmetric_vmap(batch_size: int, arguments: Arguments, dims: Arguments) -> Tensor:
+    a, v = (
+        t.expand(batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+        for t, dim in zip(arguments, dims, strict=True)
+    )
+    return symmetric_product(a.flatten(0, 1), v.flatten(0, 1)).unflatten(0, (batch_size, -1))
+
+
+def _symmetric_fake(a: Tensor, v: Tensor) -> Tensor:
+    return v.new_empty(v.shape)
+
+
+def _hidden(like: Tensor, weights: Sequence[Tensor], batch: int, *leading: int) -> list[Tensor]:
+    return [like.new_empty(*leading, len(weight), batch) for weight in weights]
+
+
+def _forward_fake(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activation: int,
+    parameter: float,
+) -> list[Tensor]:
+    hidden = [t for _ in range(3) for t in _hidden(x, weights[:-1], len(x))]
+    return [x.new_empty(len(x), len(weights[-1])), *hidden]
+
+
+def _backward_fake(
+    delta: Tensor, weights: Sequence[Tensor], d1: Sequence[Tensor], d2: Sequence[Tensor]
+) -> list[Tensor]:
+    batch = len(delta)
+    return [*_hidden(delta, weights, batch), *_hidden(delta, weights[:-1], batch)]
+
+
+def _tangent_fake(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    d1: Sequence[Tensor],
+    direction_x: Tensor,
+    v: Tensor,
+    weight_offsets: Sequence[int],
+    bias_offsets: Sequence[int],
+) -> list[Tensor]:
+    ry = x.new_empty(len(v), len(x), len(weights[-1]))
+    return [ry, *_hidden(x, weights[:-1], len(x), len(v))]
+
+
+def _adjoint_fake(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    d1: Sequence[Tensor],
+    delta: Sequence[Tensor],
+    s: Sequence[Tensor],
+    rz: Sequence[Tensor],
+    direction_x: Tensor,
+    v: Tensor,
+    r_delta: Tensor,
+    weight_offsets: Sequence[int],
+    bias_offsets: Sequence[int],
+    gauss_newton: bool,
+    with_input: bool,
+) -> list[Tensor]:
+    result = v.new_empty(v.shape)
+    return [result, x.new_empty(len(v), *x.shape)] if with_input else [result]
+
+
+symmetric_product = Operator(
+    "symmetric_matmul",
+    reference=symmetric_matmul_reference,
+    fake=_symmetric_fake,
+    backward=_symmetric_backward,
+    jvp=_symmetric_jvp,
+    vmap=_symmetric_vmap,
+)
+mlp_forward = Operator(
+    "mlp_forward",
+    reference=forward_reference,
+    fake=_forward_fake,
+    backward=reverse_of(forward_reference),
+    vmap=vmap_of(forward_reference),
+)
+mlp_backward = Operator(
+    "mlp_backward",
+    reference=backward_reference,
+    fake=_backward_fake,
+    backward=reverse_of(backward_reference),
+    vmap=vmap_of(backward_reference),
+)
+mlp_tangent = Operator(
+    "mlp_tangent",
+    reference=tangent_reference,
+    fake=_tangent_fake,
+    backward=reverse_of(tangent_reference),
+    vmap=vmap_of(tangent_reference),
+)
+mlp_adjoint = Operator(
+    "mlp_adjoint",
+    reference=adjoint_reference,
+    fake=_adjoint_fake,
+    backward=reverse_of(adjoint_reference),
+    vmap=vmap_of(adjoint_reference),
+)
+
+
+# ---- public ------------------------------------------------------------------------------------
+
+
+def symmetric_matmul(A: Tensor, V: Tensor) -> Tensor:
+    r"""Products with symmetric matrices, of which only the lower triangle is read.
+
+    Equivalent to ``A @ V`` with half the memory traffic where A is large. Differentiable to any
+    order; A is taken for symmetric there too: its gradient is ``(g V' + V g') / 2``, symmetric
+    like that of ``torch.linalg.eigh``.
+
+    Args:
+        A: symmetric matrices ``[..., n, n]`` in float16, bfloat16, float32 or float64.
+        V: vectors ``[..., n, k]``, like ``A`` in dtype and device; batches broadcast.
+
+    Returns:
+        ``[..., n, k]``.
+
+    Raises:
+        TypeError: for anything but floating-point tensors.
+        ValueError: for shapes, dtypes or devices that do not match.
+
+    Example:
+        >>> import torch, hessreg
+        >>> A = torch.tensor([[2.0, float("nan")], [1.0, 3.0]])
+        >>> hessreg.symmetric_matmul(A, torch.tensor([[1.0], [1.0]]))
+        tensor([[3.],
+                [4.]])
+    """
+    _check_tensor(A, "A")
+    _check_like(A, V, "V", "A")
+    if A.dim() < 2 or A.shape[-1] != A.shape[-2]:
+        raise ValueError(f"A must be square matrices [..., n, n], got shape {tuple(A.shape)}")
+    if V.dim() < 2 or V.shape[-2] != A.shape[-1]:
+        raise ValueError(
+            f"V must be vectors [..., n, k] with n = {A.shape[-1]}, got shape {tuple(V.shape)}"
+        )
+    batch = _broadcast(A.shape[:-2], V.shape[:-2])
+    a, v = (
+        t.to(_compute_dtype(t)).expand(*batch, *t.shape[-2:]).reshape(-1, *t.shape[-2:])
+        if math.prod(batch)
+        else t.new_empty(0, *t.shape[-2:], dtype=_compute_dtype(t))
+        for t in (A, V)
+    )
+    return symmetric_product(a, v).to(A.dtype).reshape(*batch, *V.shape[-2:])
+
+
+class MLPHessian:
+    r"""Hessian-vector products of one multilayer perceptron at one batch, sharing what they can.
+
+    The network is ``y = W_L f(... f(W_1 x + b_1) ...) + b_L``. Its activations are kept from the
+    forward pass on, so that each product is a pass forward and a pass backward over tangents; k
+    directions at once share the reading of the weights.
+
+    Args:
+        weights: W_1, ..., W_L, ``[width, width before]`` as in ``torch.nn.Linear``.
+        biases: b_1, ..., b_L, ``[width]``, or None where a layer has none.
+        activation: f: ``"identity"``, ``"tanh"``, ``"sigmoid"``, ``"softplus"`` (without the
+            threshold of torch, which is off by 2e-9), ``"silu"``, ``"gelu"``, ``"gelu_tanh"``,
+            ``"relu"``, ``"leaky_relu"`` or ``"elu"``, or a pair of one of these and its parameter:
+            beta of softplus (1), the slope of leaky_relu (0.01), alpha of elu (1). The second
+            derivative of relu and leaky_relu is zero almost everywhere, and that of elu jumps at 0:
+            on the kink, products take it to be zero.
+        x: inputs ``[batch, n_0]``, like all parameters in dtype (float32 or float64) and device.
+        weight_offsets: where W_l lies in the flat vectors, row after row; -1: nowhere, it stays
+            fixed. By default W_1, b_1, W_2, b_2, ... follow each other.
+        bias_offsets: likewise for b_l.
+
+    Raises:
+        TypeError: for anything but floating-point tensors.
+        ValueError: for shapes, dtypes or devices that do not match and unknown activations.
+
+    References:
+        Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 1994.
+
+    Example:
+        >>> import torch
+        >>> from hessreg import MLPHessian
+        >>> w = torch.ones(1, 2)
+        >>> curvature = MLPHessian([w], [None], "identity", torch.tensor([[1.0, 2.0]]))
+        >>> curvature.outputs
+        tensor([[3.]])
+        >>> curvature.linearize(2 * curvature.outputs)  # the loss is y^2
+        >>> curvature.product(torch.tensor([[1.0, 0.0]]), lambda moved: 2 * moved)
+        tensor([[2., 4.]])
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        activation: Activation,
+        x: Tensor,
+        *,
+        weight_offsets: Sequence[int] | None = None,
+        bias_offsets: Sequence[int] | None = None,
+    ) -> None:
+        self._weights = _checked_weights(weights, x)
+        self._biases = _checked_biases(biases, self._weights)
+        self._x = x
+        in_order = _offsets_in_order(self._weights, self._biases)
+        self._offsets = [
+            list(default if given is None else given)
+            for given, default in zip((weight_offsets, bias_offsets), in_order, strict=True)
+        ]
+        outputs = mlp_forward(x, self._weights, self._biases, *_checked_activation(activation))
+        hidden = len(self._weights) - 1
+        self.outputs: Tensor = outputs[0]
+        self._a, self._d1, self._d2 = (
+            outputs[1 + i * hidden : 1 + (i + 1) * hidden] for i in range(3)
+        )
+        self._delta: list[Tensor] = []
+        self._s: list[Tensor] = []
+
+    def linearize(self, delta: Tensor) -> None:
+        """Takes the gradient of the loss in the outputs, ``[batch, outputs]``.
+
+        Products need it from then on, but for those of Gauss-Newton.
+        """
+        found = mlp_backward(delta, self._weights, self._d1, self._d2)
+        depth = len(self._weights)
+        self._delta, self._s = found[:depth], found[depth:]
+
+    def product(self, v: Tensor, head: Head, *, gauss_newton: bool = False) -> Tensor:
+        """The Hessian in the parameters times k flat vectors.
+
+        Args:
+            v: ``[k, p]``.
+            head: the Hessian of the loss in the outputs, as a function: ``[k, batch, outputs]``
+                to the same.
+            gauss_newton: without the curvature of the network itself.
+
+        Returns:
+            ``[k, p]``, zero where no offset points.
+        """
+        return self._run(v, self._x.new_empty(0), head, gauss_newton, False)[0]
+
+    def input_product(self, u: Tensor, head: Head | None = None) -> Tensor:
+        """The Hessian in the inputs, of each sample, times k vectors each.
+
+        Args:
+            u: ``[k, batch, n_0]``.
+            head: as for `product`; None: the loss is linear in the outputs.
+
+        Returns:
+            ``[k, batch, n_0]``.
+        """
+        return self._run(u.new_empty(len(u), 0), u, head or torch.zeros_like, False, True)[1]
+
+    def _run(
+        self, v: Tensor, u: Tensor, head: Head, gauss_newton: bool, of_input: bool
+    ) -> list[Tensor]:
+        if not self._delta and not gauss_newton:
+            raise RuntimeError("linearize must be called before a product with the Hessian")
+        offsets = [[-1] * len(self._weights)] * 2 if of_input else self._offsets
+        caches = self._x, self._weights, self._a, self._d1
+        ry, *rz = mlp_tangent(*caches, u, v, *offsets)
+        second = ([], [], []) if gauss_newton else (self._delta, self._s, rz)
+        return mlp_adjoint(*caches, *second, u, v, head(ry), *offsets, gauss_newton, of_input)
+
+
+def mlp_hvp(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activation: Activation,
+    x: Tensor,
+    v: Tensor,
+) -> Tensor:
+    r"""The Hessian of a network's scalar output in its input, per sample, times vectors.
+
+    Equivalent to ``vmap(hessian(network))(x) @ v`` at about the cost of one gradient for each
+    vector: nothing of size n_0 x n_0 is formed. Differentiable to any order in all tensors.
+
+    Args:
+        weights: W_1, ..., W_L as for :class:`MLPHessian`; the last has one row.
+        biases: b_1, ..., b_L, or None where a layer has none.
+        activation: as for :class:`MLPHessian`.
+        x: inputs ``[..., n_0]`` in float16, bfloat16, float32 or float64.
+        v: ``[..., n_0]``, or ``[..., n_0, k]`` for k vectors at once.
+
+    Returns:
+        A tensor like ``v``.
+
+    Raises:
+        TypeError: for anything but floating-point tensors.
+        ValueError: for shapes, dtypes or devices that do not match and unknown activations.
+
+    Example:
+        >>> import torch, hessreg
+        >>> w, last = torch.tensor([[1.0, 2.0]]), torch.ones(1, 1)
+        >>> x, v = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0]])
+        >>> hessreg.mlp_hvp([w, last], [None, None], "tanh", x, v)
+        tensor([[-0.6397, -1.2794]])
+    """
+    _check_tensor(x, "x")
+    _check_like(x, v, "v", "x")
+    if x.dim() < 1 or v.shape[: x.dim()] != x.shape or v.dim() > x.dim() + 1:
+        raise ValueError(
+            f"v must be like x, {tuple(x.shape)}, or have one more dimension, "
+            f"got shape {tuple(v.shape)}"
+        )
+    parameters = _in_compute_dtype(weights, biases)
+    curvature = MLPHessian(*parameters, activation, _rows(x))
+    if curvature.outputs.shape[1] != 1:
+        raise ValueError(
+            f"weights must end in one of shape [1, width], got {curvature.outputs.shape[1]} outputs"
+        )
+    curvature.linearize(torch.ones_like(curvature.outputs))
+    columns = v[..., None] if v.dim() == x.dim() else v
+    u = columns.movedim(-1, 0).to(_compute_dtype(v))
+    product = curvature.input_product(u.reshape(len(u), -1, x.shape[-1]))
+    return product.reshape(u.shape).movedim(0, -1).reshape(v.shape).to(v.dtype)
+
+
+def mlp_parameter_hvp(
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activation: Activation,
+    x: Tensor,
+    loss: Callable[[Tensor], Tensor],
+    v: Tensor,
+    *,
+    gauss_newton: bool = False,
+) -> Tensor:
+    r"""The Hessian of a loss in a network's parameters, times vectors.
+
+    Equivalent to ``hessian(lambda p: loss(network(p, x)))(parameters) @ v``. Differentiable to any
+    order in all tensors. For many products at the same parameters use :class:`MLPHessian`.
+
+    Args:
+        weights: W_1, ..., W_L as for :class:`MLPHessian`.
+        biases: b_1, ..., b_L, or None where a layer has none.
+        activation: as for :class:`MLPHessian`.
+        x: inputs ``[batch, n_0]`` in float16, bfloat16, float32 or float64.
+        loss: takes the outputs ``[batch, n_L]`` and returns a scalar.
+        v: ``[p]``, or ``[p, k]`` for k vectors at once: entries for W_1 row after row, b_1, W_2,
+            b_2, ...
+        gauss_newton: take the generalised Gauss-Newton matrix J' (Hessian of the loss in the
+            outputs) J, which is positive semidefinite where the loss is convex.
+
+    Returns:
+        A tensor like ``v``.
+
+    Raises:
+        TypeError: for anything but floating-point tensors.
+        ValueError: for shapes, dtypes or devices that do not match and unknown activations.
+
+    Example:
+        >>> import torch, hessreg
+        >>> w, b = torch.tensor([[1.0, 2.0]]), torch.zeros(1)
+        >>> x, v = torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 0.0, 0.0])
+        >>> hessreg.mlp_parameter_hvp([w], [b], "tanh", x, lambda y: (y**2).sum() / 2, v)
+        tensor([ 9., 12.,  3.])
+    """
+    _check_tensor(x, "x")
+    _check_like(x, v, "v", "x")
+    parameters = _in_compute_dtype(weights, biases)
+    if x.dim() != 2:
+        raise ValueError(f"x must be [batch, n_0], got shape {tuple(x.shape)}")
+    curvature = MLPHessian(*parameters, activation, _rows(x))
+    length = sum(t.numel() for t in [*curvature._weights, *curvature._biases])
+    if v.dim() not in (1, 2) or v.shape[0] != length:
+        raise ValueError(
+            f"v must be [p] or [p, k] with p = {length} parameters, got shape {tuple(v.shape)}"
+        )
+    delta, head = _derivatives(loss, curvature.outputs)
+    curvature.linearize(delta)
+    directions = v.reshape(length, -1).mT.to(_compute_dtype(v))
+    product = curvature.product(directions, head, gauss_newton=gauss_newton)
+    return product.mT.reshape(v.shape).to(v.dtype)
+
+
+def _derivatives(loss: Callable[[Tensor], Tensor], y: Tensor) -> tuple[Tensor, Head]:
+    """The gradient of a loss at the outputs, and its Hessian as a function."""
+    if torch.compiler.is_compiling() or is_tracked([y]):
+        gradient = torch.func.grad(loss)
+
+        def product(tangent: Tensor) -> Tensor:
+            return torch.func.jvp(gradient, (y,), (tangent,))[1]
+
+        return gradient(y), torch.func.vmap(product)
+    with torch.enable_grad():
+        leaf = y.detach().requires_grad_()
+        (delta,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+
+    def head(ry: Tensor) -> Tensor:
+        if not delta.requires_grad:  # a loss that is linear in the outputs
+            return torch.zeros_like(ry)
+        rows = [torch.autograd.grad(delta, leaf, row, retain_graph=True)[0] for row in ry]
+        return torch.stack(rows) if rows else torch.empty_like(ry)
+
+    return delta.detach(), head
+
+
+# ---- arguments ---------------------------------------------------------------------------------
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _in_compute_dtype(
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    for i, weight in enumerate(weights):
+        _check_tensor(weight, f"weights[{i}]")
+    wide = [weight.to(_compute_dtype(weight)) for weight in weights]
+    return wide, [b.to(_compute_dtype(b)) if isinstance(b, Tensor) else b for b in biases]
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).to(_compute_dtype(x))
+
+
+def _offsets_in_order(
+    weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> tuple[list[int], list[int]]:
+    """Offsets of W_1, b_1, W_2, b_2, ... one after another; -1 for a bias that is not there."""
+    sizes = [t.numel() for pair in zip(weights, biases, strict=True) for t in pair]
+    starts = list(accumulate(sizes, initial=0))[:-1]
+    present = [start if size else -1 for start, size in zip(starts, sizes, strict=True)]
+    return starts[::2], present[1::2]
+
+
+def _checked_activation(activation: Activation) -> tuple[int, float]:
+    """The number of an activation in hvp.h, and its parameter."""
+    name, *given = (activation,) if isinstance(activation, str) else tuple(activation)
+    if name not in _NAMES or len(given) > 1:
+        raise ValueError(
+            f"activation must be one of {', '.join(_NAMES)}, or one with its parameter, "
+            f"got {activation!r}"
+        )
+    default = _PARAMETERS[name]
+    if given and default is None:
+        raise ValueError(f"activation {name!r} has no parameter, got {given[0]!r}")
+    parameter = given[0] if given else default or 0.0
+    if isinstance(parameter, bool) or not isinstance(parameter, (int, float)):
+        raise TypeError(f"the parameter of an activation must be a number, got {parameter!r}")
+    if not -math.inf < parameter < math.inf or (name == "softplus" and parameter <= 0):
+        raise ValueError(f"the parameter of {name} must be finite and in its range: {parameter}")
+    return _NAMES.index(name), float(parameter)
+
+
+def _checked_weights(weights: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+    _check_tensor(x, "x")
+    if x.dim() != 2:
+        raise ValueError(f"x must be [batch, n_0], got shape {tuple(x.shape)}")
+    if not weights:
+        raise ValueError("weights must hold at least one matrix, got none")
+    width = x.shape[1]
+    for i, weight in enumerate(weights):
+        _check_like(x, weight, f"weights[{i}]", "x")
+        if weight.dim() != 2 or weight.shape[1] != width:
+            raise ValueError(
+                f"weights[{i}] must be [width, {width}], got shape {tuple(weight.shape)}"
+            )
+        width = weight.shape[0]
+    return list(weights)
+
+
+def _checked_biases(biases: Sequence[Tensor | None], weights: list[Tensor]) -> list[Tensor]:
+    """The biases, with an empty tensor for each that is not there."""
+    if len(biases) != len(weights):
+        raise ValueError(
+            f"biases must hold one for each of {len(weights)} weights, got {len(biases)}"
+        )
+    for i, (bias, weight) in enumerate(zip(biases, weights, strict=True)):
+        if bias is None:
+            continue
+        _check_like(weight, bias, f"biases[{i}]", "the weights")
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"biases[{i}] must be [{len(weight)}], got shape {tuple(bias.shape)}")
+    return [weights[0].new_empty(0) if bias is None else bias for bias in biases]
+
+
+def _broadcast(a: torch.Size, b: torch.Size) -> torch.Size:
+    try:
+        return torch.broadcast_shapes(a, b)
+    except RuntimeError:
+        raise ValueError(
+            f"leading dimensions must broadcast, got {tuple(a)} and {tuple(b)}"
+        ) from None
+
+
+def _check_tensor(x: Any, name: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x)}")
+    if x.dtype not in _DTYPES or x.layout is not torch.strided:
+        raise TypeError(
+            f"{name} must be a dense tensor of float16, bfloat16, float32 or float64, "
+            f"got {x.dtype}, {x.layout}"
+        )
+
+
+def _check_like(x: Tensor, other: Any, name: str, model: str) -> None:
+    _check_tensor(other, name)
+    if other.dtype is not x.dtype or other.device != x.device:
+        raise ValueError(
+            f"{name} must have the dtype and device of {model}, {x.dtype} on {x.device}, "
+            f"got {other.dtype} on {other.device}"
+        )
