@@ -1,6 +1,7 @@
 """Curvature of a loss without forming its Hessian."""
 
 from hessreg.curvature._checks import NonFiniteError
+from hessreg.curvature.eigenvalues import Eigenvalues, Which, check_symmetric, eigenvalues
 from hessreg.curvature.lanczos import lanczos, power_iteration
 from hessreg.curvature.norms import (
     NormEstimate,
@@ -16,11 +17,15 @@ from hessreg.curvature.third_order import native_norms, require_third_order_safe
 
 __all__ = [
     "DenseOperator",
+    "Eigenvalues",
     "HessianOperator",
     "LinearOperator",
     "NonFiniteError",
     "NormEstimate",
     "NormOrder",
+    "Which",
+    "check_symmetric",
+    "eigenvalues",
     "frobenius_norm",
     "lanczos",
     "native_norms",
