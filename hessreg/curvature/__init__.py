@@ -1,6 +1,7 @@
 """Curvature of a loss without forming its Hessian."""
 
 from hessreg.curvature._checks import NonFiniteError
+from hessreg.curvature.eigenvalues import Eigenvalues, Which, check_symmetric, eigenvalues
 from hessreg.curvature.gauss_newton import GaussNewtonOperator
 from hessreg.curvature.hessian import HessianOperator
 from hessreg.curvature.lanczos import lanczos, power_iteration
@@ -23,6 +24,7 @@ from hessreg.curvature.third_order import native_norms, require_third_order_safe
 
 __all__ = [
     "DenseOperator",
+    "Eigenvalues",
     "GaussNewtonOperator",
     "HessianOperator",
     "LinearOperator",
@@ -31,6 +33,9 @@ __all__ = [
     "NormOrder",
     "SumOperator",
     "SymmetricOperator",
+    "Which",
+    "check_symmetric",
+    "eigenvalues",
     "frobenius_norm",
     "lanczos",
     "native_norms",
