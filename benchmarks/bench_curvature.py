@@ -49,18 +49,23 @@ class Problem:
 
     @property
     def params(self) -> list[Tensor]:
+        """The network's parameters."""
         return list(self.model.parameters())
 
     def loss(self) -> Tensor:
+        """The mean cross-entropy of the batch."""
         return F.binary_cross_entropy_with_logits(self.model(self.x), self.y)
 
     def gradient(self) -> Any:
+        """The unit of cost."""
         return torch.autograd.grad(self.loss(), self.params)
 
     def operator(self) -> HessianOperator:
+        """The Hessian of the loss."""
         return HessianOperator(self.loss, self.params)
 
     def double(self) -> Problem:
+        """The same in float64."""
         return Problem(copy.deepcopy(self.model).double(), self.x.double(), steps=0)
 
 
@@ -271,10 +276,10 @@ def show(case: dict[str, Any]) -> None:
     print(f"\n{case['network']}: one gradient {case['gradient, milliseconds']:.2f} ms")
     for who, t in case["milliseconds"].items():
         spread = f"({t['low']:.1f} - {t['high']:.1f})"
-        cost = case["gradients per product"][who]
+        cost, ratio = case["gradients per product"][who], case["times ours"][who]
         print(
             f"  {who:24s} {t['median']:8.1f} ms {spread:18s} {cost:5.2f} gradients per product"
-            f"   {case['times ours'][who]:5.2f} x our time   error {case['relative error'][who]:.1e}"
+            f"   {ratio:5.2f} x our time   error {case['relative error'][who]:.1e}"
         )
 
 

@@ -588,7 +588,9 @@ def test_native_layers_are_refused_and_would_be_wrong(problem, monkeypatch):
     assert value == pytest.approx(dense_norm(params, loss, "spectral"))
     with third_order_safe():
         safe = loss()
-    monkeypatch.setattr("hessreg.curvature.hessian.require_third_order_safe", lambda *a, **k: None)
+    monkeypatch.setattr(
+        "hessreg.curvature.parameter_operator.require_third_order_safe", lambda *a, **k: None
+    )
     gradients = [
         torch.cat([g.reshape(-1) for g in torch.autograd.grad(exact_norm(o, "spectral"), params)])
         for o in (op, HessianOperator(safe, params))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hessreg.curvature.evaluation import RandomState, evaluate
+from hessreg.curvature.fused import FusedHessian
 from hessreg.curvature.parameter_operator import CurvatureGraph, ParameterOperator, check_loss
 from hessreg.curvature.parameters import FlatParameters
 from hessreg.curvature.third_order import refuse_opaque, require_third_order_safe
@@ -83,31 +85,44 @@ class _GaussNewtonGraph(CurvatureGraph):
         value = check_loss(loss(outputs))
         refuse_opaque(value)
         require_third_order_safe(value, derivatives=2)
+        super().__init__(params, value, FusedHessian.find(value, params, of_outputs=outputs))
         self._outputs = outputs
-        (self._slope,) = _pull(value, [outputs], None)
-        self._free = torch.zeros_like(outputs, requires_grad=True)
-        pulled = _pull(outputs, params.tensors, self._free)
-        self._live = [i for i, p in enumerate(pulled) if p.requires_grad]
-        self._pulled = [pulled[i] for i in self._live]
-        gradient = params.flatten(_pull(outputs, params.tensors, self._slope.detach())).detach()
-        params.check_finite("gradient", gradient)
-        super().__init__(params, value, gradient, [*self._pulled, self._slope])
+        if self._fused is None:
+            _ = self.gradient  # an infinite one is reported here, not at the first product
 
-    def product(self, v: Tensor, create_graph: bool) -> Tensor:
-        if create_graph:
-            require_third_order_safe(self.loss)
-        return super().product(v, create_graph)
+    @cached_property
+    def gradient(self) -> Tensor:
+        slope = self._slope.detach()
+        gradient = self.params.flatten(_pull(self._outputs, self.params.tensors, slope)).detach()
+        self.params.check_finite("gradient", gradient)
+        return gradient
+
+    @cached_property
+    def _slope(self) -> Tensor:
+        return _pull(self.loss, [self._outputs], None)[0]
+
+    @cached_property
+    def _free(self) -> Tensor:
+        return torch.zeros_like(self._outputs, requires_grad=True)
+
+    @cached_property
+    def _pulled(self) -> Sequence[Tensor]:
+        return _pull(self._outputs, self.params.tensors, self._free)
 
     def multiply(
         self, parts: Sequence[Tensor], create_graph: bool = False, batched: bool = False
     ) -> Sequence[Tensor]:
-        if not self._slope.requires_grad or not self._pulled:  # linear in the outputs, or they are
+        live = [(p, part) for p, part in zip(self._pulled, parts, strict=True) if p.requires_grad]
+        if not self._slope.requires_grad or not live:  # linear in the outputs, or they are
             return [torch.zeros_like(part) for part in parts]
         options = {"create_graph": create_graph, "is_grads_batched": batched}
-        directions = [parts[i] for i in self._live]
-        (pushed,) = _pull(self._pulled, [self._free], directions, **options)
+        pulled, directions = zip(*live, strict=True)
+        (pushed,) = _pull(pulled, [self._free], directions, **options)
         (curved,) = _pull(self._slope, [self._outputs], pushed, **options)
         return _pull(self._outputs, self.params.tensors, curved, **options)
+
+    def roots(self) -> Sequence[Tensor]:
+        return [*self._pulled, self._slope]
 
 
 def _pull(

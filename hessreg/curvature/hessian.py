@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hessreg.curvature.evaluation import RandomState, evaluate
+from hessreg.curvature.fused import FusedHessian
 from hessreg.curvature.parameter_operator import CurvatureGraph, ParameterOperator, check_loss
 from hessreg.curvature.parameters import FlatParameters
 from hessreg.curvature.third_order import refuse_opaque, require_third_order_safe
@@ -21,8 +23,10 @@ class HessianOperator(ParameterOperator):
     """Hessian of a scalar loss with respect to parameters, known by its products.
 
     The gradient is built once, with its graph; each product is one reverse pass through it, about
-    1.35 gradients for a multilayer perceptron. The operator is the Hessian at the parameters'
-    values when it was made. It leaves ``.grad``, the modules' mode and buffers and the random
+    2 gradients. Where all of the parameters are those of one multilayer perceptron, as built of
+    ``nn.Linear`` and one smooth or piecewise linear activation, a product is a fused pass forward
+    and back instead, less than one gradient. The operator is the Hessian at the parameters' values
+    when it was made. It leaves ``.grad``, the modules' mode and buffers and the random
     state as they were; dropout keeps its masks from product to product.
 
     Args:
@@ -91,35 +95,43 @@ class HessianOperator(ParameterOperator):
 
 
 class _HessianGraph(CurvatureGraph):
-    """The gradient of one loss with its graph."""
+    """The gradient of one loss with its graph, unless the fused operators do without."""
 
     def __init__(self, loss: Tensor, params: FlatParameters) -> None:
         refuse_opaque(loss)
         require_third_order_safe(loss, derivatives=2)
-        grads = torch.autograd.grad(loss, params.tensors, create_graph=True, materialize_grads=True)
-        gradient = params.flatten(grads).detach()
-        params.check_finite("gradient", gradient)
-        # A gradient that is constant in every parameter has no graph and a zero Hessian.
-        self._live = [i for i, g in enumerate(grads) if g.requires_grad]
-        self._grads = [grads[i] for i in self._live]
-        super().__init__(params, loss, gradient, self._grads)
+        super().__init__(params, loss, FusedHessian.find(loss, params))
+        if self._fused is None:
+            _ = self.gradient  # an infinite one is reported here, not at the first product
 
-    def product(self, v: Tensor, create_graph: bool) -> Tensor:
-        if create_graph:
-            require_third_order_safe(self.loss)
-        return super().product(v, create_graph)
+    @cached_property
+    def _grads(self) -> Sequence[Tensor]:
+        params = self.params.tensors
+        return torch.autograd.grad(self.loss, params, create_graph=True, materialize_grads=True)
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        gradient = self.params.flatten(self._grads).detach()
+        self.params.check_finite("gradient", gradient)
+        return gradient
 
     def multiply(
         self, parts: Sequence[Tensor], create_graph: bool = False, batched: bool = False
     ) -> Sequence[Tensor]:
-        if not self._grads:
+        # A gradient that is constant in every parameter has no graph and a zero Hessian.
+        live = [(g, part) for g, part in zip(self._grads, parts, strict=True) if g.requires_grad]
+        if not live:
             return [torch.zeros_like(part) for part in parts]
+        grads, directions = zip(*live, strict=True)
         return torch.autograd.grad(
-            self._grads,
+            grads,
             self.params.tensors,
-            [parts[i] for i in self._live],
+            directions,
             retain_graph=True,
             create_graph=create_graph,
             is_grads_batched=batched,
             materialize_grads=True,
         )
+
+    def roots(self) -> Sequence[Tensor]:
+        return self._grads

@@ -15,6 +15,8 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from hessreg.ops.hvp import Activation
+
 __all__ = ["Chain", "find_chains"]
 
 # Activations by the names of their nodes, with the attributes that hold a parameter.
@@ -38,14 +40,14 @@ class Chain:
         input: what the first layer took, [batch, features].
         weights: parameters [out, in] of the layers.
         biases: parameters [out] of the layers; None for a layer without.
-        activation: name and parameter of the activation between the layers; None for one layer.
+        activation: between the layers, as :class:`~hessreg.MLPHessian` takes it.
         output: the last layer's place in the graph.
     """
 
     input: Tensor
     weights: list[Tensor]
     biases: list[Tensor | None]
-    activation: tuple[str, float] | None
+    activation: Activation
     output: GradientEdge
 
     def same_network(self, other: Chain) -> bool:
@@ -80,7 +82,7 @@ def find_chains(loss: Tensor, params: Sequence[Tensor]) -> list[Chain] | None:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
         >>> chains = find_chains(net(torch.randn(4, 2)).square().mean(), list(net.parameters()))
         >>> len(chains), chains[0].activation, [tuple(w.shape) for w in chains[0].weights]
-        (1, ('tanh', 0.0), [(3, 2), (1, 3)])
+        (1, 'tanh', [(3, 2), (1, 3)])
     """
     graph = _Graph(loss, params)
     layers = graph.layers()
@@ -167,8 +169,9 @@ class _Graph:
         if transposed is None or transposed.name() != "TBackward0":
             return None
         weight = self.parameter(transposed.next_functions[0][0])
-        found = None if bias is None else self.parameter(bias)
-        if weight is None or (bias is not None and found is None):
+        found = self.parameter(bias)
+        # A bias that is no parameter leaves no trace of its value.
+        if weight is None or (node.name() == "AddmmBackward0" and found is None):
             return None
         return _Layer(node, weight, found, source)
 
@@ -213,12 +216,12 @@ def _make_chain(graph: _Graph, path: Sequence[_Layer]) -> Chain | None:
         entered.detach(),
         [layer.weight for layer in path],
         [layer.bias for layer in path],
-        next(iter(activations), None),
+        next(iter(activations), "identity") or "identity",
         GradientEdge(path[-1].node, 0),
     )
 
 
-def _activation(node: Node | None) -> tuple[str, float] | None:
+def _activation(node: Node | None) -> Activation | None:
     if node is None or node.name() not in _ACTIVATIONS:
         return None
     name, attribute = _ACTIVATIONS[node.name()]
@@ -226,4 +229,4 @@ def _activation(node: Node | None) -> tuple[str, float] | None:
         return None
     if name == "gelu" and getattr(node, "_saved_approximate", "none") == "tanh":
         name = "gelu_tanh"
-    return name, float(getattr(node, attribute)) if attribute else 0.0
+    return (name, float(getattr(node, attribute))) if attribute else name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from torch.autograd.graph import Node
 
 from hessreg.curvature._checks import NonFiniteError
 from hessreg.curvature.evaluation import RandomState
+from hessreg.curvature.fused import FusedHessian
 from hessreg.curvature.operators import SymmetricOperator
 from hessreg.curvature.parameters import FlatParameters
+from hessreg.curvature.third_order import require_third_order_safe
 
 __all__ = ["CurvatureGraph", "ParameterOperator", "check_loss"]
 
@@ -24,32 +27,17 @@ class CurvatureGraph:
     Args:
         params: what to differentiate by.
         loss: the scalar.
-        gradient: its gradient [n], detached.
-        root: the tensors that products go back through, for the memory they take.
+        fused: multiplies without gradients being recorded, where the graph is of a known kind.
     """
 
-    def __init__(
-        self, params: FlatParameters, loss: Tensor, gradient: Tensor, root: Sequence[Tensor]
-    ) -> None:
-        self.params, self.loss, self.gradient = params, loss, gradient
-        self._root = root
+    def __init__(self, params: FlatParameters, loss: Tensor, fused: FusedHessian | None) -> None:
+        self.params, self.loss, self._fused = params, loss, fused
         self._batched = True
 
-    def product(self, v: Tensor, create_graph: bool) -> Tensor:
-        """Product with v [n]."""
-        return self.params.flatten(self.multiply(self.params.split(v), create_graph=create_graph))
-
-    def products(self, vectors: Tensor, max_bytes: int) -> Tensor:
-        """Products with k vectors [k, n], several at a time as far as memory goes."""
-        if self._batched and len(vectors) > 1:
-            try:
-                size = max(1, max_bytes // self._bytes_per_vector())
-                return torch.cat([self._batched_product(part) for part in vectors.split(size)])
-            except RuntimeError as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                self._batched = False  # an operation of the loss has no batching rule
-        return torch.stack([self.product(v, create_graph=False) for v in vectors])
+    @property
+    def gradient(self) -> Tensor:
+        """The gradient of the scalar [n], detached."""
+        raise NotImplementedError
 
     def multiply(
         self, parts: Sequence[Tensor], create_graph: bool = False, batched: bool = False
@@ -57,12 +45,40 @@ class CurvatureGraph:
         """Products by parameter; with ``batched``, of k vectors in front of each part."""
         raise NotImplementedError
 
-    def _batched_product(self, vectors: Tensor) -> Tensor:
+    def roots(self) -> Sequence[Tensor]:
+        """What products go back through the graphs of."""
+        raise NotImplementedError
+
+    def product(self, v: Tensor, create_graph: bool) -> Tensor:
+        """Product with v [n]."""
+        if create_graph:
+            require_third_order_safe(self.loss)
+        elif self._fused is not None:
+            return self._fused.products(v[None])[0]
+        return self.params.flatten(self.multiply(self.params.split(v), create_graph=create_graph))
+
+    def products(self, vectors: Tensor, max_bytes: int) -> Tensor:
+        """Products with k vectors [k, n], several at a time as far as memory goes."""
+        if self._batched and len(vectors) > 1:
+            size = max(1, max_bytes // self._bytes_per_vector)
+            try:
+                return torch.cat([self._at_once(part) for part in vectors.split(size)])
+            except RuntimeError as error:
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                self._batched = False  # an operation of the loss has no batching rule
+        return torch.stack([self.product(v, create_graph=False) for v in vectors])
+
+    def _at_once(self, vectors: Tensor) -> Tensor:
+        if self._fused is not None:
+            return self._fused.products(vectors)
         return self.params.flatten(self.multiply(self.params.split(vectors), batched=True), batch=1)
 
+    @cached_property
     def _bytes_per_vector(self) -> int:
         """About what one vector more takes: its share of every tensor on the way back."""
-        sizes = [_output_elements(node) for node in _graph_nodes(self._root)]
+        nodes = () if self._fused is not None else _graph_nodes(self.roots())
+        sizes = [_output_elements(node) for node in nodes]
         return self.params.dtype.itemsize * (2 * self.params.size + sum(sizes))
 
 
@@ -95,12 +111,18 @@ class ParameterOperator(SymmetricOperator):
         self.shape = (params.size, params.size)
         self._state = RandomState(params.device)
         self._graph = linearize() if data is None else None
-        self.gradient = self._sum(lambda graph: graph.gradient)
+        if data is not None:
+            _ = self.gradient  # a batch that is no good is reported here
 
     @property
     def loss(self) -> Tensor | None:
         """The scalar with its graph; None if there is data."""
         return None if self._graph is None else self._graph.loss
+
+    @cached_property
+    def gradient(self) -> Tensor:
+        """The flat gradient [n], detached; computed when it is first asked for."""
+        return self._sum(lambda graph: graph.gradient)
 
     def matvec(self, v: Tensor, *, create_graph: bool = False) -> Tensor:
         """Product with v.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ class FlatParameters:
     Attributes:
         tensors: the parameters, as a list.
         sizes: their numbers of elements.
+        offsets: where each begins in the flat vector.
         size: the length of the flat vector.
         dtype: of all of them.
         device: of all of them.
@@ -41,7 +43,7 @@ class FlatParameters:
     def __init__(self, params: Tensor | Iterable[Tensor]) -> None:
         self.tensors = _check_params(params)
         self.sizes = [p.numel() for p in self.tensors]
-        self.size = sum(self.sizes)
+        *self.offsets, self.size = accumulate(self.sizes, initial=0)
         self.dtype, self.device = self.tensors[0].dtype, self.tensors[0].device
 
     def split(self, v: Tensor) -> list[Tensor]:

@@ -1,0 +1,118 @@
+"""Hessian-vector products of a loss of a multilayer perceptron by the fused operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hessreg import _backend
+from hessreg.curvature.mlp_graph import Chain, find_chains
+from hessreg.curvature.parameters import FlatParameters
+from hessreg.ops.hvp import MLPHessian
+
+__all__ = ["FusedHessian"]
+
+
+class FusedHessian:
+    """The Hessian of a loss whose parameters are all those of one perceptron.
+
+    The perceptron's part is multiplied by the R-operator, all of its passes in one batch, the
+    rest of the loss by autograd.
+
+    Args:
+        chains: the perceptron's passes in the loss.
+        slopes: the gradients of the loss in their outputs, with their graphs.
+        params: the parameters.
+        gauss_newton: leave out the curvature of the perceptron itself.
+    """
+
+    def __init__(
+        self,
+        chains: Sequence[Chain],
+        slopes: Sequence[Tensor],
+        params: FlatParameters,
+        gauss_newton: bool,
+    ) -> None:
+        self._versions = [(p, p._version) for p in params.tensors]
+        self._size = params.size
+        self._edges = [chain.output for chain in chains]
+        self._lengths = [len(chain.input) for chain in chains]
+        # Where a slope is constant, the loss has no curvature in that pass's outputs.
+        self._live = [i for i, slope in enumerate(slopes) if slope.requires_grad]
+        self._slopes = [slopes[i] for i in self._live]
+        self._gauss_newton = gauss_newton
+        self._network = _network(chains, params)
+        with torch.no_grad():
+            self._network.linearize(torch.cat(list(slopes)))
+
+    @classmethod
+    def find(
+        cls, loss: Tensor, params: FlatParameters, of_outputs: Tensor | None = None
+    ) -> FusedHessian | None:
+        """The operator, if the loss is of that kind and there are kernels for its device.
+
+        With ``of_outputs`` the Gauss-Newton matrix is meant, and these must be the perceptron's.
+        """
+        if not _backend.runs_compiled(params.device):
+            return None
+        chains = find_chains(loss, params.tensors)
+        if chains is None or not all(chain.same_network(chains[0]) for chain in chains):
+            return None
+        if of_outputs is not None and [c.output.node for c in chains] != [of_outputs.grad_fn]:
+            return None
+        slopes = torch.autograd.grad(loss, [c.output for c in chains], create_graph=True)
+        if not all(torch.isfinite(slope).all() for slope in slopes):
+            return None  # the general way says where
+        return cls(chains, slopes, params, of_outputs is not None)
+
+    @torch.no_grad()
+    def products(self, vectors: Tensor) -> Tensor:
+        """Products with k vectors: [k, n] to [k, n].
+
+        Raises:
+            ValueError: a parameter was changed since.
+        """
+        if any(p._version != version for p, version in self._versions):
+            raise ValueError("params were changed in place since the operator was made of them")
+        return self._network.product(vectors, self._head, gauss_newton=self._gauss_newton)
+
+    def _head(self, moved: Tensor) -> Tensor:
+        """How the slopes in the outputs move with them: [k, rows, outputs] to the same."""
+        if not self._slopes:
+            return torch.zeros_like(moved)
+        parts = moved.split(self._lengths, 1)
+        try:
+            found = self._curve([parts[i] for i in self._live], batched=True)
+        except RuntimeError:  # an operation of the loss has no batching rule
+            rows = [self._curve([parts[i][k] for i in self._live]) for k in range(len(moved))]
+            found = [None if c[0] is None else torch.stack(c) for c in zip(*rows, strict=True)]
+        pairs = zip(found, parts, strict=True)
+        return torch.cat([torch.zeros_like(p) if f is None else f for f, p in pairs], 1)
+
+    def _curve(self, parts: Sequence[Tensor], batched: bool = False) -> list[Tensor | None]:
+        return list(
+            torch.autograd.grad(
+                self._slopes,
+                self._edges,
+                parts,
+                retain_graph=True,
+                is_grads_batched=batched,
+                allow_unused=True,
+            )
+        )
+
+
+def _network(chains: Sequence[Chain], params: FlatParameters) -> MLPHessian:
+    starts = dict(zip(map(id, params.tensors), params.offsets, strict=True))
+    first = chains[0]
+    with torch.no_grad():
+        return MLPHessian(
+            [w.detach() for w in first.weights],
+            [None if b is None else b.detach() for b in first.biases],
+            first.activation,
+            torch.cat([chain.input for chain in chains]),
+            weight_offsets=[starts[id(w)] for w in first.weights],
+            bias_offsets=[-1 if b is None else starts[id(b)] for b in first.biases],
+        )
