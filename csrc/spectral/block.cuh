@@ -34,16 +34,20 @@ __device__ __forceinline__ unsigned magnitude(double x) {
   return static_cast<unsigned>(__double_as_longlong(x) >> 32) & 0x7fffffffu;
 }
 
-// The power of two that brings what has this magnitude into [1, 2).
+// The smallest number of this magnitude.
 template <typename T>
-__device__ __forceinline__ Scale<T> scale_of_magnitude(unsigned magnitude) {
-  if constexpr (sizeof(T) == sizeof(float)) return scale_of(__uint_as_float(magnitude));
-  return scale_of(__longlong_as_double(static_cast<long long>(magnitude) << 32));
+__device__ __forceinline__ T of_magnitude(unsigned magnitude) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return __uint_as_float(magnitude);
+  } else {
+    return __longlong_as_double(static_cast<long long>(magnitude) << 32);
+  }
 }
 
+// The power of two that brings what has this magnitude into [1, 2); NaN where it is not finite.
 template <typename T>
-__device__ __forceinline__ bool is_finite(const Scale<T>& scale) {
-  return scale.factor == scale.factor;
+__device__ __forceinline__ Scale<T> scale_of_magnitude(unsigned magnitude) {
+  return scale_of(of_magnitude<T>(magnitude));
 }
 
 // ---- Reductions
@@ -70,17 +74,13 @@ class Reduction {
  private:
   template <typename V, typename Combine>
   __device__ __forceinline__ V combine(V (&slots)[2][kWarps], V value, Combine combine) {
-    if constexpr (kWarps == 1) {
-      __syncwarp();  // also a barrier for what was stored before, as with several warps
-      return value;
-    }
     set_ ^= 1;
     if (threadIdx.x % 32 == 0) slots[set_][threadIdx.x / 32] = value;
     __syncthreads();
-    V total = slots[set_][0];
+    V result = slots[set_][0];
     HESSREG_UNROLL
-    for (int warp = 1; warp < kWarps; ++warp) total = combine(total, slots[set_][warp]);
-    return total;
+    for (int warp = 1; warp < kWarps; ++warp) result = combine(result, slots[set_][warp]);
+    return result;
   }
 
   int set_ = 0;
@@ -96,9 +96,44 @@ __device__ __forceinline__ T group_sum(T value) {
 
 template <typename T>
 __device__ __forceinline__ T total(const T (&sums)[kPack<T>]) {
-  if constexpr (kPack<T> == 4) return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  return sums[0] + sums[1];
+  T sum = sums[0] + sums[1];
+  if constexpr (kPack<T> == 4) sum += sums[2] + sums[3];
+  return sum;
 }
+
+// ---- Where entries come from
+
+// A whole matrix.
+template <typename T>
+struct Full {
+  const T* a;  // [n, n]
+  int n;
+  __device__ __forceinline__ T operator()(int row, int column) const {
+    return a[int64_t{row} * n + column];
+  }
+};
+
+// The lower triangle of a matrix.
+template <typename T>
+struct Lower {
+  const T* a;  // [n, n]
+  int n;
+  __device__ __forceinline__ T operator()(int row, int column) const {
+    return a[int64_t{max(row, column)} * n + min(row, column)];
+  }
+};
+
+// A tridiagonal matrix.
+template <typename T>
+struct Tridiagonal {
+  const T* alpha;  // [n]
+  const T* beta;   // [n - 1]
+  int n;
+  __device__ __forceinline__ T operator()(int row, int column) const {
+    if (row == column) return alpha[row];
+    return abs(row - column) == 1 ? beta[min(row, column)] : T(0);
+  }
+};
 
 // ---- Matrices
 
@@ -114,11 +149,12 @@ class RegisterMatrix {
   static constexpr int kThreads = kRows * kParts, kWarps = kThreads / 32;
   static constexpr int kPacks = kRows / kParts / kPack<T>;
 
-  __device__ __forceinline__ RegisterMatrix(const T* a, int n, Reduction<kWarps>& reduction) {
+  template <typename Source>
+  __device__ __forceinline__ RegisterMatrix(const Source& source, Reduction<kWarps>& reduction) {
     unsigned largest = 0;
     for_each_entry([&](int column, T& entry) {
-      const bool inside = row() < n && column < n;
-      entry = inside ? a[int64_t{row()} * n + column] : T(0);
+      const bool inside = row() < source.n && column < source.n;
+      entry = inside ? source(row(), column) : T(0);
       largest = max(largest, magnitude(entry));
     });
     scale_ = scale_of_magnitude<T>(reduction.max(largest));
@@ -162,6 +198,13 @@ class RegisterMatrix {
     return group_sum<kParts>(total<T>(sums));
   }
 
+  // This thread's share of the sum of squares.
+  __device__ __forceinline__ double squares() {
+    T sum = 0;
+    for_each_entry([&](int, T& entry) { sum += entry * entry; });
+    return sum;
+  }
+
   // take(row, product) in one thread of each row of the product with v.
   template <typename Take>
   __device__ __forceinline__ void multiply(const T* v, Take take) {
@@ -184,15 +227,20 @@ class StreamedMatrix {
   static constexpr int kParts = 1;
   static constexpr int kThreads = 512, kWarps = kThreads / 32, kRowsAtOnce = 4;
 
-  __device__ __forceinline__ StreamedMatrix(const T* a, int n, Reduction<kWarps>& reduction)
-      : a_(a), n_(n) {
+  __device__ __forceinline__ StreamedMatrix(const Full<T>& source, Reduction<kWarps>& reduction)
+      : a_(source.a), n_(source.n) {
     unsigned largest = 0;
-    for (int64_t i = threadIdx.x; i < int64_t{n} * n; i += kThreads)
-      largest = max(largest, magnitude(a[i]));
+    for_each_entry([&](T entry) { largest = max(largest, magnitude(entry)); });
     scale_ = scale_of_magnitude<T>(reduction.max(largest));
   }
 
   __device__ __forceinline__ const Scale<T>& scale() const { return scale_; }
+
+  __device__ __forceinline__ double squares() const {
+    T sum = 0;
+    for_each_entry([&](T entry) { sum += entry * scale_.factor * (entry * scale_.factor); });
+    return sum;
+  }
 
   template <typename Take>
   __device__ __forceinline__ void multiply(const T* v, Take take) const {
@@ -217,6 +265,11 @@ class StreamedMatrix {
       for (int r = 0; r < kRowsAtOnce; ++r)  // a row beyond the last: the last again
         sums[r] += a_[int64_t{min(row + r, n_ - 1)} * n_ + column] * scale_.factor * x;
     }
+  }
+
+  template <typename F>
+  __device__ __forceinline__ void for_each_entry(F f) const {
+    for (int64_t i = threadIdx.x; i < int64_t{n_} * n_; i += kThreads) f(a_[i]);
   }
 
   const T* a_;
