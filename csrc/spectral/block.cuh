@@ -131,7 +131,7 @@ struct Tridiagonal {
   int n;
   __device__ __forceinline__ T operator()(int row, int column) const {
     if (row == column) return alpha[row];
-    return abs(row - column) == 1 ? beta[min(row, column)] : T(0);
+    return std::abs(row - column) == 1 ? beta[min(row, column)] : T(0);
   }
 };
 

@@ -58,8 +58,8 @@ class Tridiagonalisation {
     diagonal = group_sum<Matrix::kParts>(diagonal);
     head = group_sum<Matrix::kParts>(head);
     squares = group_sum<Matrix::kParts>(squares);
-    const bool vanishes = static_cast<T>(squares) == 0;
-    const T norm = sqrt(static_cast<T>(squares + static_cast<double>(head) * head));
+    const bool vanishes = squares < kSmallestSquare<T>;
+    const T norm = std::sqrt(static_cast<T>(squares + static_cast<double>(head) * head));
     const T left = vanishes ? head : (head > 0 ? -norm : norm), first = head - left;
     if (matrix.row() != k) return;
     matrix.for_each_pack(0, [&](int column, const T(&entries)[kPack<T>]) {
@@ -110,7 +110,7 @@ __device__ __forceinline__ int count_below(const TridiagonalRow<T>* rows, int n,
   for (int i = 0; i < n; ++i) {
     const TridiagonalRow<T> row = rows[i];
     pivot = (row.diagonal - x) - row.before * row.before / pivot;
-    if (abs(pivot) < kSmallestSquare<T>) pivot = -kSmallestSquare<T>;
+    if (std::abs(pivot) < kSmallestSquare<T>) pivot = -kSmallestSquare<T>;
     count += pivot < 0;
   }
   return count;
@@ -145,8 +145,8 @@ __global__ void __launch_bounds__(kRows* kThreadsOfRow) eigenvalues_kernel(Symme
   const int index = matrix.row();
   T radius = 0;  // of Gershgorin's interval about zero
   if (index < n)
-    radius = abs(rows[index].diagonal) + abs(rows[index].before) +
-             (index + 1 < n ? abs(rows[index + 1].before) : T(0));
+    radius = std::abs(rows[index].diagonal) + std::abs(rows[index].before) +
+             (index + 1 < n ? std::abs(rows[index + 1].before) : T(0));
   const T bound = of_magnitude<T>(reduction.max(magnitude(radius))) * T(1.001);
   const T value = bisect(rows, n, index, bound);
   if (index < n && matrix.part() == 0)

@@ -37,7 +37,74 @@ struct Columns {
   __device__ __forceinline__ T* column(int i) const { return g + int64_t{i} * stride(); }
 };
 
-template <typename T, int kRows, typename Source>
+// Two columns that kLanes lanes hold, and their inner products.
+template <typename T, int kRows, bool kOnChip>
+class Pair {
+ public:
+  T pp = 0, qq = 0, pq = 0;
+
+  // `exists` is false for lanes that are left over: their products are zero.
+  __device__ __forceinline__ Pair(const Columns<T>& columns, int p, int q, bool exists)
+      : p_(columns.column(p)), q_(columns.column(q)), length_(exists ? columns.length : 0) {
+    for_each_step([&](int step, int offset) {
+      load(step, offset);
+      HESSREG_UNROLL
+      for (int e = 0; e < kPack<T>; ++e) {
+        const T x = a_[step].values[e], y = b_[step].values[e];
+        pp += x * x;
+        qq += y * y;
+        pq += x * y;
+      }
+    });
+    pp = group_sum<kLanes>(pp);
+    qq = group_sum<kLanes>(qq);
+    pq = group_sum<kLanes>(pq);
+  }
+
+  __device__ __forceinline__ bool is_orthogonal() const {
+    return !(pq * pq > kOrthogonal<T> * kOrthogonal<T> * (pp * qq));
+  }
+
+  // By the smaller angle that makes them orthogonal.
+  __device__ __forceinline__ void rotate() {
+    const T ratio = (qq - pp) / (2 * pq);
+    const T tangent = (ratio < 0 ? T(-1) : T(1)) / (std::abs(ratio) + std::sqrt(1 + ratio * ratio));
+    const T c = 1 / std::sqrt(1 + tangent * tangent), s = tangent * c, t = s / (1 + c);
+    for_each_step([&](int step, int offset) {
+      if constexpr (!kOnChip) load(step, offset);  // registers are needed for the addresses
+      HESSREG_UNROLL
+      for (int e = 0; e < kPack<T>; ++e) {
+        const T x = a_[step].values[e], y = b_[step].values[e];
+        a_[step].values[e] = x - s * (y + t * x);  // c x - s y, and exact if the angle is small
+        b_[step].values[e] = y + s * (x - t * y);
+      }
+      store_pack(p_ + offset, a_[step]);
+      store_pack(q_ + offset, b_[step]);
+    });
+  }
+
+ private:
+  // f(step, offset) for the packs of this lane.
+  template <typename F>
+  __device__ __forceinline__ void for_each_step(F f) {
+    const int lane = static_cast<int>(threadIdx.x) % kLanes;
+    HESSREG_UNROLL
+    for (int step = 0; step < kSteps; ++step)
+      if (step * kLanePacks<T> < length_) f(step, step * kLanePacks<T> + lane * kPack<T>);
+  }
+
+  __device__ __forceinline__ void load(int step, int offset) {
+    a_[step] = load_pack(p_ + offset);
+    b_[step] = load_pack(q_ + offset);
+  }
+
+  static constexpr int kSteps = kRows / kLanePacks<T>;
+  T *p_, *q_;
+  int length_;
+  Pack<T> a_[kSteps], b_[kSteps];
+};
+
+template <typename T, int kRows, bool kOnChip, typename Source>
 class Jacobi {
  public:
   static constexpr int kThreads = kRows / 2 * kLanes, kWarps = kThreads / 32;
@@ -60,7 +127,7 @@ class Jacobi {
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
   static __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / 32; }
 
-  // G, scaled; the shift is a little more than the largest sum of a column bounds eigenvalues by.
+  // G, scaled and shifted.
   __device__ __forceinline__ void load() {
     unsigned largest = 0;
     const int n = source_.n, stride = columns_.stride();
@@ -74,74 +141,47 @@ class Jacobi {
     for (int i = threadIdx.x; i < columns_.count * stride; i += kThreads)
       columns_.g[i] *= scale_.factor;
     __syncthreads();
-    T sum = 0;
-    if (static_cast<int>(threadIdx.x) < n)
-      for (int r = 0; r < n; ++r) sum += abs(columns_.column(threadIdx.x)[r]);
-    const T bound = of_magnitude<T>(reduction_.max(magnitude(sum)));
+    const T bound = norm_bound();
     const T shift = bound > 0 ? T(1.25) * bound : T(1);
     if (static_cast<int>(threadIdx.x) < n) columns_.column(threadIdx.x)[threadIdx.x] += shift;
     __syncthreads();
   }
 
-  // Rounds as of a tournament: one player stays, the others move on by one.
+  // |A^2|_F^(1/2): a bound of the eigenvalues that is closer than |A|_F. Errors of the vectors grow
+  // with the shift.
+  __device__ __forceinline__ T norm_bound() {
+    double sum = 0;
+    for (int round = 0; round < columns_.count - 1; ++round) {
+      const auto pair = pair_of(round);
+      const double pp = pair.pp, qq = pair.qq, pq = pair.pq;
+      if (lane() % kLanes == 0) sum += 2 * pq * pq + (round == 0 ? pp * pp + qq * qq : 0);
+    }
+    return static_cast<T>(std::sqrt(std::sqrt(reduction_.sum(sum))));
+  }
+
   __device__ __forceinline__ void make_orthogonal() {
-    const int place = static_cast<int>(threadIdx.x) / kLanes, around = columns_.count - 1;
-    const bool is_pair = 2 * place < columns_.count;
-    const int pair = is_pair ? place : 0;
     for (int sweep = 0; sweep < kMaxSweeps; ++sweep) {
       bool rotated = false;
-      for (int round = 0; round < around; ++round) {
-        const int p = pair == 0 ? around : (round + pair) % around;
-        const int q = (round + around - pair) % around;
-        rotated |= rotate(columns_.column(p), columns_.column(q), is_pair);
+      for (int round = 0; round < columns_.count - 1; ++round) {
+        auto pair = pair_of(round);
+        if (!pair.is_orthogonal()) {
+          pair.rotate();
+          rotated = true;
+        }
         __syncthreads();
       }
       if (!__syncthreads_or(rotated)) break;
     }
   }
 
-  // Makes two columns orthogonal; false if they were.
-  __device__ __forceinline__ bool rotate(T* p, T* q, bool is_pair) {
-    constexpr int kSteps = kRows / kLanePacks<T>;
-    Pack<T> a[kSteps], b[kSteps];
-    T aa = 0, bb = 0, ab = 0;
-    for_each_step(is_pair, [&](int step, int offset) {
-      a[step] = load_pack(p + offset);
-      b[step] = load_pack(q + offset);
-      HESSREG_UNROLL
-      for (int e = 0; e < kPack<T>; ++e) {
-        aa += a[step].values[e] * a[step].values[e];
-        bb += b[step].values[e] * b[step].values[e];
-        ab += a[step].values[e] * b[step].values[e];
-      }
-    });
-    aa = group_sum<kLanes>(aa);
-    bb = group_sum<kLanes>(bb);
-    ab = group_sum<kLanes>(ab);
-    if (!(ab * ab > kOrthogonal<T> * kOrthogonal<T> * (aa * bb))) return false;
-    const T ratio = (bb - aa) / (2 * ab);
-    const T tangent = (ratio < 0 ? T(-1) : T(1)) / (abs(ratio) + sqrt(1 + ratio * ratio));
-    const T c = 1 / sqrt(1 + tangent * tangent), s = tangent * c;
-    for_each_step(true, [&](int step, int offset) {
-      Pack<T> x, y;
-      HESSREG_UNROLL
-      for (int e = 0; e < kPack<T>; ++e) {
-        x.values[e] = c * a[step].values[e] - s * b[step].values[e];
-        y.values[e] = s * a[step].values[e] + c * b[step].values[e];
-      }
-      store_pack(p + offset, x);
-      store_pack(q + offset, y);
-    });
-    return true;
-  }
-
-  // f(step, offset) for the packs of a column that a lane holds.
-  template <typename F>
-  __device__ __forceinline__ void for_each_step(bool is_pair, F f) const {
-    HESSREG_UNROLL
-    for (int step = 0; step < kRows / kLanePacks<T>; ++step)
-      if (is_pair && step * kLanePacks<T> < columns_.length)
-        f(step, step * kLanePacks<T> + lane() % kLanes * kPack<T>);
+  // The columns of these lanes in a round of a tournament: the last player stays, the others move
+  // on by one.
+  __device__ __forceinline__ Pair<T, kRows, kOnChip> pair_of(int round) const {
+    const int place = static_cast<int>(threadIdx.x) / kLanes, around = columns_.count - 1;
+    const bool exists = 2 * place < columns_.count;
+    const int first = exists ? place : 0;
+    return {columns_, first == 0 ? around : (round + first) % around,
+            (round + around - first) % around, exists};
   }
 
   // Rayleigh quotients v' A v: their error is of second order in that of v, where the norms of the
@@ -158,7 +198,7 @@ class Jacobi {
         const double square = group_sum<32>(squares[k]), product = group_sum<32>(products[k]);
         if (lane() > 0 || first + k >= n) continue;
         found[first + k] = static_cast<T>(product / square);
-        inverse_norms[first + k] = static_cast<T>(1 / sqrt(square));
+        inverse_norms[first + k] = static_cast<T>(1 / std::sqrt(square));
       }
     }
   }
@@ -224,12 +264,16 @@ __device__ __forceinline__ Tridiagonal<T> source_of(const TridiagonalEigh& p, in
 // With kOnChip G is in shared memory, else in scratch.
 template <typename T, int kRows, bool kOnChip, typename Problem>
 __global__ void __launch_bounds__(kRows / 2 * kLanes) eigenpairs_kernel(Problem p, void* scratch) {
-  HESSREG_DYNAMIC_SHARED(T, shared);
   auto source = source_of<T>(p, blockIdx.x);
   const int64_t batch = blockIdx.x, n = source.n;
-  T* memory = shared;
-  if constexpr (!kOnChip) memory = static_cast<T*>(scratch) + batch * Columns<T>::elements(n);
-  Jacobi<T, kRows, decltype(source)> jacobi(source, memory);
+  T* memory;
+  if constexpr (kOnChip) {
+    HESSREG_DYNAMIC_SHARED(T, shared);
+    memory = shared;
+  } else {
+    memory = static_cast<T*>(scratch) + batch * Columns<T>::elements(source.n);
+  }
+  Jacobi<T, kRows, kOnChip, decltype(source)> jacobi(source, memory);
   jacobi.run(static_cast<T*>(p.values) + batch * n, static_cast<T*>(p.vectors) + batch * n * n);
 }
 

@@ -103,14 +103,14 @@ __global__ void __launch_bounds__(Matrix::kThreads)
     xy += static_cast<double>(x[row]) * product;
   });
   xx = n > 0 ? reduction.sum(xx) : 1;
-  const double value = reduction.sum(xy) / xx, inverse_norm = 1 / sqrt(xx);
+  const double value = reduction.sum(xy) / xx, inverse_norm = 1 / std::sqrt(xx);
   T* const vector = static_cast<T*>(p.vector) + batch * n;
   for (int r = threadIdx.x; r < n; r += kThreads) {
     const double rest = y[r] - value * x[r];
     residual += rest * rest;
     vector[r] = static_cast<T>(x[r] * inverse_norm);
   }
-  residual = sqrt(reduction.sum(residual) / xx);
+  residual = std::sqrt(reduction.sum(residual) / xx);
   if (threadIdx.x > 0) return;
   static_cast<T*>(p.value)[batch] = static_cast<T>(value) * matrix.scale().inverse;
   static_cast<T*>(p.residual)[batch] = static_cast<T>(residual) * matrix.scale().inverse;
@@ -139,12 +139,13 @@ struct Basis {
     return Matrix::kOnChip ? q : q + length_of<Matrix>(n) + round_up(m, kLanePacks<T>);
   }
 
-  __device__ __forceinline__ Basis(int n, int m, T* scratch, T* shared)
+  __device__ __forceinline__ Basis(int n, int m, T* scratch)
       : length(static_cast<int>(length_of<Matrix>(n))), stride(static_cast<int>(stride_of(n))) {
     if constexpr (Matrix::kOnChip) {
       HESSREG_SHARED(Pack<T>, w_packs, [Matrix::kRows / kPack<T>]);
       HESSREG_SHARED(T, products, [Matrix::kRows]);
-      q = shared;
+      HESSREG_DYNAMIC_SHARED(T, vectors);
+      q = vectors;
       w = reinterpret_cast<T*>(w_packs);
       h = products;
     } else {
@@ -194,7 +195,7 @@ struct Basis {
       squares = subtract_all(count);
       if (pass == 0) __syncthreads();
     }
-    return static_cast<T>(sqrt(reduction.sum(squares)));
+    return static_cast<T>(std::sqrt(reduction.sum(squares)));
   }
 
   // w becomes the unit vector that the first `count` vectors hold least of, orthogonal to them;
@@ -237,16 +238,15 @@ struct Basis {
 };
 
 template <typename Matrix>
-__global__ void __launch_bounds__(Matrix::kThreads) lanczos_kernel(Lanczos p, void* scratch) {
+__global__ void __launch_bounds__(Matrix::kThreads, 1) lanczos_kernel(Lanczos p, void* scratch) {
   using T = typename Matrix::Element;
   constexpr int kThreads = Matrix::kThreads;
-  HESSREG_DYNAMIC_SHARED(T, shared);
   const int n = static_cast<int>(p.n), m = static_cast<int>(p.m);
   const int64_t batch = blockIdx.x;
   Reduction<Matrix::kWarps> reduction;
   Matrix matrix(Full<T>{static_cast<const T*>(p.a) + batch * n * n, n}, reduction);
-  const Basis<Matrix> basis(n, m, static_cast<T*>(scratch), shared);
-  const T tolerance = kBreakdown<T> * static_cast<T>(sqrt(reduction.sum(matrix.squares())));
+  const Basis<Matrix> basis(n, m, static_cast<T*>(scratch));
+  const T tolerance = kBreakdown<T> * static_cast<T>(std::sqrt(reduction.sum(matrix.squares())));
   load_start<kThreads>(static_cast<const T*>(p.v0) + batch * n, n, basis.length, basis.w,
                        reduction);
   __syncthreads();

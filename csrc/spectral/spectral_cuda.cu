@@ -71,10 +71,12 @@ int64_t columns_scratch(Element element, int64_t batch, int64_t n) {
 template <typename Problem>
 void launch_eigenpairs(const Problem& p, int64_t n, void* scratch, cuda_stream stream) {
   dispatch(p.element, [&]<typename T>() {
-    if (!columns_fit<T>(n)) {
-      HESSREG_LAUNCH((eigenpairs_kernel<T, 128, false, Problem>), grid_of(p.batch),
-                     dim3(128 / 2 * kLanes), 0, stream, p, scratch);
-      return;
+    if constexpr (sizeof(T) == sizeof(double)) {  // float32 always fits
+      if (!columns_fit<T>(n)) {
+        HESSREG_LAUNCH((eigenpairs_kernel<T, 128, false, Problem>), grid_of(p.batch),
+                       dim3(128 / 2 * kLanes), 0, stream, p, scratch);
+        return;
+      }
     }
     dispatch_rows(n, [&]<int kRows>() {
       const int64_t bytes = Columns<T>::elements(static_cast<int>(n)) * int64_t{sizeof(T)};
