@@ -34,16 +34,17 @@ class Tridiagonalisation {
     T* const products = reinterpret_cast<T*>(product_packs);
     for (int k = 0; k < n; ++k) {
       T* const v = reinterpret_cast<T*>(reflectors[k % 2]);
-      const bool reflects = k + 2 < n;
       if (static_cast<int>(threadIdx.x) / 32 == k * Matrix::kParts / 32)
         take_row(matrix, k, n, rows, v, &weights[k % 2]);
-      if (!reflects) continue;
+      if (!reflects(k, n)) continue;
       __syncthreads();
       apply(matrix, k, v, weights[k % 2], products, sums);
     }
   }
 
  private:
+  __device__ __forceinline__ static bool reflects(int k, int n) { return k + 2 < n; }
+
   // Row k as of the tridiagonal matrix, and its reflector: I - weight v v' takes what is right of
   // the diagonal to its first entry. Called by the warp of row k.
   __device__ __forceinline__ static void take_row(Matrix& matrix, int k, int n,
@@ -62,6 +63,12 @@ class Tridiagonalisation {
     const T norm = std::sqrt(static_cast<T>(squares + static_cast<double>(head) * head));
     const T left = vanishes ? head : (head > 0 ? -norm : norm), first = head - left;
     if (matrix.row() != k) return;
+    if (matrix.part() == 0) {
+      rows[k].diagonal = diagonal;
+      if (k == 0) rows[0].before = 0;
+      if (k + 1 < n) rows[k + 1].before = left;
+    }
+    if (!reflects(k, n)) return;  // nor may the memory be written: the one before is in use
     matrix.for_each_pack(0, [&](int column, const T(&entries)[kPack<T>]) {
       Pack<T> pack;
       HESSREG_UNROLL
@@ -71,9 +78,6 @@ class Tridiagonalisation {
     });
     if (matrix.part() > 0) return;
     *weight = vanishes ? T(0) : T(2) / static_cast<T>(squares + static_cast<double>(first) * first);
-    rows[k].diagonal = diagonal;
-    if (k == 0) rows[0].before = 0;
-    if (k + 1 < n) rows[k + 1].before = left;
   }
 
   // A <- H A H with H = I - weight v v', that is A - v w' - w v' with w = p - (weight p'v / 2) v

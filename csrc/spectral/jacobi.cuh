@@ -180,8 +180,9 @@ class Jacobi {
     const int place = static_cast<int>(threadIdx.x) / kLanes, around = columns_.count - 1;
     const bool exists = 2 * place < columns_.count;
     const int first = exists ? place : 0;
-    return {columns_, first == 0 ? around : (round + first) % around,
-            (round + around - first) % around, exists};
+    const int p = round + first, q = round - first;
+    return {columns_, first == 0 ? around : (p < around ? p : p - around), q < 0 ? q + around : q,
+            exists};
   }
 
   // Rayleigh quotients v' A v: their error is of second order in that of v, where the norms of the

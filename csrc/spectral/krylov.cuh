@@ -83,7 +83,7 @@ __device__ __forceinline__ T* iterate(Matrix& matrix, int64_t num_iterations, T*
 }
 
 template <typename Matrix>
-__global__ void __launch_bounds__(Matrix::kThreads)
+__global__ void __launch_bounds__(Matrix::kThreads, 1)
     power_iteration_kernel(PowerIteration p, void* scratch) {
   using T = typename Matrix::Element;
   constexpr int kThreads = Matrix::kThreads;

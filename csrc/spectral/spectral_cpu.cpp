@@ -46,6 +46,15 @@ struct Columns {
       for (int w = 0; w < W; ++w) sums[m][w] = partial[0][m][w];
   }
 
+  template <bool kSubtract>
+  HESSREG_HD void store_to(T* const (&y)[M]) const {
+    for (int m = 0; m < M; ++m)
+      for (int w = 0; w < W; ++w) {
+        T* here = y[m] + w * kLanes<T>;
+        store(here, kSubtract ? load(here) - sums[m][w] : sums[m][w]);
+      }
+  }
+
  private:
   HESSREG_HD static void add(const T* const (&a)[M], int64_t stride, const T* const (&x)[M],
                              int64_t j, Vector<T> (&partial)[M][W]) {
@@ -81,20 +90,18 @@ HESSREG_HD void with_width(int64_t width, Body body) {
   }
 }
 
-// y = x' a, or y - x' a, for columns [0, columns) of one matrix.
-template <bool kSubtract, typename T>
-void multiply(const T* a, int64_t stride, const T* x, int64_t rows, int64_t columns, T* y) {
-  const int64_t vectors = round_up(columns, kLanes<T>) / kLanes<T>;
-  for (int64_t first = 0; first < vectors; first += kMaxWidth)
+// y = x' a for one matrix of any width.
+template <typename T>
+void multiply(const Rows<T>& a, const T* x, int64_t rows, T* y) {
+  const int64_t vectors = a.stride / kLanes<T>;
+  for (int64_t first = 0; first < vectors; first += kMaxWidth) {
+    const int64_t column = first * kLanes<T>;
     with_width(vectors - first < kMaxWidth ? vectors - first : kMaxWidth, [&](auto width) {
-      constexpr int W = decltype(width)::value;
-      Columns<W, 1, T> product;
-      product.multiply({a + first * kLanes<T>}, stride, {x}, rows);
-      for (int w = 0; w < W; ++w) {
-        T* here = y + (first + w) * kLanes<T>;
-        store(here, kSubtract ? load(here) - product.sums[0][w] : product.sums[0][w]);
-      }
+      Columns<decltype(width)::value, 1, T> product;
+      product.multiply({a.data + column}, a.stride, {x}, rows);
+      product.template store_to<false>({y + column});
     });
+  }
 }
 
 template <typename T>
@@ -194,10 +201,12 @@ HESSREG_HD void iterate(PowerSpace<T>* const (&spaces)[M], int64_t n) {
   product.multiply(a, W * kLanes<T>, x, n);
   for (int m = 0; m < M; ++m) {
     Vector<T> squares = {};
+    const T inverse_norm = spaces[m]->inverse_norm;
+    T* const to = spaces[m]->y;
     for (int w = 0; w < W; ++w) {
-      const Vector<T> y = product.sums[m][w] * spaces[m]->inverse_norm;
+      const Vector<T> y = product.sums[m][w] * inverse_norm;
       squares += y * y;
-      store(spaces[m]->y + w * kLanes<T>, y);
+      store(to + w * kLanes<T>, y);
     }
     advance(*spaces[m], sum_pairwise<T>(squares));
   }
@@ -205,7 +214,7 @@ HESSREG_HD void iterate(PowerSpace<T>* const (&spaces)[M], int64_t n) {
 
 template <typename T>
 void iterate_wide(PowerSpace<T>& space, int64_t n) {
-  multiply<false>(space.a.data, space.a.stride, space.x, n, n, space.y);
+  multiply(space.a, space.x, n, space.y);
   multiply_by(space.y, space.inverse_norm, space.a.stride);
   advance(space, dot(space.y, space.y, space.a.stride));
 }
@@ -222,7 +231,7 @@ template <typename T>
 void finish_power(const PowerIteration& problem, int64_t b, PowerSpace<T>& space) {
   const int64_t n = problem.n, stride = space.a.stride;
   multiply_by(space.x, space.inverse_norm, stride);
-  multiply<false>(space.a.data, stride, space.x, n, n, space.y);
+  multiply(space.a, space.x, n, space.y);
   const T value = dot(space.x, space.y, stride);
   Vector<T> squares = {};
   for (int64_t i = 0; i < stride; i += kLanes<T>) {
@@ -279,18 +288,62 @@ struct LanczosSpace {
   T *w, *c;
   T *alpha, *beta;
   T threshold;
+  Scale<T> scale;
   LanczosSpace(int64_t n, int64_t m, Arena& arena)
-      : a(n, n, arena), q(m, n, arena), columns(n, m, arena), w(arena.take<T>(a.stride)),
-        c(arena.take<T>(columns.stride)), alpha(arena.take<T>(m)), beta(arena.take<T>(m)) {}
+      : a(n, n, arena),
+        q(m, n, arena),
+        columns(n, m, arena),
+        w(arena.take<T>(a.stride)),
+        c(arena.take<T>(columns.stride)),
+        alpha(arena.take<T>(m)),
+        beta(arena.take<T>(m)) {}
 };
 
-// Takes from w what it has of the first `count` basis vectors; c: how much.
-template <typename T>
-HESSREG_HD void orthogonalise(const LanczosSpace<T>& s, int64_t n, int64_t count) {
-  multiply<false>(s.columns.data, s.columns.stride, s.w, n, count, s.c);
-  multiply<true>(s.q.data, s.q.stride, s.c, count, n, s.w);
-}
+// The spaces of M matrices that are worked on together, so that each hides the other's latency.
+template <int M, typename T>
+struct LanczosGroup {
+  LanczosSpace<T>* spaces[M];
+  int64_t n, m;
 
+  // to(space) = x(space)' rows(space), or what is there less that, in columns [0, columns).
+  template <bool kSubtract, typename Rows, typename X, typename To>
+  HESSREG_HD void multiply(int64_t count, int64_t columns, Rows rows, X x, To to) const {
+    const int64_t stride = rows(*spaces[0]).stride, vectors = (columns - 1) / kLanes<T> + 1;
+    for (int64_t first = 0; first < vectors; first += kMaxWidth) {
+      const T *from[M], *factors[M];
+      T* into[M];
+      for (int i = 0; i < M; ++i) {
+        from[i] = rows(*spaces[i]).data + first * kLanes<T>;
+        factors[i] = x(*spaces[i]);
+        into[i] = to(*spaces[i]) + first * kLanes<T>;
+      }
+      const int64_t width = vectors - first < kMaxWidth ? vectors - first : kMaxWidth;
+      with_width(width, [&](auto w) {
+        Columns<decltype(w)::value, M, T> product;
+        product.multiply(from, stride, factors, count);
+        product.template store_to<kSubtract>(into);
+      });
+    }
+  }
+
+  HESSREG_HD void apply_matrix(int64_t k) const {
+    multiply<false>(
+        n, n, [](const auto& s) { return s.a; }, [=](const auto& s) { return s.q.row(k); },
+        [](const auto& s) { return s.w; });
+  }
+
+  // Takes from w what it has of the first `count` basis vectors; c: how much.
+  HESSREG_HD void orthogonalise(int64_t count) const {
+    multiply<false>(
+        n, count, [](const auto& s) { return s.columns; }, [](const auto& s) { return s.w; },
+        [](const auto& s) { return s.c; });
+    multiply<true>(
+        count, n, [](const auto& s) { return s.q; }, [](const auto& s) { return s.c; },
+        [](const auto& s) { return s.w; });
+  }
+};
+
+// Basis vector k from w.
 template <typename T>
 HESSREG_HD void append(const LanczosSpace<T>& s, int64_t n, int64_t k, T factor) {
   T* q = s.q.row(k);
@@ -300,7 +353,7 @@ HESSREG_HD void append(const LanczosSpace<T>& s, int64_t n, int64_t k, T factor)
 
 // The unit vector of which the first `count` basis vectors hold least, orthogonal to them.
 template <typename T>
-void append_new(const LanczosSpace<T>& s, int64_t n, int64_t count) {
+void append_new(LanczosSpace<T>& s, int64_t n, int64_t m, int64_t count) {
   T least = 2;
   int64_t which = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -311,38 +364,60 @@ void append_new(const LanczosSpace<T>& s, int64_t n, int64_t count) {
     least = held < least ? held : least;
   }
   for (int64_t i = 0; i < s.a.stride; ++i) s.w[i] = i == which;
-  for (int pass = 0; pass < 2; ++pass) orthogonalise(s, n, count);
+  const LanczosGroup<1, T> alone{{&s}, n, m};
+  for (int pass = 0; pass < 2; ++pass) alone.orthogonalise(count);
   append(s, n, count, 1 / scalar_root(dot(s.w, s.w, s.a.stride)));
 }
 
 // The next basis vector from w, and its norm.
 template <typename T>
-HESSREG_HD T extend(const LanczosSpace<T>& s, int64_t n, int64_t m, int64_t count) {
+HESSREG_HD T extend(LanczosSpace<T>& s, int64_t n, int64_t m, int64_t count) {
   const T norm = count == n ? T(0) : scalar_root(dot(s.w, s.w, s.a.stride));
   const bool breaks = norm <= s.threshold;
-  if (count < m) breaks ? append_new(s, n, count) : append(s, n, count, 1 / norm);
+  if (count < m) breaks ? append_new(s, n, m, count) : append(s, n, count, 1 / norm);
   return breaks ? T(0) : norm;
 }
 
-template <typename T>
-void lanczos_steps(LanczosSpace<T>& s, int64_t n, int64_t m) {
-  for (int64_t k = 0; k < m; ++k) {
-    multiply<false>(s.a.data, s.a.stride, s.q.row(k), n, n, s.w);
-    orthogonalise(s, n, k + 1);
-    s.alpha[k] = s.c[k];
-    orthogonalise(s, n, k + 1);
-    s.beta[k] = extend(s, n, m, k + 1);
+template <int M, typename T>
+void lanczos_steps(const LanczosGroup<M, T>& group) {
+  for (int64_t k = 0; k < group.m; ++k) {
+    group.apply_matrix(k);
+    group.orthogonalise(k + 1);
+    for (LanczosSpace<T>* s : group.spaces) s->alpha[k] = s->c[k];
+    group.orthogonalise(k + 1);
+    for (LanczosSpace<T>* s : group.spaces) s->beta[k] = extend(*s, group.n, group.m, k + 1);
   }
 }
 
 template <typename T>
-Scale<T> begin_lanczos(const Lanczos& problem, int64_t b, LanczosSpace<T>& s) {
+void begin_lanczos(const Lanczos& problem, int64_t b, LanczosSpace<T>& s) {
   const int64_t n = problem.n;
-  const Scale<T> scale = load_matrix(static_cast<const T*>(problem.a) + b * n * n, n, s.a);
+  s.scale = load_matrix(static_cast<const T*>(problem.a) + b * n * n, n, s.a);
   s.threshold = kBreakdown<T> * scalar_root(dot(s.a.data, s.a.data, n * s.a.stride));
   s.columns.clear(n);
   append(s, n, 0, load_start(static_cast<const T*>(problem.v0) + b * n, n, s.a.stride, s.w));
-  return scale;
+}
+
+template <typename T>
+void finish_lanczos(const Lanczos& problem, int64_t b, const LanczosSpace<T>& s) {
+  const int64_t n = problem.n, m = problem.m;
+  const T inverse = s.scale.inverse, one = s.scale.factor * inverse;  // or NaN
+  store_row(s.alpha, m, inverse, static_cast<T*>(problem.alpha) + b * m);
+  store_row(s.beta, m, inverse, static_cast<T*>(problem.beta) + b * m);
+  for (int64_t i = 0; i < n; ++i)
+    store_row(s.columns.row(i), m, one, static_cast<T*>(problem.q) + (b * n + i) * m);
+}
+
+template <int M, typename T>
+void lanczos_groups(const Lanczos& problem, const LanczosGroup<M, T>& group, int64_t begin,
+                    int64_t end) {
+  for (int64_t first = begin; first < end; first += M) {
+    for (int i = 0; i < M; ++i)
+      begin_lanczos(problem, first + i < end ? first + i : end - 1, *group.spaces[i]);
+    lanczos_steps(group);
+    for (int i = 0; i < M && first + i < end; ++i)
+      finish_lanczos(problem, first + i, *group.spaces[i]);
+  }
 }
 
 template <typename T>
@@ -350,16 +425,10 @@ void lanczos_range(const Lanczos& problem, void* workspace, int64_t begin, int64
   Arena arena(workspace);
   const int64_t n = problem.n, m = problem.m;
   if (m == 0) return;
-  LanczosSpace<T> s(n, m, arena);
-  for (int64_t b = begin; b < end; ++b) {
-    const Scale<T> scale = begin_lanczos(problem, b, s);
-    lanczos_steps(s, n, m);
-    const T one = scale.factor * scale.inverse;  // or NaN
-    store_row(s.alpha, m, scale.inverse, static_cast<T*>(problem.alpha) + b * m);
-    store_row(s.beta, m, scale.inverse, static_cast<T*>(problem.beta) + b * m);
-    for (int64_t i = 0; i < n; ++i)
-      store_row(s.columns.row(i), m, one, static_cast<T*>(problem.q) + (b * n + i) * m);
-  }
+  LanczosSpace<T> s0(n, m, arena), s1(n, m, arena);
+  if (s0.a.stride <= kMaxWidth / 2 * kLanes<T>)
+    return lanczos_groups<2, T>(problem, {{&s0, &s1}, n, m}, begin, end);
+  lanczos_groups<1, T>(problem, {{&s0}, n, m}, begin, end);
 }
 
 // ---- the kernels -------------------------------------------------------------------------------
@@ -430,7 +499,8 @@ int64_t power_iteration_workspace(const PowerIteration& problem) {
 int64_t lanczos_workspace(const Lanczos& problem) {
   return dispatch(problem.element, [&](auto zero) {
     Arena arena(nullptr);
-    LanczosSpace<decltype(zero)> space(problem.n, problem.m, arena);
+    using T = decltype(zero);
+    LanczosSpace<T> first(problem.n, problem.m, arena), second(problem.n, problem.m, arena);
     return arena.taken();
   });
 }

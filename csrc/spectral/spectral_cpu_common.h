@@ -83,16 +83,26 @@ HESSREG_HD Vector<T> inverse_square_root(Vector<T> x) {
 #endif
 }
 
-// The sum of the lanes, pairwise.
-template <typename T>
-HESSREG_HD T sum_pairwise(Vector<T> x) {
-#pragma GCC unroll 4
-  for (int step = kLanes<T> / 2; step > 0; step /= 2) {
-    Signs<T> partner;
-    for (int lane = 0; lane < kLanes<T>; ++lane) partner[lane] = lane ^ step;
-    x += __builtin_shuffle(x, partner);
+// Which lanes change places: those whose numbers differ by step. (Filled in a loop, GCC 12 would make
+// the numbers anew at every use.)
+template <int... Lane>
+struct LaneNumbers {
+  template <typename T, int kStep>
+  HESSREG_HD static Signs<T> partners() {
+    return Signs<T>{(Lane ^ kStep)...};
   }
-  return x[0];
+};
+
+// The sum of the lanes, pairwise.
+template <typename T, int kStep = kLanes<T> / 2>
+HESSREG_HD T sum_pairwise(Vector<T> x) {
+  if constexpr (kStep == 0) {
+    return x[0];
+  } else {
+    using Numbers = LaneNumbers<__integer_pack(kLanes<T>)...>;
+    x += __builtin_shuffle(x, Numbers::template partners<T, kStep>());
+    return sum_pairwise<T, kStep / 2>(x);
+  }
 }
 
 }  // namespace

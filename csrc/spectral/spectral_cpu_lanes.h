@@ -40,10 +40,35 @@ struct LaneScale {
 
 // ---- tridiagonal matrices ----------------------------------------------------------------------
 
+// The part of T - x = L D L' above or below a row, for kPolished values x: what it takes from the
+// row's pivot, and |z|^2 of what solves the part for z_row = 1, with that one counted in.
+template <typename T>
+struct Part {
+  Vector<T> taken[kPolished], square[kPolished];
+  HESSREG_HD Part() {
+    for (int u = 0; u < kPolished; ++u) {
+      taken[u] = Vector<T>{};
+      square[u] = Vector<T>{} + 1;
+    }
+  }
+  // Goes on by the row with these differences d - x, coupled by e to the next.
+  HESSREG_HD void pass(const Vector<T> (&difference)[kPolished], Vector<T> e) {
+    constexpr T kSmallestPivot = kEpsilon<T> * kEpsilon<T>;
+    for (int u = 0; u < kPolished; ++u) {
+      Vector<T> pivot = difference[u] - taken[u];
+      pivot = magnitude<T>(pivot) < kSmallestPivot ? Vector<T>{} - kSmallestPivot : pivot;
+      const Vector<T> ratio = e / pivot;
+      taken[u] = e * ratio;
+      square[u] = 1 + ratio * ratio * square[u];
+    }
+  }
+};
+
 template <typename T>
 struct Tridiagonal {
   Vector<T>*d, *e;    // [n]: diagonal, off-diagonal and a zero; become the eigenvalues
   Vector<T>*d0, *e0;  // [n]: as they were
+  Part<T>* above;     // [n]
   int64_t n;
 
   HESSREG_HD Tridiagonal(int64_t n, Arena& arena)
@@ -51,6 +76,7 @@ struct Tridiagonal {
         e(arena.take<Vector<T>>(n + 1)),
         d0(arena.take<Vector<T>>(n + 1)),
         e0(arena.take<Vector<T>>(n + 1)),
+        above(arena.take<Part<T>>(n)),
         n(n) {}
   HESSREG_HD void keep() {
     if (n > 0) e[n - 1] = Vector<T>{};
@@ -103,25 +129,29 @@ struct Sweep {
   template <bool kKeep>
   HESSREG_HD void step(const Tridiagonal<T>& t, int64_t i, const Rotations<T>* rotations) {
     const Vector<T> e = t.e[i], alpha = t.d[i], one = Vector<T>{} + 1, zero = {};
-    const Vector<T> square = p * p + e * e;
+    const Vector<T> square = p * p + e * e, next = p * (alpha - sigma) - e * (c * e);
     const Signs<T> turns = square >= kSmallestSquare<T>;
-    const Vector<T> inverse = inverse_square_root<T>(turns ? square : one);
-    const Vector<T> r = turns ? square * inverse : zero, coupling = c * e;
-    t.e[i + 1] = active ? s * r : t.e[i + 1];
+    const Vector<T> inverse = inverse_square_root<T>(square);  // discarded where the square is 0
+    t.e[i + 1] = active ? s * (turns ? square * inverse : zero) : t.e[i + 1];
     c = turns ? p * inverse : one;
     s = turns ? e * inverse : zero;
-    p = c * (alpha - sigma) - s * coupling;
+    p = turns ? next * inverse : alpha - sigma;
     const Vector<T> old = gamma;
     gamma = c * p;
     t.d[i + 1] = active ? old + (alpha - gamma) : t.d[i + 1];
-    if constexpr (kKeep) {
-      rotations->c[i] = active ? c : one;
-      rotations->s[i] = active ? s : zero;
-    }
+    if constexpr (kKeep) keep(rotations, i);
   }
   HESSREG_HD void finish(const Tridiagonal<T>& t, int64_t l) {
     t.e[l] = active ? s * p : t.e[l];
     t.d[l] = active ? sigma + gamma : t.d[l];
+  }
+
+ private:
+  // Of length one to the last digit: vectors are multiplied by very many of these.
+  HESSREG_HD void keep(const Rotations<T>* rotations, int64_t i) {
+    const Vector<T> half = (1 - c * c - s * s) * T(0.5), one = Vector<T>{} + 1, zero = {};
+    rotations->c[i] = active ? c + c * half : one;
+    rotations->s[i] = active ? s + s * half : zero;
   }
 };
 
@@ -148,26 +178,38 @@ void eigenvalues(const Tridiagonal<T>* t) {
     }
 }
 
-// One Newton step for kPolished eigenvalues at once on the matrix as it was: the pivots of its
-// factorisation are as exact as its entries, while the sweeps have summed up rounding errors. A
-// step beyond what those errors may be is not taken: it is one between two close eigenvalues.
+// Replaces values x by the Rayleigh quotients of their vectors. These come from the two
+// factorisations that meet at the row where least is left of its pivot; no sum of rounding errors
+// enters, while in the sweeps these have added up. A step beyond what they may be is not taken: it
+// is one between two close eigenvalues.
 template <typename T>
-HESSREG_HD void polish_some(const Tridiagonal<T>& t, Vector<T>* x) {
-  constexpr T kSmallestPivot = kEpsilon<T> * kEpsilon<T>;
-  Vector<T> h[kPolished] = {}, ratio[kPolished] = {}, total[kPolished] = {};
-  for (int64_t i = 0; i < t.n; ++i)
+void polish_some(const Tridiagonal<T>& t, Vector<T>* x) {
+  constexpr T kMore = T(0x1p100);
+  Vector<T> difference[kPolished], least[kPolished], step[kPolished] = {};
+  for (Vector<T>& some : least) some = Vector<T>{} + kMore;
+  const auto subtract = [&](int64_t i) {
+    for (int u = 0; u < kPolished; ++u) difference[u] = t.d0[i] - x[u];
+  };
+  Part<T> above, below;
+  for (int64_t i = 0; i < t.n; ++i) {
+    t.above[i] = above;
+    subtract(i);
+    above.pass(difference, t.e0[i]);
+  }
+  for (int64_t i = t.n - 1; i >= 0; --i) {
+    subtract(i);
     for (int u = 0; u < kPolished; ++u) {
-      Vector<T> pivot = t.d0[i] - x[u] - h[u];
-      pivot = magnitude<T>(pivot) < kSmallestPivot ? Vector<T>{} - kSmallestPivot : pivot;
-      const Vector<T> inverse = 1 / pivot;
-      ratio[u] = (h[u] * ratio[u] - 1) * inverse;
-      total[u] += ratio[u];
-      h[u] = t.e0[i] * t.e0[i] * inverse;
+      const Vector<T> left = difference[u] - t.above[i].taken[u] - below.taken[u];
+      const Vector<T> square = t.above[i].square[u] + below.square[u] - 1;
+      const Signs<T> is_least = magnitude<T>(left) < least[u];
+      least[u] = is_least ? magnitude<T>(left) : least[u];
+      step[u] = is_least ? left / square : step[u];
     }
+    if (i > 0) below.pass(difference, t.e0[i - 1]);
+  }
   for (int u = 0; u < kPolished; ++u) {
-    const Vector<T> step = 1 / total[u];
-    const Vector<T> limit = 16 * kEpsilon<T> * (magnitude<T>(x[u]) + 1);
-    x[u] = magnitude<T>(step) <= limit ? x[u] - step : x[u];
+    const Vector<T> limit = 256 * kEpsilon<T> * (magnitude<T>(x[u]) + 1);
+    x[u] = magnitude<T>(step[u]) <= limit ? x[u] + step[u] : x[u];
   }
 }
 
