@@ -34,7 +34,7 @@ def kernels(*, check: bool = False) -> Iterator[None]:
     library = torch.library.Library("hessreg", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")
-        for family in (Gaussian, Projection):
+        for family in (Gaussian, Projection, Spectral):
             operators = family(load_family(family.__name__.lower(), check=check))
             for name in family.operators:
                 library.impl(name, getattr(operators, name), "CPU", allow_override=True)
@@ -42,6 +42,10 @@ def kernels(*, check: bool = False) -> Iterator[None]:
         yield
     finally:
         library._destroy()
+
+
+def arrays(tensors: Sequence[Tensor]) -> list[np.ndarray]:
+    return [to_numpy(t) for t in tensors]
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
@@ -174,3 +178,46 @@ class Layout:
 
     def size(self, rows: int, columns: int, batched: bool) -> tuple[int, ...]:
         return (*([self.batch] if batched else []), self.segments, rows, columns)
+
+
+class Spectral:
+    """The operators of the spectral family as csrc/spectral/spectral_op.cpp does them."""
+
+    operators = (
+        "power_iteration",
+        "lanczos",
+        "tridiagonal_eigh",
+        "symmetric_eigvalsh",
+        "symmetric_eigh",
+    )
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+
+    def power_iteration(self, a: Tensor, v0: Tensor, num_iterations: int) -> list[Tensor]:
+        out = [a.new_empty(a.shape[0]), a.new_empty(v0.shape), a.new_empty(a.shape[0])]
+        self.module.power_iteration(to_numpy(a), to_numpy(v0), num_iterations, *arrays(out))
+        return out
+
+    def lanczos(self, a: Tensor, v0: Tensor, num_steps: int) -> list[Tensor]:
+        batch, n = v0.shape
+        m = min(num_steps, n)
+        out = [a.new_empty(batch, m), a.new_empty(batch, m), a.new_empty(batch, n, m)]
+        self.module.lanczos(to_numpy(a), to_numpy(v0), *arrays(out))
+        return out
+
+    def tridiagonal_eigh(self, alpha: Tensor, beta: Tensor) -> list[Tensor]:
+        batch, m = alpha.shape
+        out = [alpha.new_empty(batch, m), alpha.new_empty(batch, m, m)]
+        self.module.tridiagonal_eigh(to_numpy(alpha), to_numpy(beta), *arrays(out))
+        return out
+
+    def symmetric_eigvalsh(self, a: Tensor) -> Tensor:
+        values = a.new_empty(a.shape[:2])
+        self.module.symmetric_eigh(to_numpy(a), to_numpy(values), None)
+        return values
+
+    def symmetric_eigh(self, a: Tensor) -> list[Tensor]:
+        out = [a.new_empty(a.shape[:2]), a.new_empty(a.shape)]
+        self.module.symmetric_eigh(to_numpy(a), *arrays(out))
+        return out

@@ -1,0 +1,406 @@
+r"""Dense batched symmetric eigenproblems: power iteration, Lanczos, eigenvalues, exact norms.
+
+Five operators carry the family, on matrices ``[batch, n, n]`` of which a whole iteration runs in
+one call. ``symmetric_eigh`` and ``tridiagonal_eigh`` return what their derivatives need; those of
+``symmetric_eigvalsh`` and of the vector of ``power_iteration`` go through ``symmetric_eigh``, and
+``lanczos`` is differentiated as plain torch.
+
+With ``A = V diag(l) V'``, ``K = V' dA V`` and ``F_ij = 1 / (l_j - l_i)``: ``dl = diag(K)`` and
+``dV = V (F * K)``. Where eigenvalues are as good as equal (``gap_tolerance`` of the largest), F is
+zero: then no derivative of any order is infinite, and sums over all eigenvalues of a group, such as
+norms, keep their exact derivatives.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hessreg.ops._registry import Arguments, Operator, is_tracked, reverse_of
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NORMS = ("spectral", "nuclear", "one", "fro")
+_LARGEST_KERNEL = 128  # rows; beyond, LAPACK and its kin are as fast
+
+
+# ---- reference ---------------------------------------------------------------------------------
+
+
+def _column(x: Tensor, dims: int) -> Tensor:
+    """One number for each matrix, ready to multiply it."""
+    return x.reshape(-1, *[1] * dims)
+
+
+def _poison(*tensors: Tensor) -> Tensor:
+    """0 for each matrix of the batch, NaN where something of it is not finite."""
+    batch = tensors[0].shape[0]
+    finite = [t.detach().reshape(batch, -1).isfinite().all(1) for t in tensors if t.numel()]
+    zero = tensors[0].detach().new_zeros(batch)
+    return torch.where(functools.reduce(torch.logical_and, finite), zero, torch.nan) if finite else zero
+
+
+def _largest(a: Tensor) -> Tensor:
+    """The largest magnitude of each matrix or vector, 1 where that is zero."""
+    flat = a.detach().abs().reshape(a.shape[0], -1)
+    if flat.shape[1] == 0:
+        return flat.new_ones(len(flat))
+    largest = flat.amax(1)
+    return torch.where(largest > 0, largest, 1)
+
+
+def _length(w: Tensor, is_zero: Tensor) -> Tensor:
+    """The norms of vectors ``[batch, n]``, 1 for those that are zero."""
+    return torch.where(is_zero, 1, w.square().sum(-1)).sqrt()
+
+
+def _times(a: Tensor, v: Tensor) -> Tensor:
+    return (a @ v[..., None])[..., 0]
+
+
+def _orthogonalised(w: Tensor, basis: Tensor) -> Tensor:
+    """Twice, against the columns of a basis ``[batch, n, k]``: once leaves rounding errors."""
+    for _ in range(2):
+        w = w - _times(basis, _times(basis.mT, w))
+    return w
+
+
+def _unit_or_new(w: Tensor, threshold: Tensor | float, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """The norm of w and w / |w|; where that is too short, 0 and the unit vector farthest off."""
+    is_zero = w.detach().square().sum(-1).sqrt() <= threshold
+    norm = _length(w, is_zero)
+    least = basis.detach().square().sum(-1).argmin(-1)
+    unit = (torch.arange(w.shape[-1], device=w.device) == least[:, None]).to(w.dtype)
+    new = _orthogonalised(unit, basis)
+    new = new / _length(new, least < 0)[:, None]
+    vector = torch.where(is_zero[:, None], new, w / norm[:, None])
+    return torch.where(is_zero, 0, norm), vector
+
+
+def _iterate(a: Tensor, v0: Tensor, num_iterations: int) -> list[Tensor]:
+    scale = _largest(a)
+    scaled = a / _column(scale, 2)
+    smallest = torch.finfo(a.dtype).tiny / torch.finfo(a.dtype).eps
+    start = v0 / _column(_largest(v0), 1)
+    v = _unit_or_new(start, 0.0, start.new_empty(*start.shape, 0))[1]
+    v = v + _column(_poison(a, v0), 1)
+    for _ in range(num_iterations):
+        y = _times(scaled, v)
+        stays = y.square().sum(-1) < smallest
+        v = torch.where(stays[:, None], v, y / _length(y, stays)[:, None])
+    y = _times(scaled, v)
+    value = (v * y).sum(-1)
+    residual = (y - value[:, None] * v).square().sum(-1).sqrt()
+    return [value * scale, v, residual * scale]
+
+
+def power_iteration_reference(a: Tensor, v0: Tensor, num_iterations: int) -> list[Tensor]:
+    """The iteration by definition; its derivative is that of the eigenpair it converged to."""
+    if a.shape[-1] == 0:
+        return _power_iteration_fake(a, v0, num_iterations, fill=0)
+    value, vector, residual = _iterate(a.detach(), v0.detach(), num_iterations)
+    if not is_tracked([a]):
+        return [value, vector, residual]
+    values, vectors = symmetric_eigh_reference(a)
+    chosen = _chosen(vectors, vector)
+    moving = (vectors * chosen[:, None]).sum(-1)
+    return [value + _motion((values * chosen.square()).sum(-1)), vector + _motion(moving), residual]
+
+
+def lanczos_reference(a: Tensor, v0: Tensor, num_steps: int) -> list[Tensor]:
+    """A Q = Q T + r e_m' by definition, orthogonalised twice."""
+    n = a.shape[-1]
+    if min(num_steps, n) == 0:
+        return _lanczos_fake(a, v0, num_steps)
+    scale = _largest(a)
+    scaled = (a + a.mT) / (2 * _column(scale, 2))
+    threshold = 64 * torch.finfo(a.dtype).eps * scaled.detach().square().sum((1, 2)).sqrt()
+    start = v0 / _column(_largest(v0), 1) + _column(_poison(a, v0), 1)
+    basis = start[..., None][..., :0]
+    _, q = _unit_or_new(start, 0.0, basis)
+    alpha, beta = [], []
+    for step in range(min(num_steps, n)):
+        basis = torch.cat([basis, q[..., None]], -1)
+        w = _times(scaled, q)
+        alpha.append((q * w).sum(-1))
+        w = _orthogonalised(w, basis)
+        if step + 1 < n:
+            norm, q = _unit_or_new(w, threshold, basis)
+        else:  # the vectors span everything: what is left is rounding error
+            norm = 0 * alpha[-1]
+        beta.append(norm)
+    return [torch.stack(alpha, -1) * scale[:, None], torch.stack(beta, -1) * scale[:, None], basis]
+
+
+def _tridiagonal(alpha: Tensor, beta: Tensor) -> Tensor:
+    t = torch.diag_embed(alpha)
+    return t + torch.diag_embed(beta, 1) + torch.diag_embed(beta, -1) if alpha.shape[-1] > 1 else t
+
+
+def tridiagonal_eigh_reference(alpha: Tensor, beta: Tensor) -> list[Tensor]:
+    """The eigenpairs of the dense matrix."""
+    return symmetric_eigh_reference(_tridiagonal(alpha, beta))
+
+
+def symmetric_eigvalsh_reference(a: Tensor) -> Tensor:
+    """The eigenvalues by LAPACK."""
+    return symmetric_eigh_reference(a)[0]
+
+
+def symmetric_eigh_reference(a: Tensor) -> list[Tensor]:
+    """The eigenpairs by LAPACK, with derivatives that are finite also at repeated eigenvalues.
+
+    Two steps of iterative refinement (Ogita and Aishima 2018) change no value, but each doubles the
+    order to which the result follows a motion of ``a``: after two, three derivatives are exact.
+    """
+    lower = a.detach().tril()
+    poison = _poison(lower)
+    values, vectors = torch.linalg.eigh(torch.where(_column(poison, 2) == 0, lower, 0))
+    values, vectors = values + _column(poison, 1), vectors + _column(poison, 2)
+    if not is_tracked([a]):
+        return [values, vectors]
+    symmetric = (a + a.mT) / 2
+    moving = vectors
+    for _ in range(2):
+        moving = _refined(symmetric, values, moving)
+    return [_rayleigh(symmetric, values, moving)[0], moving]
+
+
+def _motion(x: Tensor) -> Tensor:
+    """What moves with the inputs: a value of zero with the derivatives of x."""
+    return x - x.detach()
+
+
+def _rayleigh(a: Tensor, values: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The eigenvalues that belong to vectors, V'AV, and I - V'V."""
+    product = torch.diag_embed(values) + _motion(vectors.mT @ a @ vectors)
+    defect = -_motion(vectors.mT @ vectors)
+    diagonals = product.diagonal(0, -2, -1), defect.diagonal(0, -2, -1)
+    return diagonals[0] / (1 - diagonals[1]), product, defect
+
+
+def _refined(a: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
+    moved, product, defect = _rayleigh(a, values, vectors)
+    gaps = _inverse_gaps(moved)
+    turn = torch.where(gaps == 0, defect / 2, gaps * (product + defect * moved[:, None]))
+    return vectors + vectors @ turn
+
+
+# ---- derivatives -------------------------------------------------------------------------------
+
+
+def gap_tolerance(dtype: torch.dtype) -> float:
+    """What counts as no gap, relative to the largest eigenvalue."""
+    return 64 * torch.finfo(dtype).eps
+
+
+def _inverse_gaps(values: Tensor) -> Tensor:
+    """F_ij = 1 / (l_j - l_i), and 0 where the two are as good as equal."""
+    if values.shape[-1] == 0:
+        return torch.diag_embed(values)
+    gaps = values[:, None] - values[..., None]
+    sizes = values.detach().abs().amax(-1)
+    is_gap = gaps.detach().abs() > gap_tolerance(values.dtype) * _column(sizes, 2)
+    return torch.where(is_gap, 1 / torch.where(is_gap, gaps, 1), 0)
+
+
+def _symmetric(a: Tensor) -> Tensor:
+    return (a + a.mT) / 2
+
+
+def _eigh(a: Tensor) -> list[Tensor]:
+    small = a.shape[-1] <= _LARGEST_KERNEL
+    return symmetric_eigh_op(a) if small else symmetric_eigh_reference(a)
+
+
+def _chosen(vectors: Tensor, v: Tensor) -> Tensor:
+    """Which column of V is v, ``[batch, n]``: its sign at its place, 0 elsewhere."""
+    overlaps = _times(vectors.detach().mT, v.detach())
+    nearest = overlaps.abs().argmax(-1)
+    place = torch.arange(v.shape[-1], device=v.device) == nearest[:, None]
+    return torch.where(place, torch.where(overlaps < 0, -1.0, 1.0).to(v.dtype), 0)
+
+
+def _eigh_cotangent(
+    values: Tensor, vectors: Tensor, for_values: Tensor | None, for_vectors: Tensor | None
+) -> Tensor:
+    """The cotangent of the matrix: V (diag(g) + F * V' gV) V', symmetrised."""
+    middle = 0 * _inverse_gaps(values).detach()
+    if for_values is not None:
+        middle = middle + torch.diag_embed(for_values)
+    if for_vectors is not None:
+        middle = middle + _inverse_gaps(values) * (vectors.mT @ for_vectors)
+    return vectors @ _symmetric(middle) @ vectors.mT
+
+
+def _eigh_tangent(values: Tensor, vectors: Tensor, moved: Tensor) -> list[Tensor]:
+    k = vectors.mT @ moved @ vectors
+    return [k.diagonal(0, -2, -1), vectors @ (_inverse_gaps(values) * k)]
+
+
+def _eigh_backward(
+    arguments: Arguments, needs: Arguments, cotangents: Sequence[Any], outputs: Sequence[Tensor]
+) -> tuple[Any, ...]:
+    return (_eigh_cotangent(*outputs, *cotangents),)
+
+
+def _eigh_jvp(arguments: Arguments, tangents: Arguments) -> list[Tensor]:
+    return _eigh_tangent(*_eigh(arguments[0]), _symmetric(tangents[0]))
+
+
+def _eigvalsh_backward(
+    arguments: Arguments, needs: Arguments, cotangent: Tensor
+) -> tuple[Tensor, ...]:
+    vectors = _eigh(arguments[0])[1]
+    return ((vectors * cotangent[:, None]) @ vectors.mT,)
+
+
+def _eigvalsh_jvp(arguments: Arguments, tangents: Arguments) -> Tensor:
+    vectors = _eigh(arguments[0])[1]
+    return (vectors * (_symmetric(tangents[0]) @ vectors)).sum(-2)
+
+
+def _tridiagonal_backward(
+    arguments: Arguments, needs: Arguments, cotangents: Sequence[Any], outputs: Sequence[Tensor]
+) -> tuple[Any, ...]:
+    dense = _eigh_cotangent(*outputs, *cotangents)
+    return dense.diagonal(0, -2, -1), 2 * dense[..., 1:, :].diagonal(0, -2, -1)
+
+
+def _tridiagonal_jvp(arguments: Arguments, tangents: Arguments) -> list[Tensor]:
+    pairs = zip(arguments, tangents, strict=True)
+    moved = [torch.zeros_like(t) if tangent is None else tangent for t, tangent in pairs]
+    return _eigh_tangent(*tridiagonal_eigh_op(*arguments), _tridiagonal(*moved))
+
+
+def _dominant(a: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """v as an eigenvector that moves with a, all eigenvectors, and 1 / (l - l_j)."""
+    values, vectors = _eigh(a)
+    chosen = _chosen(vectors, v)
+    gaps = (_inverse_gaps(values) * chosen.square()[:, None]).sum(-1)
+    return (vectors * chosen[:, None]).sum(-1), vectors, gaps
+
+
+def _power_backward(
+    arguments: Arguments, needs: Arguments, cotangents: Sequence[Any], outputs: Sequence[Tensor]
+) -> tuple[Any, ...]:
+    for_value, for_vector, _ = cotangents
+    a, v = arguments[0], outputs[1]
+    result = None
+    if for_value is not None:
+        result = for_value[:, None, None] * v[..., None] * v[:, None]
+    if for_vector is not None:
+        u, vectors, gaps = _dominant(a, v)
+        pulled = _times(vectors, gaps * _times(vectors.mT, for_vector))
+        outer = _symmetric(pulled[..., None] * u[:, None])
+        result = outer if result is None else result + outer
+    return result, None, None
+
+
+def _power_jvp(arguments: Arguments, tangents: Arguments) -> list[Tensor]:
+    value, v, residual = power_iteration_op(*arguments)
+    if tangents[0] is None:
+        return [torch.zeros_like(t) for t in (value, v, residual)]
+    moved = _symmetric(tangents[0])
+    u, vectors, gaps = _dominant(arguments[0], v)
+    for_vector = _times(vectors, gaps * _times(vectors.mT, _times(moved, u)))
+    return [(v * _times(moved, v)).sum(-1), for_vector, torch.zeros_like(residual)]
+
+
+# ---- batching ----------------------------------------------------------------------------------
+
+
+def _vmap_of(run: Callable[..., Any]) -> Callable[[int, Arguments, Arguments], Any]:
+    """The rule of an operator whose tensors all begin with its batch: one longer batch."""
+
+    def vmap(batch_size: int, arguments: Arguments, dims: Arguments) -> Any:
+        def lead(argument: Any, dim: int | None) -> Any:
+            if not isinstance(argument, Tensor):
+                return argument
+            expanded = (batch_size, *argument.shape)
+            moved = argument.expand(expanded) if dim is None else argument.movedim(dim, 0)
+            return moved.flatten(0, 1)
+
+        outputs = run(*map(lead, arguments, dims))
+        if isinstance(outputs, Tensor):
+            return outputs.unflatten(0, (batch_size, -1))
+        return [output.unflatten(0, (batch_size, -1)) for output in outputs]
+
+    return vmap
+
+
+# ---- shapes ------------------------------------------------------------------------------------
+
+
+def _power_iteration_fake(
+    a: Tensor, v0: Tensor, num_iterations: int, fill: int | None = None
+) -> list[Tensor]:
+    shapes = a.shape[:1], v0.shape, a.shape[:1]
+    return [a.new_empty(s) if fill is None else a.new_full(s, fill) for s in shapes]
+
+
+def _lanczos_fake(a: Tensor, v0: Tensor, num_steps: int) -> list[Tensor]:
+    batch, n = v0.shape
+    m = min(num_steps, n)
+    return [a.new_empty(batch, m), a.new_empty(batch, m), a.new_empty(batch, n, m)]
+
+
+def _tridiagonal_fake(alpha: Tensor, beta: Tensor) -> list[Tensor]:
+    return [alpha.new_empty(alpha.shape), alpha.new_empty(*alpha.shape, alpha.shape[1])]
+
+
+def _eigvalsh_fake(a: Tensor) -> Tensor:
+    return a.new_empty(a.shape[:2])
+
+
+def _eigh_fake(a: Tensor) -> list[Tensor]:
+    return [a.new_empty(a.shape[:2]), a.new_empty(a.shape)]
+
+
+power_iteration_op = Operator(
+    "power_iteration",
+    reference=power_iteration_reference,
+    fake=_power_iteration_fake,
+    backward=_power_backward,
+    jvp=_power_jvp,
+    vmap=_vmap_of(lambda *arguments: power_iteration_op(*arguments)),
+    keeps_outputs=True,
+)
+lanczos_op = Operator(
+    "lanczos",
+    reference=lanczos_reference,
+    fake=_lanczos_fake,
+    backward=reverse_of(lanczos_reference),
+    vmap=_vmap_of(lambda *arguments: lanczos_op(*arguments)),
+)
+tridiagonal_eigh_op = Operator(
+    "tridiagonal_eigh",
+    reference=tridiagonal_eigh_reference,
+    fake=_tridiagonal_fake,
+    backward=_tridiagonal_backward,
+    jvp=_tridiagonal_jvp,
+    vmap=_vmap_of(lambda *arguments: tridiagonal_eigh_op(*arguments)),
+    keeps_outputs=True,
+)
+symmetric_eigvalsh_op = Operator(
+    "symmetric_eigvalsh",
+    reference=symmetric_eigvalsh_reference,
+    fake=_eigvalsh_fake,
+    backward=_eigvalsh_backward,
+    jvp=_eigvalsh_jvp,
+    vmap=_vmap_of(lambda a: symmetric_eigvalsh_op(a)),
+)
+symmetric_eigh_op = Operator(
+    "symmetric_eigh",
+    reference=symmetric_eigh_reference,
+    fake=_eigh_fake,
+    backward=_eigh_backward,
+    jvp=_eigh_jvp,
+    vmap=_vmap_of(lambda a: symmetric_eigh_op(a)),
+    keeps_outputs=True,
+)
