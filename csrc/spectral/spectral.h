@@ -8,8 +8,8 @@ namespace hessreg::spectral {
 // All arrays are contiguous and of one element type, float32 or float64. A matrix or start vector
 // with an entry that is not finite makes all results of that matrix NaN, and of no other.
 
-// v <- A v / |A v|, so many times, from v0 / |v0|. Where A v is zero, v is an eigenvector and stays;
-// a v0 of zero stands for e_0.
+// v <- A v / |A v|, so many times, from v0 / |v0|. Where A v is zero, v is an eigenvector and
+// stays; a v0 of zero stands for e_0.
 struct PowerIteration {
   const void* a;   // [batch, n, n]
   const void* v0;  // [batch, n]
@@ -52,6 +52,42 @@ struct SymmetricEigh {
   int64_t batch, n;
   Element element;
 };
+
+// One step of Lanczos with vectors that fill no cache: w is made orthogonal to rows [first, count)
+// of the basis and, normalised, becomes row `count`; that row is zero where no more than rounding
+// error is left of w.
+struct LanczosStep {
+  void* basis;            // [more than count, n]
+  const void* w;          // [n]; may be row `count`
+  const double* largest;  // [1]: the longest product so far
+  double* result;         // [count - first + 3]: the coefficients on the rows, what is left of w,
+                          // 1 where that row is zero, and the longest product with this one
+  int64_t first, count, n;
+  double breakdown;  // what counts as rounding error, relative to the longest product
+  Element element;
+
+  HESSREG_HD int64_t rows() const { return count - first; }
+};
+
+// Whether what was orthogonalised once has to be once more: some of the rows are left in it.
+HESSREG_HD bool needs_another_pass(const LanczosStep& step, double squares, double left) {
+  const double epsilon = step.element == Element::kFloat64 ? 0x1p-52 : 0x1p-23;
+  return squares > 64 * epsilon * epsilon * left;
+}
+
+// Fills in the rest of the result; what a row is to be multiplied by to become a unit vector.
+HESSREG_HD double finish(const LanczosStep& step, double left) {
+  double squares = left;
+  for (int64_t i = 0; i < step.rows(); ++i) squares += step.result[i] * step.result[i];
+  const double residual = std::sqrt(left), product = std::sqrt(squares);
+  const double largest =
+      product > step.largest[0] || product != product ? product : step.largest[0];
+  const bool vanishes = !(residual > step.breakdown * largest);
+  step.result[step.rows()] = residual;
+  step.result[step.rows() + 1] = vanishes;
+  step.result[step.rows() + 2] = largest;
+  return vanishes ? 0 : 1 / residual;
+}
 
 template <typename T>
 constexpr T kEpsilon = sizeof(T) == sizeof(double) ? T(0x1p-52) : T(0x1p-23);

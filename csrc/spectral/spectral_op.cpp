@@ -21,9 +21,8 @@ Element wide_element_of(const Tensor& tensor) {
 }
 
 Tensor checked_matrices(const Tensor& a) {
-  STD_TORCH_CHECK(a.dim() == 3 && a.size(1) == a.size(2),
-                  "spectral: a must be [batch, n, n], got ", a.dim(), " dimensions",
-                  a.dim() == 3 ? " that are not square" : "");
+  STD_TORCH_CHECK(a.dim() == 3 && a.size(1) == a.size(2), "spectral: a must be [batch, n, n], got ",
+                  a.dim(), " dimensions", a.dim() == 3 ? " that are not square" : "");
   wide_element_of(a);
   return torch::stable::contiguous(a);
 }
@@ -48,8 +47,7 @@ void run(void (*launch)(const Problem&, void* scratch, void* stream), const Prob
          const Tensor& like) {
   if (problem.batch == 0) return;
   const Executor executor(like);
-  Tensor scratch =
-      torch::stable::new_empty(like, {cuda::scratch_bytes(problem)}, ScalarType::Byte);
+  Tensor scratch = torch::stable::new_empty(like, {cuda::scratch_bytes(problem)}, ScalarType::Byte);
   launch(problem, scratch.mutable_data_ptr(), executor.stream());
 }
 
@@ -62,6 +60,11 @@ void run(const TridiagonalEigh& problem, const Tensor& like) {
 }
 void run(const SymmetricEigh& problem, const Tensor& like) {
   run(cuda::symmetric_eigh, problem, like);
+}
+void run(const LanczosStep& step, const Tensor& like) {
+  const Executor executor(like);
+  Tensor scratch = torch::stable::new_empty(like, {cuda::scratch_bytes(step)}, ScalarType::Byte);
+  cuda::lanczos_step(step, scratch.mutable_data_ptr(), executor.stream());
 }
 
 #else
@@ -108,6 +111,39 @@ void run(const TridiagonalEigh& problem, const Tensor&) {
 void run(const SymmetricEigh& problem, const Tensor&) {
   run(kernels().symmetric_eigh, problem, kernels().symmetric_eigh_workspace(problem),
       (problem.vectors ? 5 : 1) * problem.n * problem.n * problem.n);
+}
+
+// Runs one stage over the pieces of the vectors and adds up what they have summed.
+template <typename Stage>
+std::vector<double> sum_pieces(const LanczosStep& step, int64_t width, const Stage& stage) {
+  const int64_t pieces = (step.n + kStepPiece - 1) / kStepPiece;
+  std::vector<double> sums(pieces * width), total(width);
+  torch::stable::parallel_for(0, pieces, 4,
+                              [&](int64_t begin, int64_t end) { stage(sums.data(), begin, end); });
+  for (int64_t i = 0; i < pieces * width; ++i) total[i % width] += sums[i];
+  return total;
+}
+
+void run(const LanczosStep& step, const Tensor&) {
+  const int64_t rows = step.rows();
+  std::vector<double> c = sum_pieces(step, rows, [&](double* sums, int64_t begin, int64_t end) {
+    kernels().lanczos_dots(step, sums, begin, end);
+  });
+  std::fill(step.result, step.result + rows, 0.0);
+  double left = 0, squares = 0;
+  for (int pass = 0; pass == 0 || (pass < 3 && needs_another_pass(step, squares, left)); ++pass) {
+    for (int64_t i = 0; i < rows; ++i) step.result[i] += c[i];
+    const std::vector<double> coefficients = std::move(c);
+    c = sum_pieces(step, rows + 1, [&](double* sums, int64_t begin, int64_t end) {
+      kernels().lanczos_subtract(step, pass > 0, coefficients.data(), sums, begin, end);
+    });
+    left = c[rows], squares = 0;
+    for (int64_t i = 0; i < rows; ++i) squares += c[i] * c[i];
+  }
+  const double factor = finish(step, left);
+  sum_pieces(step, 0, [&](double*, int64_t begin, int64_t end) {
+    kernels().lanczos_scale(step, factor, begin, end);
+  });
 }
 
 #endif
@@ -172,6 +208,28 @@ std::vector<Tensor> symmetric_eigh_op(Tensor a_) {
   return {values, vectors};
 }
 
+Tensor lanczos_step_op(Tensor basis, Tensor w, int64_t first, int64_t count, Tensor largest,
+                       double breakdown) {
+  STD_TORCH_CHECK(basis.dim() == 2 && basis.is_contiguous(),
+                  "spectral: basis must be [rows, n] and contiguous");
+  STD_TORCH_CHECK(0 <= first && first <= count && count < basis.size(0),
+                  "spectral: first and count must be rows of the basis, got ", first, " and ",
+                  count);
+  STD_TORCH_CHECK(w.dim() == 1 && w.size(0) == basis.size(1) && w.is_contiguous() &&
+                      w.scalar_type() == basis.scalar_type() && w.device() == basis.device(),
+                  "spectral: w must be like a row of the basis");
+  STD_TORCH_CHECK(largest.numel() == 1 && largest.scalar_type() == ScalarType::Double &&
+                      largest.device() == basis.device(),
+                  "spectral: largest must be one float64 number beside the basis");
+  Tensor result = new_float64(basis, {count - first + 3});
+  run(LanczosStep{basis.mutable_data_ptr(), w.const_data_ptr(),
+                  static_cast<const double*>(largest.const_data_ptr()),
+                  static_cast<double*>(result.mutable_data_ptr()), first, count, basis.size(1),
+                  breakdown, wide_element_of(basis)},
+      basis);
+  return result;
+}
+
 }  // namespace
 
 #ifndef HESSREG_CUDA
@@ -181,6 +239,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hessreg, m) {
   m.def("tridiagonal_eigh(Tensor alpha, Tensor beta) -> Tensor[]");
   m.def("symmetric_eigvalsh(Tensor a) -> Tensor");
   m.def("symmetric_eigh(Tensor a) -> Tensor[]");
+  m.def(
+      "lanczos_step(Tensor(a!) basis, Tensor w, int first, int count, Tensor largest, float"
+      " breakdown) -> Tensor");
 }
 #endif
 
@@ -190,6 +251,7 @@ STABLE_TORCH_LIBRARY_IMPL(hessreg, HESSREG_DISPATCH_KEY, m) {
   m.impl("tridiagonal_eigh", TORCH_BOX(&tridiagonal_eigh_op));
   m.impl("symmetric_eigvalsh", TORCH_BOX(&symmetric_eigvalsh_op));
   m.impl("symmetric_eigh", TORCH_BOX(&symmetric_eigh_op));
+  m.impl("lanczos_step", TORCH_BOX(&lanczos_step_op));
 }
 
 }  // namespace hessreg::spectral
