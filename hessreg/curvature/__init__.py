@@ -6,8 +6,10 @@ from hessreg.curvature.eigenvalues import Eigenvalues, Which, check_symmetric, e
 from hessreg.curvature.lanczos import lanczos, power_iteration
 from hessreg.curvature.matrix_function import FunctionProduct, matrix_function
 from hessreg.curvature.norms import (
+    ConvergenceWarning,
     NormEstimate,
     NormOrder,
+    estimate_norm,
     frobenius_norm,
     norm,
     nuclear_norm,
@@ -24,6 +26,7 @@ from hessreg.curvature.third_order import native_norms, require_third_order_safe
 from hessreg.curvature.trace import TraceMethod, trace
 
 __all__ = [
+    "ConvergenceWarning",
     "DenseOperator",
     "Eigenvalues",
     "Estimate",
@@ -39,6 +42,7 @@ __all__ = [
     "Which",
     "check_symmetric",
     "eigenvalues",
+    "estimate_norm",
     "frobenius_norm",
     "lanczos",
     "matrix_function",
