@@ -1,13 +1,17 @@
 """Curvature of a loss without forming its Hessian."""
 
 from hessreg.curvature._checks import NonFiniteError
+from hessreg.curvature._statistics import Estimate
 from hessreg.curvature.eigenvalues import Eigenvalues, Which, check_symmetric, eigenvalues
 from hessreg.curvature.gauss_newton import GaussNewtonOperator
 from hessreg.curvature.hessian import HessianOperator
 from hessreg.curvature.lanczos import lanczos, power_iteration
+from hessreg.curvature.matrix_function import FunctionProduct, matrix_function
 from hessreg.curvature.norms import (
+    ConvergenceWarning,
     NormEstimate,
     NormOrder,
+    estimate_norm,
     frobenius_norm,
     norm,
     nuclear_norm,
@@ -19,13 +23,22 @@ from hessreg.curvature.operators import (
     LinearOperator,
     SumOperator,
     SymmetricOperator,
+from hessreg.curvature.operators import DenseOperator, HessianOperator, LinearOperator
+from hessreg.curvature.spectral_density import (
+    QuadratureRule,
+    SpectralDensity,
+    spectral_density,
 )
 from hessreg.curvature.third_order import native_norms, require_third_order_safe, third_order_safe
+from hessreg.curvature.trace import TraceMethod, trace
 
 __all__ = [
+    "ConvergenceWarning",
     "DenseOperator",
     "Eigenvalues",
     "GaussNewtonOperator",
+    "Estimate",
+    "FunctionProduct",
     "HessianOperator",
     "LinearOperator",
     "NonFiniteError",
@@ -33,17 +46,24 @@ __all__ = [
     "NormOrder",
     "SumOperator",
     "SymmetricOperator",
+    "QuadratureRule",
+    "SpectralDensity",
+    "TraceMethod",
     "Which",
     "check_symmetric",
     "eigenvalues",
+    "estimate_norm",
     "frobenius_norm",
     "lanczos",
+    "matrix_function",
     "native_norms",
     "norm",
     "nuclear_norm",
     "one_norm",
     "power_iteration",
     "require_third_order_safe",
+    "spectral_density",
     "spectral_norm",
     "third_order_safe",
+    "trace",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from hessreg.curvature.lanczos import norm_of, normalize, orthogonalize, report_non_finite
 from hessreg.curvature.operators import LinearOperator
 
-__all__ = ["KrylovSpace", "RitzPairs", "random_vector"]
+__all__ = ["KrylovSpace", "RitzPairs", "random_signs", "random_vector"]
 
 _CHUNK = 1 << 16  # columns of the basis rotated at a time
 _BREAKDOWN = 4  # rounding errors of a product that a residual must exceed to be a direction
@@ -210,3 +210,12 @@ def random_vector(op: LinearOperator, generator: torch.Generator) -> Tensor:
     """Standard normal [n], drawn on the generator's device."""
     v = torch.randn(op.shape[0], dtype=op.dtype, device=generator.device, generator=generator)
     return v.to(op.device)
+
+
+def random_signs(op: LinearOperator, k: int, generator: torch.Generator) -> Tensor:
+    """Random signs [n, k], drawn on the generator's device."""
+    shape = (op.shape[0], k)
+    bits = torch.randint(
+        0, 2, shape, generator=generator, device=generator.device, dtype=torch.int8
+    )
+    return bits.to(op.device, op.dtype) * 2 - 1

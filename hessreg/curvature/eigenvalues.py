@@ -12,7 +12,7 @@ from hessreg.curvature._krylov import KrylovSpace, RitzPairs, orthogonal_part, r
 from hessreg.curvature.lanczos import normalize
 from hessreg.curvature.operators import LinearOperator
 
-__all__ = ["Eigenvalues", "Which", "check_symmetric", "eigenvalues"]
+__all__ = ["Eigenvalues", "Which", "check_symmetric", "default_tol", "eigenvalues"]
 
 Which = Literal["LA", "SA", "LM"]
 
@@ -101,7 +101,7 @@ def eigenvalues(
     if which not in get_args(Which):
         raise ValueError(f"which must be one of {get_args(Which)}, got {which!r}")
     check_at_least(1, k=k)
-    tol = _default_tol(op.dtype) if tol is None else tol
+    tol = default_tol(op.dtype) if tol is None else tol
     check_not_negative(tol=tol)
     max_products = 1000 + 100 * k if max_products is None else max_products
     check_at_least(k + 1, max_products=max_products)
@@ -295,5 +295,6 @@ def _check_columns(op: LinearOperator, name: str, V: Tensor) -> Tensor:
     return torch.nn.functional.normalize(V.detach() / largest, dim=0)
 
 
-def _default_tol(dtype: torch.dtype) -> float:
+def default_tol(dtype: torch.dtype) -> float:
+    """Largest residual of an eigenpair, relative to the norm of the operator."""
     return 5e-6 if dtype == torch.float32 else 1e-8

@@ -9,18 +9,27 @@ gradients of the loss, and the one with its graph about 5, its differentiation i
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from hessreg.curvature._checks import check_at_least, check_not_negative
-from hessreg.curvature.lanczos import lanczos
+from hessreg.curvature._krylov import random_signs
+from hessreg.curvature._statistics import half_width
+from hessreg.curvature.eigenvalues import default_tol, eigenvalues
+from hessreg.curvature.lanczos import lanczos, norm_of
 from hessreg.curvature.operators import LinearOperator
+from hessreg.curvature.trace import unit_blocks
 
 __all__ = [
+    "ConvergenceWarning",
     "NormEstimate",
     "NormOrder",
+    "estimate_norm",
     "frobenius_norm",
     "norm",
     "nuclear_norm",
@@ -30,34 +39,52 @@ __all__ = [
 
 NormOrder = Literal["spectral", "nuclear", "one", "fro"]
 
+_SMALL = 256  # most rows of an operator whose columns are all computed, if nothing else is asked
+_NUM_STEPS, _NUM_PROBES = 40, 10  # for a value with an error bar
+_MAX_DEFLATED = 10
+_DEFLATED_RESIDUAL = 1e-3  # largest residual of a Ritz pair summed exactly, relative to the norm
+
+
+class ConvergenceWarning(UserWarning):
+    """A number that is not known to be right."""
+
 
 class NormEstimate(NamedTuple):
-    """A norm and where a later call on a nearby operator may start.
+    """A norm, how far it may be off, and where a later call on a nearby operator may start.
 
     Attributes:
         value: scalar [], differentiable if gradients are enabled and the operator is.
         start: vector [n] to pass as ``v0`` next time, or None where a start has no meaning.
+        error: scalar []: the norm is within ``error`` of the value; where probes are random, in
+            99 % of cases. Infinite where nothing is known.
+        converged: whether there is such an error and, for a norm found by iteration, it is as
+            small as the iteration was to make it.
     """
 
     value: Tensor
     start: Tensor | None
+    error: Tensor
+    converged: bool
 
 
 def norm(
     op: LinearOperator,
     ord: NormOrder = "spectral",
     *,
-    num_steps: int = 20,
-    num_probes: int = 1,
-    num_deflated: int = 0,
+    num_steps: int | None = None,
+    num_probes: int | None = None,
+    num_deflated: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Norm of a symmetric operator, differentiable in what the operator depends on.
 
+    The gradient is exact where the norm has one; where eigenvalues cross or vanish it is a finite
+    subgradient, and so are its own derivatives: see :func:`estimate_norm`, which returns the error
+    as well and takes the same arguments.
+
     Args:
         op: symmetric operator, (n, n).
-        ord: "spectral", "nuclear", "one" or "fro": see :func:`spectral_norm`,
-            :func:`nuclear_norm`, :func:`one_norm` and :func:`frobenius_norm`.
+        ord: "spectral", "nuclear", "one" or "fro".
         num_steps: products for each Krylov space (spectral, nuclear), or for the search of the
             column (one).
         num_probes: random vectors (nuclear, fro).
@@ -74,31 +101,125 @@ def norm(
             differentiated three times.
         NonFiniteError: NaN or infinity in a product.
 
+    Warns:
+        ConvergenceWarning: no count is given, and the value is not known to be right.
+
     Example:
         >>> from hessreg.curvature import DenseOperator
         >>> H = torch.tensor([[2.0, 1.0], [1.0, -2.0]], dtype=torch.float64)
         >>> round(norm(DenseOperator(H), "spectral").item(), 6)
         2.236068
-        >>> round(norm(DenseOperator(H), "nuclear", num_deflated=2).item(), 6)
+        >>> round(norm(DenseOperator(H), "nuclear").item(), 6)
         4.472136
         >>> norm(DenseOperator(H), "one").item()
         3.0
     """
+    found = estimate_norm(
+        op,
+        ord,
+        num_steps=num_steps,
+        num_probes=num_probes,
+        num_deflated=num_deflated,
+        generator=generator,
+    )
+    automatic = num_steps is None and num_probes is None and num_deflated is None
+    if automatic and not found.converged:
+        reason = "a lower bound" if ord == "one" else "not converged"
+        warnings.warn(f"the {ord} norm is {reason}", ConvergenceWarning, stacklevel=2)
+    return found.value
+
+
+def estimate_norm(
+    op: LinearOperator,
+    ord: NormOrder = "spectral",
+    *,
+    num_steps: int | None = None,
+    num_probes: int | None = None,
+    num_deflated: int | None = None,
+    generator: torch.Generator | None = None,
+) -> NormEstimate:
+    """A norm with its error: :func:`norm` with all that is known about it.
+
+    If a count is given, this is :func:`spectral_norm`, :func:`nuclear_norm`, :func:`one_norm` or
+    :func:`frobenius_norm` with it. If none is:
+
+    - spectral: the eigenvalue of largest modulus by :func:`eigenvalues`, to convergence.
+    - up to 256 rows, the others are exact, from all columns: n products, each with its graph for
+      "nuclear" and "fro" if gradients are enabled.
+    - beyond, "nuclear" takes 10 probes of 40 Lanczos steps and "fro" 10 probes, after the leading
+      Ritz pairs, up to 10, have been taken exactly; "one" is the lower bound of :func:`one_norm`.
+
+    Where the norm has a kink, the gradient is the subgradient of one choice: for "spectral", where
+    the largest modulus is repeated, of the one eigenvector found; for "nuclear", with sign(0) = 0,
+    an eigenvalue below n eps times the largest counting as 0; for "one" and "fro" with sign(0) = 0
+    and 0 at H = 0. All are linear in the product H z with the other factors held fixed (save "fro",
+    whose second derivative is exact as well), so every further derivative is finite.
+
+    Args:
+        op: symmetric operator, (n, n).
+        ord: "spectral", "nuclear", "one" or "fro".
+        num_steps: as in :func:`norm`; 20 if only another count is given.
+        num_probes: likewise; 1.
+        num_deflated: likewise; 0.
+        generator: source of the random vectors.
+
+    Returns:
+        The value and its error.
+
+    Raises:
+        TypeError, ValueError, NonFiniteError: as :func:`norm`.
+
+    Example:
+        >>> from hessreg.curvature import DenseOperator
+        >>> H = DenseOperator(torch.diag(torch.tensor([3.0, -2.0, 0.5])))
+        >>> found = estimate_norm(H, "nuclear")
+        >>> round(found.value.item(), 4), found.converged
+        (5.5, True)
+    """
+    if ord not in get_args(NormOrder):
+        raise ValueError(f"ord must be one of {get_args(NormOrder)}, got {ord!r}")
+    generator = generator or torch.Generator().manual_seed(0)
+    if num_steps is None and num_probes is None and num_deflated is None:
+        return _automatic(op, ord, generator)
+    num_steps = 20 if num_steps is None else num_steps
+    num_probes = 1 if num_probes is None else num_probes
     if ord == "spectral":
-        return spectral_norm(op, num_steps=num_steps, generator=generator).value
-    if ord == "nuclear":
-        return nuclear_norm(
-            op,
-            num_steps=num_steps,
-            num_probes=num_probes,
-            num_deflated=num_deflated,
-            generator=generator,
-        ).value
+        return spectral_norm(op, num_steps=num_steps, generator=generator)
     if ord == "one":
-        return one_norm(op, num_steps=num_steps).value
+        return one_norm(op, num_steps=num_steps)
     if ord == "fro":
-        return frobenius_norm(op, num_probes=num_probes, generator=generator).value
-    raise ValueError(f"ord must be one of {get_args(NormOrder)}, got {ord!r}")
+        return frobenius_norm(op, num_probes=num_probes, generator=generator)
+    return nuclear_norm(
+        op,
+        num_steps=num_steps,
+        num_probes=num_probes,
+        num_deflated=0 if num_deflated is None else num_deflated,
+        generator=generator,
+    )
+
+
+def _automatic(op: LinearOperator, ord: NormOrder, generator: torch.Generator) -> NormEstimate:
+    if ord == "spectral":
+        found = eigenvalues(op, 1, "LM", generator=generator)
+        v = found.vectors[:, 0]
+        value = (v @ _product(op, v)).abs()
+        error = found.residuals[0] + _rounding(value)
+        return NormEstimate(value, v, error, bool(found.converged))
+    if op.shape[0] <= _SMALL:
+        exact: dict[str, Callable[[LinearOperator], NormEstimate]] = {
+            "nuclear": _exact_nuclear,
+            "one": _exact_one,
+            "fro": _exact_frobenius,
+        }
+        return exact[ord](op)
+    if ord == "one":
+        return one_norm(op)
+    ritz = _ritz_pairs(op, _NUM_STEPS, None, generator)
+    accurate = ritz.residuals <= _DEFLATED_RESIDUAL * ritz.values.abs().max()
+    leading = ritz.leading(min(_MAX_DEFLATED, int(accurate.sum())), accurate)
+    if ord == "fro":
+        return _frobenius(op, leading, _NUM_PROBES, generator)
+    return _nuclear(op, leading, _NUM_STEPS, _NUM_PROBES, 1e-3, generator)
 
 
 def spectral_norm(
@@ -123,7 +244,8 @@ def spectral_norm(
         generator: source of the random start.
 
     Returns:
-        The norm [] and the Ritz vector [n].
+        The norm [], the Ritz vector [n], and its residual as the error: an eigenvalue of this
+        modulus, to that error, exists.
 
     Raises:
         TypeError, ValueError: as :func:`norm`.
@@ -134,10 +256,11 @@ def spectral_norm(
         >>> round(spectral_norm(saddle).value.item(), 4)
         1.0
     """
-    ritz = _ritz_pairs(op, num_steps, v0, generator)
-    v = ritz.leading(1)[1].squeeze(1)
-    product = _product(op, v)
-    return NormEstimate((v @ product).abs(), v)
+    leading = _ritz_pairs(op, num_steps, v0, generator).leading(1)
+    v = leading.vectors.squeeze(1)
+    value = (v @ _product(op, v)).abs()
+    converged = leading.residual <= default_tol(op.dtype) * leading.values.abs().item()
+    return NormEstimate(value, v, _scalar(op, leading.residual) + _rounding(value), converged)
 
 
 def nuclear_norm(
@@ -176,7 +299,9 @@ def nuclear_norm(
         generator: source of the random vectors.
 
     Returns:
-        The norm [] and, if pairs are deflated, the sum of their vectors [n].
+        The norm [] and, if pairs are deflated, the sum of their vectors [n]. The error has four
+        parts: the 99 % interval of the mean over probes, which takes two at least; what smoothing
+        lowered; the change over the last two fifths of the steps; the residuals of the pairs.
 
     Raises:
         TypeError, ValueError: as :func:`norm`.
@@ -191,17 +316,82 @@ def nuclear_norm(
     check_at_least(0, num_deflated=num_deflated)
     check_not_negative(smoothing=smoothing)
     generator = generator or torch.Generator().manual_seed(0)
-    U, value = _deflate(op, num_steps, num_deflated, v0, generator)
-    start = U.sum(1) if U.shape[1] else None
+    leading = _no_pairs(op)
+    if num_deflated:
+        leading = _ritz_pairs(op, num_steps, v0, generator).leading(num_deflated)
+    return _nuclear(op, leading, num_steps, num_probes, smoothing, generator)
+
+
+def _nuclear(
+    op: LinearOperator,
+    leading: _Leading,
+    num_steps: int,
+    num_probes: int,
+    smoothing: float,
+    generator: torch.Generator,
+) -> NormEstimate:
+    U = leading.vectors
+    value = torch.zeros((), dtype=op.dtype, device=op.device)
+    for sign, u in zip(leading.values.sign().tolist(), U.unbind(1), strict=True):
+        value = value + sign * (u @ _product(op, u))
+    samples = []
     for _ in range(num_probes):
-        z = _random_signs(op, generator)
+        z = random_signs(op, 1, generator).squeeze(1)
         z = z - U @ (U.mT @ z)
         if not z.any():
+            samples.append([0.0, 0.0, 0.0])
             continue
         ritz = _ritz_pairs(op, num_steps, z)
-        w = z.norm() * ritz.function(_smooth_sign(ritz.values, smoothing))
+        w = norm_of(z) * ritz.function(_smooth_sign(ritz.values, smoothing))
         value = value + w @ _product(op, z) / num_probes
-    return NormEstimate(value, start)
+        if num_probes > 1:
+            samples.append(_moduli(ritz, smoothing, norm_of(z).item()))
+    error = _error_of_probes(samples) + leading.residual if samples else math.inf
+    start = U.sum(1) if U.shape[1] else None
+    return NormEstimate(value, start, _scalar(op, error) + _rounding(value), math.isfinite(error))
+
+
+def _moduli(ritz: _RitzPairs, smoothing: float, length: float) -> list[float]:
+    """Of z' |H| z: with smoothing; without; and without, from three fifths of the steps."""
+    fewer = len(ritz.T) if ritz.is_exact else max(1, 3 * len(ritz.T) // 5)
+    theta, S = torch.linalg.eigh(ritz.T[:fewer, :fewer])
+    weights = ritz.coordinates[0].square()
+    parts = [
+        (weights * ritz.values * _smooth_sign(ritz.values, smoothing)).sum(),
+        (weights * ritz.values.abs()).sum(),
+        (S[0].square() * theta.abs()).sum(),
+    ]
+    return [length**2 * part.item() for part in parts]
+
+
+def _error_of_probes(samples: list[list[float]]) -> float:
+    """That of the mean over probes, of the smoothing and of the number of Lanczos steps."""
+    smooth, sharp, coarse = torch.tensor(samples, dtype=torch.float64).unbind(1)
+    bias = (sharp - smooth).mean().abs() + (sharp - coarse).mean().abs()
+    return (half_width(smooth) + bias).item()
+
+
+def _exact_nuclear(op: LinearOperator) -> NormEstimate:
+    H = _columns(op)
+    values, V = torch.linalg.eigh(_symmetric(H))
+    eps = torch.finfo(op.dtype).eps
+    vanishing = values.abs() <= len(values) * eps * values.abs().max()
+    sign_of_H = (V * values.sign().masked_fill(vanishing, 0)) @ V.mT
+    error = values[vanishing].abs().sum() + 4 * eps * values.abs().sum()
+    return NormEstimate((sign_of_H.to(H) * H).sum(), None, _scalar(op, error), True)
+
+
+def _columns(op: LinearOperator) -> Tensor:
+    """The matrix [n, n], with its graph if gradients are enabled."""
+    if not torch.is_grad_enabled():
+        return torch.cat([op.matmat(E) for E in unit_blocks(op)], 1)
+    columns = [_product(op, e) for E in unit_blocks(op) for e in E.unbind(1)]
+    return torch.stack(columns, 1)
+
+
+def _symmetric(H: Tensor) -> Tensor:
+    values = H.detach().cpu().double()
+    return (values + values.mT) / 2
 
 
 def one_norm(op: LinearOperator, *, num_steps: int = 20, v0: Tensor | None = None) -> NormEstimate:
@@ -220,7 +410,7 @@ def one_norm(op: LinearOperator, *, num_steps: int = 20, v0: Tensor | None = Non
         v0: start [n] with |v0|_1 = 1; 1/n in each entry if None.
 
     Returns:
-        The norm [] and the unit vector of the column [n].
+        The norm [] and the unit vector of the column [n]; the error is infinite.
 
     Raises:
         TypeError, ValueError: as :func:`norm`.
@@ -232,7 +422,15 @@ def one_norm(op: LinearOperator, *, num_steps: int = 20, v0: Tensor | None = Non
     """
     check_at_least(1, num_steps=num_steps)
     x = _largest_column(op, max(1, num_steps // 2), v0)
-    return NormEstimate(_product(op, x).abs().sum(), x)
+    return NormEstimate(_product(op, x).abs().sum(), x, _scalar(op, math.inf), False)
+
+
+def _exact_one(op: LinearOperator) -> NormEstimate:
+    with torch.no_grad():
+        sums = torch.cat([op.matmat(E).abs().sum(0) for E in unit_blocks(op)])
+    x = torch.zeros_like(sums).index_fill_(0, sums.argmax(), 1)
+    value = _product(op, x).abs().sum()
+    return NormEstimate(value, x, _rounding(value), True)
 
 
 def frobenius_norm(
@@ -252,7 +450,8 @@ def frobenius_norm(
         generator: source of the random signs.
 
     Returns:
-        The norm [] and None: a start has no meaning.
+        The norm [] and None: a start has no meaning. The error is the 99 % interval of the mean
+        over probes, which takes two at least.
 
     Raises:
         TypeError, ValueError: as :func:`norm`.
@@ -264,26 +463,82 @@ def frobenius_norm(
     """
     check_at_least(1, num_probes=num_probes)
     generator = generator or torch.Generator().manual_seed(0)
-    products = [_product(op, _random_signs(op, generator)) for _ in range(num_probes)]
-    root = torch.linalg.vector_norm(torch.stack(products), dtype=torch.float64)
-    return NormEstimate((root / num_probes**0.5).to(op.dtype), None)
+    return _frobenius(op, _no_pairs(op), num_probes, generator)
+
+
+def _frobenius(
+    op: LinearOperator, leading: _Leading, num_probes: int, generator: torch.Generator
+) -> NormEstimate:
+    """The root of |H U|^2 and the mean of |H z|^2 over probes orthogonal to the columns of U."""
+    U = leading.vectors
+    exact = [_product(op, u) for u in U.unbind(1)]
+    Z = [random_signs(op, 1, generator).squeeze(1) for _ in range(num_probes)]
+    random = [_product(op, z - U @ (U.mT @ z)) / num_probes**0.5 for z in Z]
+    value = _root_of_squares(torch.stack(exact + random))
+    squares = [num_probes * norm_of(h.detach()).double().square() for h in random]
+    error = _error_of_root(value.detach(), half_width(torch.stack(squares)))
+    value, error = value.to(op.dtype), error.to(op.dtype)
+    return NormEstimate(value, None, error + _rounding(value), num_probes > 1)
+
+
+def _error_of_root(root: Tensor, width: Tensor) -> Tensor:
+    """Of the root of a number that is known within ``width``."""
+    low, high = (root.square() + sign * width for sign in (-1, 1))
+    return torch.maximum(root - low.clamp_min(0).sqrt(), high.sqrt() - root)
+
+
+def _exact_frobenius(op: LinearOperator) -> NormEstimate:
+    value = _root_of_squares(_columns(op)).to(op.dtype)
+    return NormEstimate(value, None, _rounding(value), True)
+
+
+def _root_of_squares(H: Tensor) -> Tensor:
+    """The 2-norm [] of all entries in float64; at 0, all its derivatives are finite."""
+    largest = H.detach().abs().amax().double()
+    vanishes = (largest == 0).double()
+    scale = largest + vanishes
+    root = ((H / scale).double().square().sum() + vanishes).sqrt()
+    return scale * (root - vanishes)
+
+
+class _Leading(NamedTuple):
+    """Ritz pairs to take exactly: values [k] (CPU), vectors [n, k], the sum of the residuals."""
+
+    values: Tensor
+    vectors: Tensor
+    residual: float
+
+
+def _no_pairs(op: LinearOperator) -> _Leading:
+    empty = torch.empty(op.shape[0], 0, dtype=op.dtype, device=op.device)
+    return _Leading(torch.empty(0, dtype=torch.float64), empty, 0.0)
 
 
 class _RitzPairs(NamedTuple):
-    """Eigenvalues [m] and eigenvectors [m, m] of T, and the Lanczos basis [n, m]."""
+    """The Lanczos matrix T [m, m] with its eigenpairs (CPU, float64), and the basis [n, m].
 
+    ``is_exact`` tells whether the basis spans an invariant subspace.
+    """
+
+    T: Tensor
     values: Tensor
     coordinates: Tensor
+    residuals: Tensor
     basis: Tensor
+    is_exact: bool
 
-    def leading(self, k: int) -> tuple[Tensor, Tensor]:
-        """The k values of largest modulus, and their vectors [n, k]."""
-        order = self.values.abs().argsort(descending=True)[:k]
-        return self.values[order], self.basis @ self.coordinates[:, order]
+    def leading(self, k: int, allowed: Tensor | None = None) -> _Leading:
+        """The k pairs of largest modulus among those allowed [m]."""
+        moduli = self.values.abs()
+        if allowed is not None:
+            moduli = moduli.masked_fill(~allowed, -1)
+        order = moduli.argsort(descending=True)[:k]
+        vectors = self.basis @ self.coordinates[:, order].to(self.basis)
+        return _Leading(self.values[order], vectors, self.residuals[order].sum().item())
 
     def function(self, values: Tensor) -> Tensor:
         """f(A) applied to the unit start vector [n], f given by its values [m] on the spectrum."""
-        return self.basis @ (self.coordinates @ (values * self.coordinates[0]))
+        return self.basis @ (self.coordinates @ (values * self.coordinates[0])).to(self.basis)
 
 
 def _ritz_pairs(
@@ -297,25 +552,9 @@ def _ritz_pairs(
     diagonal, off = torch.stack([alpha, beta]).cpu().double()
     T = torch.diag(diagonal) + torch.diag(off[:-1], 1) + torch.diag(off[:-1], -1)
     values, coordinates = torch.linalg.eigh(T)
-    return _RitzPairs(values.to(Q), coordinates.to(Q), Q)
-
-
-def _deflate(
-    op: LinearOperator,
-    num_steps: int,
-    num_deflated: int,
-    v0: Tensor | None,
-    generator: torch.Generator,
-) -> tuple[Tensor, Tensor]:
-    """Leading Ritz vectors [n, k] and the part of the nuclear norm that belongs to them."""
-    value = torch.zeros((), dtype=op.dtype, device=op.device)
-    if num_deflated < 1:
-        return value.new_empty(op.shape[0], 0), value
-    ritz = _ritz_pairs(op, num_steps, v0, generator)
-    values, U = ritz.leading(num_deflated)
-    for sign, u in zip(values.sign(), U.unbind(1), strict=True):
-        value = value + sign * (u @ _product(op, u))
-    return U, value
+    is_exact = len(T) < num_steps or len(T) == op.shape[0]
+    residuals = 0 * values if is_exact else off[-1] * coordinates[-1].abs()
+    return _RitzPairs(T, values, coordinates, residuals, Q, is_exact)
 
 
 @torch.no_grad()
@@ -338,6 +577,9 @@ def _product(op: LinearOperator, z: Tensor) -> Tensor:
     return op.matvec(z, create_graph=torch.is_grad_enabled())
 
 
-def _random_signs(op: LinearOperator, generator: torch.Generator) -> Tensor:
-    bits = torch.randint(0, 2, op.shape[:1], generator=generator, device=generator.device)
-    return bits.to(op.device, op.dtype) * 2 - 1
+def _rounding(value: Tensor) -> Tensor:
+    return 4 * torch.finfo(value.dtype).eps * value.detach().abs()
+
+
+def _scalar(op: LinearOperator, value: float | Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=op.dtype).to(op.device)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hessreg import _backend
 from hessreg.ops._registry import Arguments, Operator, is_tracked, reverse_of
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -42,7 +43,11 @@ def _poison(*tensors: Tensor) -> Tensor:
     batch = tensors[0].shape[0]
     finite = [t.detach().reshape(batch, -1).isfinite().all(1) for t in tensors if t.numel()]
     zero = tensors[0].detach().new_zeros(batch)
-    return torch.where(functools.reduce(torch.logical_and, finite), zero, torch.nan) if finite else zero
+    return (
+        torch.where(functools.reduce(torch.logical_and, finite), zero, torch.nan)
+        if finite
+        else zero
+    )
 
 
 def _largest(a: Tensor) -> Tensor:
@@ -189,6 +194,50 @@ def _refined(a: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
     gaps = _inverse_gaps(moved)
     turn = torch.where(gaps == 0, defect / 2, gaps * (product + defect * moved[:, None]))
     return vectors + vectors @ turn
+
+
+def lanczos_step_reference(
+    basis: Tensor, w: Tensor, first: int, count: int, largest: Tensor, breakdown: float
+) -> Tensor:
+    """As `lanczos_step`, with classical Gram-Schmidt done twice."""
+    rows = basis[first:count]
+    coefficients = rows @ w
+    w = torch.addmv(w, rows.mT, coefficients, alpha=-1)
+    again = rows @ w
+    w = torch.addmv(w, rows.mT, again, alpha=-1)
+    coefficients = (coefficients + again).double()
+    residual = torch.linalg.vector_norm(w, dtype=torch.float64)
+    product = torch.linalg.vector_norm(torch.cat([coefficients, residual[None]]))
+    largest = torch.maximum(largest, product)
+    vanishes = ~(residual > breakdown * largest)
+    basis[count] = w / residual.masked_fill(vanishes, torch.inf).to(w)
+    ends = torch.stack([residual, vanishes.double(), largest.reshape(())])
+    return torch.cat([coefficients, ends])
+
+
+def lanczos_step(
+    basis: Tensor, w: Tensor, first: int, count: int, largest: Tensor, breakdown: float
+) -> Tensor:
+    """Makes a product the next vector of an orthonormal basis, without waiting for the device.
+
+    It is not differentiable: the basis is changed.
+
+    Args:
+        basis: [more than count, n], float32 or float64, contiguous. Row ``count`` becomes the part
+            of ``w`` orthogonal to rows ``first`` to ``count - 1``, as a unit vector, or zero.
+        w: [n]; may be row ``count``.
+        first: the first row that counts.
+        count: the row to write.
+        largest: the norm of the longest product so far, float64 [1] on the basis' device.
+        breakdown: what is left of ``w`` is zero if it is at most this, relative to ``largest``.
+
+    Returns:
+        float64 [count - first + 3]: the coefficients of ``w``, the norm of what is left, 1 if that
+        is zero, and the new ``largest``.
+    """
+    compiled = _backend.runs_compiled(basis.device)
+    step = torch.ops.hessreg.lanczos_step if compiled else lanczos_step_reference
+    return step(basis, w, first, count, largest, breakdown)
 
 
 # ---- derivatives -------------------------------------------------------------------------------
