@@ -74,15 +74,15 @@ void for_blocks(const LanczosStep& step, double* sums, int64_t width, int64_t be
 // Of the row after r, or of the first row further on.
 template <typename T>
 const T* next_block(const LanczosStep& step, const T* row, int64_t r) {
-  return r + 1 < step.rows() ? row + (r + 1) * step.n : row + kBlockColumns;
+  return r + 1 < step.count ? row + (r + 1) * step.n : row + kBlockColumns;
 }
 
 template <typename T>
 void step_dots(const LanczosStep& step, double* sums, int64_t begin, int64_t end) {
   const T* w = static_cast<const T*>(step.w);
-  for_blocks(step, sums, step.rows(), begin, end, [&](int64_t start, int64_t count, double* own) {
-    const T* row = row_of<T>(step, step.first) + start;
-    for (int64_t r = 0; r < step.rows(); ++r)
+  for_blocks(step, sums, step.count, begin, end, [&](int64_t start, int64_t count, double* own) {
+    const T* row = row_of<T>(step, 0) + start;
+    for (int64_t r = 0; r < step.count; ++r)
       own[r] += block_dot(row + r * step.n, w + start, count, next_block(step, row, r));
   });
 }
@@ -91,13 +91,12 @@ template <typename T>
 void step_subtract(const LanczosStep& step, const T* from, const double* coefficients, double* sums,
                    int64_t begin, int64_t end) {
   T* out = row_of<T>(step, step.count);
-  const int64_t rows = step.rows();
+  const int64_t rows = step.count;
   for_blocks(step, sums, rows + 1, begin, end, [&](int64_t start, int64_t count, double* own) {
-    const T *source = from + start, *row = row_of<T>(step, step.first) + start;
+    const T *source = from + start, *row = row_of<T>(step, 0) + start;
     for (int64_t r = 0; r < rows; ++r, source = out + start)
       subtract_multiple(out + start, source, row + r * step.n, static_cast<T>(coefficients[r]),
                         count, next_block(step, row, r));
-    if (rows == 0 && source != out + start) std::memcpy(out + start, source, count * sizeof(T));
     for (int64_t r = 0; r < rows; ++r)
       own[r] += block_dot(row + r * step.n, out + start, count, row);
     own[rows] += block_squares(out + start, count);

@@ -53,20 +53,18 @@ struct SymmetricEigh {
   Element element;
 };
 
-// One step of Lanczos with vectors that fill no cache: w is made orthogonal to rows [first, count)
-// of the basis and, normalised, becomes row `count`; that row is zero where no more than rounding
-// error is left of w.
+// One step of Lanczos with vectors that fill no cache: w is made orthogonal to the first `count`
+// rows of the basis, count > 0, and, normalised, becomes the next; that row is zero where no more
+// than rounding error is left of w.
 struct LanczosStep {
   void* basis;            // [more than count, n]
-  const void* w;          // [n]; may be row `count`
+  const void* w;          // [n]
   const double* largest;  // [1]: the longest product so far
-  double* result;         // [count - first + 3]: the coefficients on the rows, what is left of w,
+  double* result;         // [count + 3]: the coefficients on the rows, what is left of w,
                           // 1 where that row is zero, and the longest product with this one
-  int64_t first, count, n;
+  int64_t count, n;
   double breakdown;  // what counts as rounding error, relative to the longest product
   Element element;
-
-  HESSREG_HD int64_t rows() const { return count - first; }
 };
 
 // Whether what was orthogonalised once has to be once more: some of the rows are left in it.
@@ -78,14 +76,14 @@ HESSREG_HD bool needs_another_pass(const LanczosStep& step, double squares, doub
 // Fills in the rest of the result; what a row is to be multiplied by to become a unit vector.
 HESSREG_HD double finish(const LanczosStep& step, double left) {
   double squares = left;
-  for (int64_t i = 0; i < step.rows(); ++i) squares += step.result[i] * step.result[i];
+  for (int64_t i = 0; i < step.count; ++i) squares += step.result[i] * step.result[i];
   const double residual = std::sqrt(left), product = std::sqrt(squares);
   const double largest =
       product > step.largest[0] || product != product ? product : step.largest[0];
   const bool vanishes = !(residual > step.breakdown * largest);
-  step.result[step.rows()] = residual;
-  step.result[step.rows() + 1] = vanishes;
-  step.result[step.rows() + 2] = largest;
+  step.result[step.count] = residual;
+  step.result[step.count + 1] = vanishes;
+  step.result[step.count + 2] = largest;
   return vanishes ? 0 : 1 / residual;
 }
 

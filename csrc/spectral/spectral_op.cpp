@@ -125,7 +125,7 @@ std::vector<double> sum_pieces(const LanczosStep& step, int64_t width, const Sta
 }
 
 void run(const LanczosStep& step, const Tensor&) {
-  const int64_t rows = step.rows();
+  const int64_t rows = step.count;
   std::vector<double> c = sum_pieces(step, rows, [&](double* sums, int64_t begin, int64_t end) {
     kernels().lanczos_dots(step, sums, begin, end);
   });
@@ -208,24 +208,22 @@ std::vector<Tensor> symmetric_eigh_op(Tensor a_) {
   return {values, vectors};
 }
 
-Tensor lanczos_step_op(Tensor basis, Tensor w, int64_t first, int64_t count, Tensor largest,
-                       double breakdown) {
+Tensor lanczos_step_op(Tensor basis, Tensor w, int64_t count, Tensor largest, double breakdown) {
   STD_TORCH_CHECK(basis.dim() == 2 && basis.is_contiguous(),
                   "spectral: basis must be [rows, n] and contiguous");
-  STD_TORCH_CHECK(0 <= first && first <= count && count < basis.size(0),
-                  "spectral: first and count must be rows of the basis, got ", first, " and ",
-                  count);
+  STD_TORCH_CHECK(0 < count && count < basis.size(0),
+                  "spectral: count must be a row of the basis after the first, got ", count);
   STD_TORCH_CHECK(w.dim() == 1 && w.size(0) == basis.size(1) && w.is_contiguous() &&
                       w.scalar_type() == basis.scalar_type() && w.device() == basis.device(),
                   "spectral: w must be like a row of the basis");
   STD_TORCH_CHECK(largest.numel() == 1 && largest.scalar_type() == ScalarType::Double &&
                       largest.device() == basis.device(),
                   "spectral: largest must be one float64 number beside the basis");
-  Tensor result = new_float64(basis, {count - first + 3});
+  Tensor result = new_float64(basis, {count + 3});
   run(LanczosStep{basis.mutable_data_ptr(), w.const_data_ptr(),
                   static_cast<const double*>(largest.const_data_ptr()),
-                  static_cast<double*>(result.mutable_data_ptr()), first, count, basis.size(1),
-                  breakdown, wide_element_of(basis)},
+                  static_cast<double*>(result.mutable_data_ptr()), count, basis.size(1), breakdown,
+                  wide_element_of(basis)},
       basis);
   return result;
 }
@@ -240,7 +238,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hessreg, m) {
   m.def("symmetric_eigvalsh(Tensor a) -> Tensor");
   m.def("symmetric_eigh(Tensor a) -> Tensor[]");
   m.def(
-      "lanczos_step(Tensor(a!) basis, Tensor w, int first, int count, Tensor largest, float"
+      "lanczos_step(Tensor(a!) basis, Tensor w, int count, Tensor largest, float"
       " breakdown) -> Tensor");
 }
 #endif

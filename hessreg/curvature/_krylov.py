@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hessreg.curvature.lanczos import norm_of, normalize, orthogonalize, report_non_finite
 from hessreg.curvature.operators import LinearOperator
+from hessreg.ops.spectral import lanczos_step
 
 __all__ = ["KrylovSpace", "RitzPairs", "random_signs", "random_vector"]
 
@@ -74,7 +75,7 @@ class KrylovSpace:
         self.scale = 0.0  # norm of the operator, as far as it was seen
         self.asymmetry = 0.0
         self.noise = 0.0
-        self._largest = self.basis.new_zeros(())
+        self._largest = self.basis.new_zeros(1, dtype=torch.float64)
 
     def is_complete(self) -> bool:
         """Whether the space is all there is beside the deflated vectors."""
@@ -88,13 +89,12 @@ class KrylovSpace:
             NonFiniteError: NaN or infinity in a product.
         """
         first = self.num_deflated + self.size
-        rows = self.basis.new_zeros(num_steps, first + num_steps + 2)
-        for i in range(num_steps):
-            self._step(first + i, rows[i])
-        for i, row in enumerate(rows.cpu().double()):
+        results = [self._step(first + i) for i in range(num_steps)]
+        lengths = [len(result) for result in results]
+        for i, row in enumerate(torch.cat(results).cpu().split(lengths)):
             if not torch.isfinite(row).all():
                 report_non_finite(self.op, self.basis[first + i])
-            self._absorb(row)
+            self._absorb(*row[:-1].tensor_split([-2]))
             if self.is_invariant:
                 break
         self._require("symmetric, u' H v and v' H u differ", self.asymmetry)
@@ -122,25 +122,18 @@ class KrylovSpace:
                 f"op must be {what} by {difference:.3g} where |H| is about {self.scale:.3g}"
             )
 
-    def _step(self, j: int, row: Tensor) -> None:
-        """One product: its coefficients and residual go to ``row``, the next vector to the basis.
+    def _step(self, j: int) -> Tensor:
+        """One product, from which the next vector is made; returns what `lanczos_step` does."""
+        w = self.op.matvec(self.basis[j])
+        breakdown = _BREAKDOWN * torch.finfo(w.dtype).eps
+        result = lanczos_step(self.basis, w, j + 1, self._largest, breakdown)
+        self._largest = result[-1:]
+        return result
 
-        The last entry of the row tells whether there is no next vector.
-        """
-        w, coefficients = orthogonalize(self.op.matvec(self.basis[j]), self.basis[: j + 1])
-        residual = norm_of(w)
-        torch.maximum(
-            self._largest, norm_of(coefficients).hypot(residual), out=self._largest
-        )  # of |A q|
-        # After a breakdown the vectors stay zero: no branch, so no wait for the device.
-        broken = ~(residual > _BREAKDOWN * torch.finfo(w.dtype).eps * self._largest)
-        row[: j + 1], row[j + 1], row[-1] = coefficients, residual, broken
-        torch.div(w, residual.masked_fill(broken, torch.inf), out=self.basis[j + 1])
-
-    def _absorb(self, row: Tensor) -> None:
+    def _absorb(self, row: Tensor, ends: Tensor) -> None:
         d, m = self.num_deflated, self.size
-        known, diagonal, residual = row[d : d + m], row[d + m], row[d + m + 1]
-        self.scale = max(self.scale, row[: d + m + 2].norm().item())
+        known, diagonal, residual = row[d : d + m], row[d + m], ends[0]
+        self.scale = max(self.scale, row.norm().hypot(residual).item())
         if m:
             self.asymmetry = max(self.asymmetry, (known - self.coupling).abs().max().item())
         column = torch.cat([known, diagonal[None]])
@@ -153,7 +146,7 @@ class KrylovSpace:
         self.outside = torch.cat([self.outside, torch.cat([row[:d], dropped])[None]])
         self.coupling = row.new_zeros(m + 1)
         self.coupling[m] = residual
-        self.is_invariant = bool(row[-1]) or self.is_complete()
+        self.is_invariant = bool(ends[1]) or self.is_complete()
         if self.is_invariant:
             self._drop_next()
 

@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from numbers import Real
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -197,10 +195,10 @@ def _refined(a: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
 
 
 def lanczos_step_reference(
-    basis: Tensor, w: Tensor, first: int, count: int, largest: Tensor, breakdown: float
+    basis: Tensor, w: Tensor, count: int, largest: Tensor, breakdown: float
 ) -> Tensor:
     """As `lanczos_step`, with classical Gram-Schmidt done twice."""
-    rows = basis[first:count]
+    rows = basis[:count]
     coefficients = rows @ w
     w = torch.addmv(w, rows.mT, coefficients, alpha=-1)
     again = rows @ w
@@ -215,29 +213,26 @@ def lanczos_step_reference(
     return torch.cat([coefficients, ends])
 
 
-def lanczos_step(
-    basis: Tensor, w: Tensor, first: int, count: int, largest: Tensor, breakdown: float
-) -> Tensor:
+def lanczos_step(basis: Tensor, w: Tensor, count: int, largest: Tensor, breakdown: float) -> Tensor:
     """Makes a product the next vector of an orthonormal basis, without waiting for the device.
 
     It is not differentiable: the basis is changed.
 
     Args:
         basis: [more than count, n], float32 or float64, contiguous. Row ``count`` becomes the part
-            of ``w`` orthogonal to rows ``first`` to ``count - 1``, as a unit vector, or zero.
-        w: [n]; may be row ``count``.
-        first: the first row that counts.
+            of ``w`` orthogonal to the rows before, as a unit vector, or zero.
+        w: [n].
         count: the row to write.
         largest: the norm of the longest product so far, float64 [1] on the basis' device.
         breakdown: what is left of ``w`` is zero if it is at most this, relative to ``largest``.
 
     Returns:
-        float64 [count - first + 3]: the coefficients of ``w``, the norm of what is left, 1 if that
+        float64 [count + 3]: the coefficients of ``w``, the norm of what is left, 1 if that
         is zero, and the new ``largest``.
     """
     compiled = _backend.runs_compiled(basis.device)
     step = torch.ops.hessreg.lanczos_step if compiled else lanczos_step_reference
-    return step(basis, w, first, count, largest, breakdown)
+    return step(basis, w, count, largest, breakdown)
 
 
 # ---- derivatives -------------------------------------------------------------------------------
@@ -328,7 +323,7 @@ def _tridiagonal_jvp(arguments: Arguments, tangents: Arguments) -> list[Tensor]:
 
 
 def _dominant(a: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """v as an eigenvector that moves with a, all eigenvectors, and 1 / (l - l_j)."""
+    """V as an eigenvector that moves with a, all eigenvectors, and 1 / (l - l_j)."""
     values, vectors = _eigh(a)
     chosen = _chosen(vectors, v)
     gaps = (_inverse_gaps(values) * chosen.square()[:, None]).sum(-1)
