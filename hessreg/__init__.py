@@ -7,7 +7,18 @@ from hessreg.kernels import (
     nystrom_features,
     random_fourier_features,
 )
-from hessreg.ops import gaussian_kernel, gaussian_kernel_matvec, mmd2, project_orthogonal
+from hessreg.ops import (
+    gaussian_kernel,
+    gaussian_kernel_matvec,
+    lanczos,
+    mmd2,
+    power_iteration,
+    project_orthogonal,
+    symmetric_eigh,
+    symmetric_eigvalsh,
+    symmetric_norm,
+    tridiagonal_eigh,
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,10 +27,16 @@ __all__ = [
     "build_info",
     "gaussian_kernel",
     "gaussian_kernel_matvec",
+    "lanczos",
     "median_bandwidth",
     "mmd2",
     "mmd2_test",
     "nystrom_features",
+    "power_iteration",
     "project_orthogonal",
     "random_fourier_features",
+    "symmetric_eigh",
+    "symmetric_eigvalsh",
+    "symmetric_norm",
+    "tridiagonal_eigh",
 ]

@@ -8,8 +8,8 @@ namespace hessreg::spectral {
 // All arrays are contiguous and of one element type, float32 or float64. A matrix or start vector
 // with an entry that is not finite makes all results of that matrix NaN, and of no other.
 
-// v <- A v / |A v|, so many times, from v0 / |v0|. Where A v is zero, v is an eigenvector and stays;
-// a v0 of zero stands for e_0.
+// v <- A v / |A v|, so many times, from v0 / |v0|. Where A v is zero, v is an eigenvector and
+// stays; a v0 of zero stands for e_0.
 struct PowerIteration {
   const void* a;   // [batch, n, n]
   const void* v0;  // [batch, n]

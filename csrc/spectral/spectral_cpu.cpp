@@ -14,7 +14,7 @@ struct Rows {
   T* data;
   int64_t stride;
   HESSREG_HD Rows(int64_t rows, int64_t columns, Arena& arena)
-      : data(nullptr), stride(round_up(columns, kLanes<T>)) {
+      : data(nullptr), stride(round_up(columns > 0 ? columns : 1, kLanes<T>)) {
     data = arena.take<T>(rows * stride);
   }
   HESSREG_HD T* row(int64_t i) const { return data + i * stride; }
@@ -223,8 +223,8 @@ template <typename T>
 void begin_power(const PowerIteration& problem, int64_t b, PowerSpace<T>& space) {
   const int64_t n = problem.n;
   space.scale = load_matrix(static_cast<const T*>(problem.a) + b * n * n, n, space.a);
-  space.inverse_norm = load_start(static_cast<const T*>(problem.v0) + b * n, n, space.a.stride,
-                                  space.x);
+  space.inverse_norm =
+      load_start(static_cast<const T*>(problem.v0) + b * n, n, space.a.stride, space.x);
 }
 
 template <typename T>
@@ -270,9 +270,8 @@ void power_range(const PowerIteration& problem, void* workspace, int64_t begin, 
       power_narrow<W, 2, T>(problem, {&s0, &s1}, begin, end);
     });
   if (width <= kMaxWidth)
-    return with_width(width, [&](auto w) {
-      power_narrow<decltype(w)::value, 1, T>(problem, {&s0}, begin, end);
-    });
+    return with_width(
+        width, [&](auto w) { power_narrow<decltype(w)::value, 1, T>(problem, {&s0}, begin, end); });
   for (int64_t b = begin; b < end; ++b) {
     begin_power(problem, b, s0);
     for (int64_t k = 0; k < problem.num_iterations; ++k) iterate_wide(s0, problem.n);
@@ -461,22 +460,18 @@ HESSREG_HD auto dispatch(Element element, Body body) {
 }
 
 void power_iteration(const PowerIteration& problem, void* workspace, int64_t begin, int64_t end) {
-  dispatch(problem.element, [&](auto zero) {
-    power_range<decltype(zero)>(problem, workspace, begin, end);
-  });
+  dispatch(problem.element,
+           [&](auto zero) { power_range<decltype(zero)>(problem, workspace, begin, end); });
 }
 
 void lanczos(const Lanczos& problem, void* workspace, int64_t begin, int64_t end) {
-  dispatch(problem.element, [&](auto zero) {
-    lanczos_range<decltype(zero)>(problem, workspace, begin, end);
-  });
+  dispatch(problem.element,
+           [&](auto zero) { lanczos_range<decltype(zero)>(problem, workspace, begin, end); });
 }
 
-void tridiagonal_eigh(const TridiagonalEigh& problem, void* workspace, int64_t begin,
-                      int64_t end) {
-  dispatch(problem.element, [&](auto zero) {
-    tridiagonal_range<decltype(zero)>(problem, workspace, begin, end);
-  });
+void tridiagonal_eigh(const TridiagonalEigh& problem, void* workspace, int64_t begin, int64_t end) {
+  dispatch(problem.element,
+           [&](auto zero) { tridiagonal_range<decltype(zero)>(problem, workspace, begin, end); });
 }
 
 void symmetric_eigh(const SymmetricEigh& problem, void* workspace, int64_t begin, int64_t end) {

@@ -83,8 +83,8 @@ HESSREG_HD Vector<T> inverse_square_root(Vector<T> x) {
 #endif
 }
 
-// Which lanes change places: those whose numbers differ by step. (Filled in a loop, GCC 12 would make
-// the numbers anew at every use.)
+// Which lanes change places: those whose numbers differ by step. (Filled in a loop, GCC 12 would
+// make the numbers anew at every use.)
 template <int... Lane>
 struct LaneNumbers {
   template <typename T, int kStep>

@@ -471,8 +471,7 @@ template <typename T>
 void rank(const Vector<T>* values, int lane, int64_t n, int64_t* places) {
   for (int64_t i = 0; i < n; ++i) {
     places[i] = 0;
-    for (int64_t j = 0; j < i; ++j)
-      values[j][lane] <= values[i][lane] ? ++places[i] : ++places[j];
+    for (int64_t j = 0; j < i; ++j) values[j][lane] <= values[i][lane] ? ++places[i] : ++places[j];
   }
 }
 
@@ -484,8 +483,7 @@ void store_pairs(const Vector<T>* values, const Square<T>& z, const LaneScale<T>
     const int64_t member = members.of(lane);
     const T inverse = scale.inverse[lane], nothing = inverse == inverse ? T(0) : inverse;
     rank<T>(values, lane, n, places);
-    for (int64_t i = 0; i < n; ++i)
-      out_values[member * n + places[i]] = values[i][lane] * inverse;
+    for (int64_t i = 0; i < n; ++i) out_values[member * n + places[i]] = values[i][lane] * inverse;
     for (int64_t i = 0; i < n; ++i) {
       const T* row = reinterpret_cast<const T*>(z.row(i)) + lane;
       T* out = out_vectors + (member * n + i) * n;
@@ -536,7 +534,10 @@ struct PairsSpace {
   Square<T> z;
   int64_t* places;
   PairsSpace(int64_t n, void* memory)
-      : arena(memory), t(n, arena), rotations(n, arena), z(n, arena),
+      : arena(memory),
+        t(n, arena),
+        rotations(n, arena),
+        z(n, arena),
         places(arena.take<int64_t>(n)) {}
 };
 
@@ -549,8 +550,8 @@ void pairs_of_group(const SymmetricEigh& problem, PairsSpace<T>& space, Triangle
   form_reflections(triangle, space.z);
   eigenpairs(space.t, space.rotations, space.z);
   polish(space.t);
-  store_pairs<T>(space.t.d, space.z, scale, members, space.places,
-                 static_cast<T*>(problem.values), static_cast<T*>(problem.vectors));
+  store_pairs<T>(space.t.d, space.z, scale, members, space.places, static_cast<T*>(problem.values),
+                 static_cast<T*>(problem.vectors));
 }
 
 template <typename T>
@@ -582,8 +583,8 @@ void pairs_of_group(const TridiagonalEigh& problem, PairsSpace<T>& space, const 
   space.z.set_identity();
   eigenpairs(space.t, space.rotations, space.z);
   polish(space.t);
-  store_pairs<T>(space.t.d, space.z, scale, members, space.places,
-                 static_cast<T*>(problem.values), static_cast<T*>(problem.vectors));
+  store_pairs<T>(space.t.d, space.z, scale, members, space.places, static_cast<T*>(problem.values),
+                 static_cast<T*>(problem.vectors));
 }
 
 }  // namespace

@@ -21,9 +21,8 @@ Element wide_element_of(const Tensor& tensor) {
 }
 
 Tensor checked_matrices(const Tensor& a) {
-  STD_TORCH_CHECK(a.dim() == 3 && a.size(1) == a.size(2),
-                  "spectral: a must be [batch, n, n], got ", a.dim(), " dimensions",
-                  a.dim() == 3 ? " that are not square" : "");
+  STD_TORCH_CHECK(a.dim() == 3 && a.size(1) == a.size(2), "spectral: a must be [batch, n, n], got ",
+                  a.dim(), " dimensions", a.dim() == 3 ? " that are not square" : "");
   wide_element_of(a);
   return torch::stable::contiguous(a);
 }
@@ -48,8 +47,7 @@ void run(void (*launch)(const Problem&, void* scratch, void* stream), const Prob
          const Tensor& like) {
   if (problem.batch == 0) return;
   const Executor executor(like);
-  Tensor scratch =
-      torch::stable::new_empty(like, {cuda::scratch_bytes(problem)}, ScalarType::Byte);
+  Tensor scratch = torch::stable::new_empty(like, {cuda::scratch_bytes(problem)}, ScalarType::Byte);
   launch(problem, scratch.mutable_data_ptr(), executor.stream());
 }
 

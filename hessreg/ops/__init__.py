@@ -2,5 +2,24 @@
 
 from hessreg.ops.gaussian import gaussian_kernel, gaussian_kernel_matvec, mmd2
 from hessreg.ops.projection import project_orthogonal
+from hessreg.ops.spectral import (
+    lanczos,
+    power_iteration,
+    symmetric_eigh,
+    symmetric_eigvalsh,
+    symmetric_norm,
+    tridiagonal_eigh,
+)
 
-__all__ = ["gaussian_kernel", "gaussian_kernel_matvec", "mmd2", "project_orthogonal"]
+__all__ = [
+    "gaussian_kernel",
+    "gaussian_kernel_matvec",
+    "lanczos",
+    "mmd2",
+    "power_iteration",
+    "project_orthogonal",
+    "symmetric_eigh",
+    "symmetric_eigvalsh",
+    "symmetric_norm",
+    "tridiagonal_eigh",
+]
