@@ -186,13 +186,13 @@ def test_eigenpairs(device, batch, n, dtype):
 
 
 @pytest.mark.parametrize("n", [5, 24, 48])
-def test_error_is_at_most_that_of_lapack(device, n):
+def test_error_is_at_most_twice_that_of_lapack(device, n):
     a = symmetric(40, n, dtype=torch.float32, device=device)
     truth = torch.linalg.eigvalsh(a.double())
     floor = eps(torch.float32) * truth.abs().max()
     for found in (symmetric_eigvalsh(a), symmetric_eigh(a)[0]):
         lapack = largest(torch.linalg.eigvalsh(a) - truth)
-        assert largest(found - truth) <= max(lapack, floor)
+        assert largest(found - truth) <= 2 * lapack + floor
 
 
 def wilkinson(n):
@@ -238,7 +238,7 @@ HARD = {
 def test_hard_matrices(device, name, dtype):
     a = HARD[name]().to(device=device, dtype=dtype)
     values, vectors = symmetric_eigh(a)
-    size = max(largest(a), 1e-300) * math.sqrt(len(a))
+    size = max(a.double().norm().item(), 1e-300)
     eye = torch.eye(len(a), dtype=torch.float64, device=device)
     truth = torch.linalg.eigvalsh(a.double())
     wide = vectors.double()
@@ -260,7 +260,8 @@ def test_tridiagonal_eigh_against_scipy(device, m, dtype):
         expected = scipy.linalg.eigh_tridiagonal(
             d.double().cpu().numpy(), e.double().cpu().numpy(), eigvals_only=True
         )
-        assert np.abs(found.double().cpu().numpy() - expected).max() <= 16 * eps(dtype)
+        error = np.abs(found.double().cpu().numpy() - expected).max()
+        assert error <= 8 * eps(dtype) * math.sqrt(m) * np.abs(expected).max()
     t, wide = _tridiagonal(alpha, beta).double(), vectors.double()
     assert largest(t @ wide - wide * values.double()[:, None]) <= 32 * eps(dtype)
     assert largest(wide.mT @ wide - torch.eye(m, device=device)) <= 32 * eps(dtype)
@@ -307,7 +308,7 @@ def test_lanczos_goes_on_after_breakdown(device, values, dtype, scale):
     tolerance = 128 * eps(dtype)
     assert largest(q.mT @ q - torch.eye(6, device=device)) <= tolerance
     assert largest(a.double() @ q - q @ t) <= tolerance * scale * 3
-    assert (beta == 0).sum() >= 7 - len(set(values))
+    assert (beta == 0).sum() == max(values.count(v) for v in values)
     expected = scale * torch.tensor(sorted(values), dtype=torch.float64, device=device)
     assert largest(torch.linalg.eigvalsh(t) - expected) <= tolerance * scale * 3
 

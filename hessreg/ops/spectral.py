@@ -716,8 +716,12 @@ def _start(a: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@functools.cache
 def _default_start(n: int, device: torch.device) -> Tensor:
+    return _drawn_once(n, device)
+
+
+@functools.cache
+def _drawn_once(n: int, device: torch.device) -> Tensor:
     """By NumPy: torch draws nothing while it batches, and its random state stays as it is."""
     with torch.inference_mode(False):
         return torch.from_numpy(np.random.default_rng(0).standard_normal(n)).to(device)
