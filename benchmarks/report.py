@@ -13,8 +13,8 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 _HEAD = """# Benchmarks
 
 Made by `python -m benchmarks.report` from the files in `benchmarks/results`, which
-`python -m benchmarks.bench_projection --json FILE` and `bench_gaussian`, likewise, write. Medians
-of interleaved runs; in brackets the quartiles. On the CPU the allocator is told to keep its memory,
+`python -m benchmarks.bench_projection --json FILE` and `bench_gaussian` and `bench_spectral`,
+likewise, write. Medians of interleaved runs; in brackets the quartiles. On the CPU the allocator is told to keep its memory,
 which makes eager torch 2 to 5 times faster on large matrices, and the same for all.
 
 **Projection.** Contestants on large vectors start with nothing of theirs in the caches. The floor
@@ -41,6 +41,9 @@ first. Not timed is who is *wrong* (more than 0.1 % off), *cannot* (raises), is 
 products a second, each pair once (three times that with backward), as a share of what `torch.mm`
 reaches at 2048 x 2048: low where exponentials take the time, above 100 % where `torch.mm` itself
 stays below the peak of the processor.
+
+**Symmetric eigenproblems.** Batches of 256 float32 matrices; 30 iterations or steps. Our
+milliseconds and largest error against float64, then how many times as long each rival takes.
 """
 
 
@@ -56,7 +59,7 @@ def _machine(results: dict[str, Any]) -> str:
     title = f"\n## {where}, torch {card['torch']}, {results['threads']} thread(s)\n"
     cases = results.get("projection", {}).items()
     projection = "".join(_case(name, result) for name, result in cases)
-    return title + projection + _gaussian(results.get("gaussian"))
+    return title + projection + _gaussian(results.get("gaussian")) + _spectral(results)
 
 
 def _case(name: str, result: dict[str, Any]) -> str:
@@ -87,6 +90,27 @@ def _gaussian(results: dict[str, Any] | None) -> str:
     tables = "".join(_operator(results, *kind) for kind in kinds)
     note = f"\n**{results['note']}**\n" if "note" in results else ""
     return note + tables + _processes(results) + _large(results["large"]) + _asked(results)
+
+
+def _spectral(results: dict[str, Any]) -> str:
+    rows = results.get("spectral", {}).get("cases", [])
+    operators = dict.fromkeys(row["operator"] for row in rows)
+    return "".join(_spectral_operator(rows, operator) for operator in operators)
+
+
+def _spectral_operator(rows: list[dict[str, Any]], operator: str) -> str:
+    cases = [row for row in rows if row["operator"] == operator]
+    rivals = list(cases[0]["times ours"])
+    head = ["n", "ours, ms", "error", *(f"`{who}`" for who in rivals), "smallest error of these"]
+    return f"\n**`{operator}`**\n" + _table(head, [_spectral_row(row) for row in cases])
+
+
+def _spectral_row(row: dict[str, Any]) -> list[str]:
+    t, errors = row["milliseconds"]["hessreg"], dict(row["largest error"])
+    ours = f"{t['median']:.3f} ({t['low']:.3f} - {t['high']:.3f})"
+    ratios = [f"{ratio:.1f}" for ratio in row["times ours"].values()]
+    own = f"{errors.pop('hessreg'):.1e}"
+    return [str(row["n"]), ours, own, *ratios, f"{min(errors.values()):.1e}"]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -21,4 +21,5 @@ done
 gpu=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))')
 "$PYTHON" -m benchmarks.bench_projection --device cuda --json "$OUT/$gpu.json"
 "$PYTHON" -m benchmarks.bench_gaussian --device cuda --json "$OUT/$gpu.json"
+"$PYTHON" -m benchmarks.bench_spectral --device cuda --json "$OUT/$gpu.json"
 "$PYTHON" -m benchmarks.report

@@ -10,6 +10,13 @@ import torch
 import hessreg
 from hessreg.ops.gaussian import gaussian_energy, gaussian_matrix, gaussian_sum
 from hessreg.ops.projection import gram, linear_combination
+from hessreg.ops.spectral import (
+    lanczos_op,
+    power_iteration_op,
+    symmetric_eigh_op,
+    symmetric_eigvalsh_op,
+    tridiagonal_eigh_op,
+)
 
 SHAPES = [(1,), (257,), (3, 4097), (0,)]
 
@@ -43,10 +50,24 @@ def gaussian(dtype: torch.dtype) -> None:
                 gaussian_energy(x, gamma, n // 3, 1.0, -1.0, 2.0, tf32, False)
 
 
+def spectral(dtype: torch.dtype) -> None:
+    for n in (1, 2, 9, 33, 70, 107, 140):
+        a, v0 = (torch.randn(*shape, device="cuda", dtype=dtype) for shape in [(5, n, n), (5, n)])
+        a = a + a.mT
+        power_iteration_op(a, v0, 3)
+        alpha, beta, _ = lanczos_op(a, v0, 6)
+        lanczos_op(torch.zeros_like(a), v0, n)
+        tridiagonal_eigh_op(alpha, beta[:, :-1])
+        if n <= 128:
+            symmetric_eigvalsh_op(a)
+            symmetric_eigh_op(a)
+
+
+HALF = (torch.float16, torch.bfloat16)
 CASES = {
     f"{family.__name__} {dtype}": lambda family=family, dtype=dtype: family(dtype)
-    for family in (gaussian, projection)
-    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+    for family in (gaussian, projection, spectral)
+    for dtype in (torch.float32, torch.float64, *(() if family is spectral else HALF))
 }
 
 

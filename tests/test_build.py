@@ -17,7 +17,7 @@ import hessreg
 
 ROOT = Path(__file__).resolve().parent.parent
 
-KERNEL_TESTS = ["tests/test_gaussian.py", "tests/test_projection.py"]
+KERNEL_TESTS = ["tests/test_gaussian.py", "tests/test_projection.py", "tests/test_spectral.py"]
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

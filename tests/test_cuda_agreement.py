@@ -7,6 +7,13 @@ import torch
 
 from hessreg.ops.gaussian import gaussian_energy, gaussian_matrix, gaussian_sum
 from hessreg.ops.projection import gram, linear_combination
+from hessreg.ops.spectral import (
+    lanczos_op,
+    power_iteration_op,
+    symmetric_eigh_op,
+    symmetric_eigvalsh_op,
+    tridiagonal_eigh_op,
+)
 from tests import emulated
 
 
@@ -51,3 +58,29 @@ def test_gaussian_kernels_agree(d, dtype, tf32):
     rounding = 1e-12 if dtype == torch.float64 else 2e-5
     for a, b in zip(run(x.cuda(), y.cuda(), gamma.cuda()), expected, strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=rounding, atol=rounding * float(b.abs().max()))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [3, 33, 70, 107, 130])
+def test_spectral_kernels_agree(n, dtype):
+    """Up to fused multiply-adds. Eigenvectors are compared where they do not depend on rounding."""
+    values = torch.linspace(-1, 2, n, dtype=torch.float64)
+    q, _ = torch.linalg.qr(torch.randn(2, n, n, dtype=torch.float64))
+    a, v0 = ((q * values) @ q.mT).to(dtype), torch.randn(2, n).to(dtype)
+    a = (a + a.mT) / 2
+
+    def run(a, v0):
+        found = [*power_iteration_op(a, v0, 5), *lanczos_op(a, v0, 3)]
+        if n < 128:
+            diagonals = a.diagonal(0, 1, 2).contiguous(), a.diagonal(1, 1, 2).contiguous()
+            values, vectors = symmetric_eigh_op(a)
+            found += [symmetric_eigvalsh_op(a), values, (vectors * values[:, None]) @ vectors.mT]
+            found += tridiagonal_eigh_op(*diagonals)[:1]
+        return found
+
+    with emulated.kernels():
+        expected = run(a, v0)
+    rounding = 1e-13 * n if dtype == torch.float64 else 1e-5
+    for x, y in zip(run(a.cuda(), v0.cuda()), expected, strict=True):
+        torch.testing.assert_close(x.cpu(), y, rtol=rounding, atol=rounding)

@@ -249,7 +249,6 @@ __global__ void __launch_bounds__(Matrix::kThreads, 1) lanczos_kernel(Lanczos p,
   const T tolerance = kBreakdown<T> * static_cast<T>(std::sqrt(reduction.sum(matrix.squares())));
   load_start<kThreads>(static_cast<const T*>(p.v0) + batch * n, n, basis.length, basis.w,
                        reduction);
-  __syncthreads();
   T alpha, norm = basis.orthogonalise(0, reduction, &alpha);
   const T poison = norm * T(0) + tolerance * T(0);  // NaN where the input is not finite
   bool vanished = false;

@@ -15,7 +15,7 @@ struct Rows {
   T* data;
   int64_t stride;
   HESSREG_HD Rows(int64_t rows, int64_t columns, Arena& arena)
-      : data(nullptr), stride(round_up(columns, kLanes<T>)) {
+      : data(nullptr), stride(round_up(columns > 0 ? columns : 1, kLanes<T>)) {
     data = arena.take<T>(rows * stride);
   }
   HESSREG_HD T* row(int64_t i) const { return data + i * stride; }

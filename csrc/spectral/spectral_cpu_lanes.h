@@ -402,7 +402,7 @@ template <typename T>
 HESSREG_HD void set_pending(Triangle<T>& a, int64_t k) {
   Vector<T> inner = {};
   for (int64_t i = k + 1; i < a.n; ++i) inner += a.next[i] * a.product[i];
-  inner *= a.beta[k] * a.beta[k] / 2;
+  inner = inner * a.beta[k] * (a.beta[k] / 2);  // the square of beta may be too large
   for (int64_t i = k + 1; i < a.n; ++i) {
     a.v[i] = a.next[i];
     a.w[i] = a.beta[k] * a.product[i] - inner * a.next[i];

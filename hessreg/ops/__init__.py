@@ -3,14 +3,28 @@
 from hessreg.ops.gaussian import gaussian_kernel, gaussian_kernel_matvec, mmd2
 from hessreg.ops.hvp import MLPHessian, mlp_hvp, mlp_parameter_hvp, symmetric_matmul
 from hessreg.ops.projection import project_orthogonal
+from hessreg.ops.spectral import (
+    lanczos,
+    power_iteration,
+    symmetric_eigh,
+    symmetric_eigvalsh,
+    symmetric_norm,
+    tridiagonal_eigh,
+)
 
 __all__ = [
     "MLPHessian",
     "gaussian_kernel",
     "gaussian_kernel_matvec",
+    "lanczos",
     "mlp_hvp",
     "mlp_parameter_hvp",
     "mmd2",
+    "power_iteration",
     "project_orthogonal",
+    "symmetric_eigh",
+    "symmetric_eigvalsh",
     "symmetric_matmul",
+    "symmetric_norm",
+    "tridiagonal_eigh",
 ]

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,19 +39,14 @@ def _column(x: Tensor, dims: int) -> Tensor:
 
 def _poison(*tensors: Tensor) -> Tensor:
     """0 for each matrix of the batch, NaN where something of it is not finite."""
-    batch = tensors[0].shape[0]
-    finite = [t.detach().reshape(batch, -1).isfinite().all(1) for t in tensors if t.numel()]
-    zero = tensors[0].detach().new_zeros(batch)
-    return (
-        torch.where(functools.reduce(torch.logical_and, finite), zero, torch.nan)
-        if finite
-        else zero
-    )
+    finite = [t.detach().flatten(1).isfinite().all(1) for t in tensors]
+    zero = tensors[0].new_zeros(tensors[0].shape[0])
+    return torch.where(functools.reduce(torch.logical_and, finite), zero, torch.nan)
 
 
 def _largest(a: Tensor) -> Tensor:
     """The largest magnitude of each matrix or vector, 1 where that is zero."""
-    flat = a.detach().abs().reshape(a.shape[0], -1)
+    flat = a.detach().abs().flatten(1)
     if flat.shape[1] == 0:
         return flat.new_ones(len(flat))
     largest = flat.amax(1)
@@ -294,7 +290,8 @@ def _eigh_backward(
 
 
 def _eigh_jvp(arguments: Arguments, tangents: Arguments) -> list[Tensor]:
-    return _eigh_tangent(*_eigh(arguments[0]), _symmetric(tangents[0]))
+    values, vectors = _eigh(arguments[0])
+    return _eigh_tangent(values, vectors, _symmetric(tangents[0]))
 
 
 def _eigvalsh_backward(
@@ -319,11 +316,12 @@ def _tridiagonal_backward(
 def _tridiagonal_jvp(arguments: Arguments, tangents: Arguments) -> list[Tensor]:
     pairs = zip(arguments, tangents, strict=True)
     moved = [torch.zeros_like(t) if tangent is None else tangent for t, tangent in pairs]
-    return _eigh_tangent(*tridiagonal_eigh_op(*arguments), _tridiagonal(*moved))
+    values, vectors = tridiagonal_eigh_op(*arguments)
+    return _eigh_tangent(values, vectors, _tridiagonal(*moved))
 
 
 def _dominant(a: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """V as an eigenvector that moves with a, all eigenvectors, and 1 / (l - l_j)."""
+    """The eigenvector nearest to v, which moves with a, all of them, and 1 / (l - l_j)."""
     values, vectors = _eigh(a)
     chosen = _chosen(vectors, v)
     gaps = (_inverse_gaps(values) * chosen.square()[:, None]).sum(-1)
@@ -370,10 +368,12 @@ def _vmap_of(run: Callable[..., Any]) -> Callable[[int, Arguments, Arguments], A
             moved = argument.expand(expanded) if dim is None else argument.movedim(dim, 0)
             return moved.flatten(0, 1)
 
-        outputs = run(*map(lead, arguments, dims))
+        led = list(map(lead, arguments, dims))
+        sizes = batch_size, led[0].shape[0] // max(batch_size, 1)
+        outputs = run(*led)
         if isinstance(outputs, Tensor):
-            return outputs.unflatten(0, (batch_size, -1))
-        return [output.unflatten(0, (batch_size, -1)) for output in outputs]
+            return outputs.unflatten(0, sizes)
+        return [output.unflatten(0, sizes) for output in outputs]
 
     return vmap
 
@@ -406,7 +406,7 @@ def _eigh_fake(a: Tensor) -> list[Tensor]:
     return [a.new_empty(a.shape[:2]), a.new_empty(a.shape)]
 
 
-power_iteration_op = Operator(
+power_iteration_op: Operator = Operator(
     "power_iteration",
     reference=power_iteration_reference,
     fake=_power_iteration_fake,
@@ -415,14 +415,14 @@ power_iteration_op = Operator(
     vmap=_vmap_of(lambda *arguments: power_iteration_op(*arguments)),
     keeps_outputs=True,
 )
-lanczos_op = Operator(
+lanczos_op: Operator = Operator(
     "lanczos",
     reference=lanczos_reference,
     fake=_lanczos_fake,
     backward=reverse_of(lanczos_reference),
     vmap=_vmap_of(lambda *arguments: lanczos_op(*arguments)),
 )
-tridiagonal_eigh_op = Operator(
+tridiagonal_eigh_op: Operator = Operator(
     "tridiagonal_eigh",
     reference=tridiagonal_eigh_reference,
     fake=_tridiagonal_fake,
@@ -431,7 +431,7 @@ tridiagonal_eigh_op = Operator(
     vmap=_vmap_of(lambda *arguments: tridiagonal_eigh_op(*arguments)),
     keeps_outputs=True,
 )
-symmetric_eigvalsh_op = Operator(
+symmetric_eigvalsh_op: Operator = Operator(
     "symmetric_eigvalsh",
     reference=symmetric_eigvalsh_reference,
     fake=_eigvalsh_fake,
@@ -439,7 +439,7 @@ symmetric_eigvalsh_op = Operator(
     jvp=_eigvalsh_jvp,
     vmap=_vmap_of(lambda a: symmetric_eigvalsh_op(a)),
 )
-symmetric_eigh_op = Operator(
+symmetric_eigh_op: Operator = Operator(
     "symmetric_eigh",
     reference=symmetric_eigh_reference,
     fake=_eigh_fake,
@@ -448,3 +448,373 @@ symmetric_eigh_op = Operator(
     vmap=_vmap_of(lambda a: symmetric_eigh_op(a)),
     keeps_outputs=True,
 )
+
+
+# ---- public ------------------------------------------------------------------------------------
+
+
+def power_iteration(
+    A: Tensor,
+    num_iterations: int,
+    v0: Tensor | None = None,
+    *,
+    tol: float | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, ...]:
+    r"""The eigenpair of largest magnitude of symmetric matrices, by power iteration.
+
+    Equivalent to ``num_iterations`` times ``v = A @ v; v = v / v.norm()``, then ``v @ A @ v``, for
+    a whole batch in one call. Differentiable in ``A`` to third order, as the eigenpair that the
+    iteration converged to; constant in ``v0``. What has not converged has that error in its
+    derivatives too: ask for it with ``tol``.
+
+    Args:
+        A: symmetric matrices ``[..., n, n]`` in float16, bfloat16, float32 or float64.
+        num_iterations: how many products; the error of the vector falls by |l_2 / l_1| in each.
+        v0: start vectors ``[..., n]``, like ``A`` in dtype and device; batches broadcast. None: one
+            standard normal vector for all matrices, always the same unless ``generator`` is given.
+        tol: adds a third output that says where ``|A v - l v| <= tol |l|``.
+        generator: draws the start vector.
+
+    Returns:
+        The eigenvalues ``[...]``, as Rayleigh quotients, and unit eigenvectors ``[..., n]``; with
+        ``tol`` a third tensor ``converged`` of truth values. A matrix with an entry that is not
+        finite has NaN for both.
+
+    Raises:
+        TypeError: for anything but floating-point tensors and whole numbers.
+        ValueError: for shapes, dtypes or devices that do not match and negative numbers.
+
+    References:
+        Golub and Van Loan, "Matrix Computations", 2013, section 8.2.1.
+
+    Example:
+        >>> import torch, hessreg
+        >>> value, vector = hessreg.power_iteration(torch.diag(torch.tensor([1.0, -4.0])), 30)
+        >>> value
+        tensor(-4.)
+        >>> vector.abs()
+        tensor([0., 1.])
+    """
+    _check_matrices(A)
+    _check_count(num_iterations, "num_iterations", least=0)
+    if tol is not None:
+        _check_tolerance(tol)
+    matrices, starts, batch = _problem(A, v0, generator)
+    outputs = power_iteration_op(matrices, starts, num_iterations)
+    value, vector = (_shaped(output, batch, A.dtype) for output in outputs[:2])
+    if tol is None:
+        return value, vector
+    converged = (outputs[2] <= tol * outputs[0].abs()).reshape(batch)
+    return value, vector, converged
+
+
+def lanczos(
+    A: Tensor,
+    num_steps: int,
+    v0: Tensor | None = None,
+    *,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Lanczos tridiagonalisation of symmetric matrices, A Q = Q T + r e_m'.
+
+    Each new vector is orthogonalised twice against all before it, so Q is orthonormal to rounding.
+    Where the Krylov space is exhausted (what is left is within 64 epsilons of the Frobenius norm of
+    the matrix), ``beta`` is zero and the iteration goes on with a unit vector orthogonal to Q: Q
+    always has m orthonormal columns, and T has the eigenvalues of A if m = n. Differentiable in
+    ``A`` and ``v0`` to any order, as plain torch is.
+
+    Args:
+        A: symmetric matrices ``[..., n, n]`` in float16, bfloat16, float32 or float64.
+        num_steps: m; no more than n are done.
+        v0: start vectors ``[..., n]``, as for :func:`power_iteration`.
+        generator: draws the start vector.
+
+    Returns:
+        ``alpha`` ``[..., m]``, the diagonal of T, ``beta`` ``[..., m]``, its off-diagonal with |r|
+        as the last, and Q ``[..., n, m]``.
+
+    Raises:
+        TypeError: for anything but floating-point tensors and whole numbers.
+        ValueError: for shapes, dtypes or devices that do not match, and fewer steps than one.
+
+    References:
+        Lanczos, "An iteration method for the solution of the eigenvalue problem of linear
+        differential and integral operators", 1950; Parlett, "The Symmetric Eigenvalue Problem",
+        1998, chapter 13.
+
+    Example:
+        >>> import torch, hessreg
+        >>> A = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        >>> alpha, beta, Q = hessreg.lanczos(A, 2, torch.tensor([1.0, 0.0]))
+        >>> alpha, beta
+        (tensor([0., 0.]), tensor([1., 0.]))
+    """
+    _check_matrices(A)
+    _check_count(num_steps, "num_steps", least=1)
+    matrices, starts, batch = _problem(A, v0, generator)
+    outputs = lanczos_op(matrices, starts, num_steps)
+    alpha, beta, q = (_shaped(output, batch, A.dtype) for output in outputs)
+    return alpha, beta, q
+
+
+def tridiagonal_eigh(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Eigenvalues and eigenvectors of symmetric tridiagonal matrices.
+
+    By implicit QL steps, many matrices side by side. Differentiable to third order in the manner of
+    :func:`symmetric_eigh`.
+
+    Args:
+        alpha: diagonals ``[..., m]`` in float16, bfloat16, float32 or float64.
+        beta: off-diagonals ``[..., m - 1]``, like ``alpha`` in dtype and device; batches broadcast.
+
+    Returns:
+        Eigenvalues ``[..., m]`` in ascending order and eigenvectors ``[..., m, m]`` in columns.
+
+    Raises:
+        TypeError: for anything but floating-point tensors.
+        ValueError: for shapes, dtypes or devices that do not match.
+
+    References:
+        Parlett, "The Symmetric Eigenvalue Problem", 1998, chapter 8.
+
+    Example:
+        >>> import torch, hessreg
+        >>> values, vectors = hessreg.tridiagonal_eigh(torch.zeros(2), torch.ones(1))
+        >>> values
+        tensor([-1.,  1.])
+    """
+    _check_tensor(alpha, "alpha", 1, "diagonals [..., m]")
+    _check_like(alpha, beta, "beta", "alpha")
+    m = alpha.shape[-1]
+    if beta.shape[-1] != max(m - 1, 0):
+        raise ValueError(
+            f"beta must be off-diagonals [..., {max(m - 1, 0)}] to alpha, "
+            f"got shape {tuple(beta.shape)}"
+        )
+    batch = _broadcast("alpha", alpha.shape[:-1], "beta", beta.shape[:-1])
+    flat = [_flat(t, batch, 1) for t in (alpha, beta)]
+    operator = tridiagonal_eigh_op if m <= _LARGEST_KERNEL else tridiagonal_eigh_reference
+    values, vectors = (_shaped(output, batch, alpha.dtype) for output in operator(*flat))
+    return values, vectors
+
+
+def symmetric_eigvalsh(A: Tensor) -> Tensor:
+    r"""All eigenvalues of symmetric matrices.
+
+    Equivalent to ``torch.linalg.eigvalsh(A)``, many times faster for batches of small matrices and
+    with smaller errors. Differentiable to third order; see :func:`symmetric_eigh` for repeated
+    eigenvalues.
+
+    Args:
+        A: symmetric matrices ``[..., n, n]`` in float16, bfloat16, float32 or float64; the lower
+            triangle is read. The gradient is symmetric.
+
+    Returns:
+        Eigenvalues ``[..., n]`` in ascending order, NaN for a matrix with an entry that is not
+        finite.
+
+    Raises:
+        TypeError: for anything but a floating-point tensor.
+        ValueError: for matrices that are not square.
+
+    References:
+        Householder's tridiagonalisation and QL steps: Parlett, "The Symmetric Eigenvalue Problem",
+        1998, chapters 7 and 8. Twisted factorisations: Parlett and Dhillon, "Fernando's solution to
+        Wilkinson's problem", 1997.
+
+    Example:
+        >>> import torch, hessreg
+        >>> hessreg.symmetric_eigvalsh(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+        tensor([-1.,  1.])
+    """
+    _check_matrices(A)
+    matrices = _flat(A, A.shape[:-2], 2)
+    small = A.shape[-1] <= _LARGEST_KERNEL
+    values = symmetric_eigvalsh_op(matrices) if small else symmetric_eigvalsh_reference(matrices)
+    return _shaped(values, A.shape[:-2], A.dtype)
+
+
+def symmetric_eigh(A: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Eigenvalues and eigenvectors of symmetric matrices.
+
+    Equivalent to ``torch.linalg.eigh(A)`` up to the signs of the vectors. Differentiable to third
+    order, with finite derivatives everywhere: pairs of eigenvalues within 64 epsilons of the
+    largest magnitude count as equal and contribute nothing, which is exact for functions in which
+    they count alike, and a subgradient for others.
+
+    Args:
+        A: symmetric matrices ``[..., n, n]``, as for :func:`symmetric_eigvalsh`.
+
+    Returns:
+        Eigenvalues ``[..., n]`` in ascending order and eigenvectors ``[..., n, n]`` in columns, of
+        either sign.
+
+    Raises:
+        TypeError: for anything but a floating-point tensor.
+        ValueError: for matrices that are not square.
+
+    References:
+        Magnus, "On differentiating eigenvalues and eigenvectors", 1985.
+
+    Example:
+        >>> import torch, hessreg
+        >>> values, vectors = hessreg.symmetric_eigh(torch.diag(torch.tensor([2.0, 1.0])))
+        >>> values, vectors.abs()
+        (tensor([1., 2.]), tensor([[0., 1.],
+                [1., 0.]]))
+    """
+    _check_matrices(A)
+    batch = A.shape[:-2]
+    values, vectors = (_shaped(output, batch, A.dtype) for output in _eigh(_flat(A, batch, 2)))
+    return values, vectors
+
+
+Norm = Literal["spectral", "nuclear", "one", "fro"]
+
+
+def symmetric_norm(A: Tensor, ord: Norm = "spectral") -> Tensor:
+    r"""Exact norms of symmetric matrices, with derivatives that are finite everywhere.
+
+    ``"spectral"`` is the largest and ``"nuclear"`` the sum of the eigenvalues' magnitudes,
+    ``"one"`` the largest sum of magnitudes in a column, ``"fro"`` the root of the sum of squares.
+    First and second derivatives are finite also at repeated and zero eigenvalues, where those of
+    ``torch.linalg.matrix_norm`` are not: a subgradient stands in where there is none.
+
+    Args:
+        A: symmetric matrices ``[..., n, n]``, as for :func:`symmetric_eigvalsh`; ``"one"`` and
+            ``"fro"`` read both triangles.
+        ord: which norm.
+
+    Returns:
+        Norms ``[...]``; 0 for empty matrices.
+
+    Raises:
+        TypeError: for anything but a floating-point tensor.
+        ValueError: for matrices that are not square and unknown norms.
+
+    References:
+        Golub and Van Loan, "Matrix Computations", 2013, section 2.3.
+
+    Example:
+        >>> import torch, hessreg
+        >>> A = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        >>> hessreg.symmetric_norm(A, "nuclear")
+        tensor(2.)
+    """
+    _check_matrices(A)
+    if ord not in _NORMS:
+        raise ValueError(f"ord must be one of {', '.join(_NORMS)}, got {ord!r}")
+    if A.shape[-1] == 0:
+        return A.sum((-2, -1))
+    wide = A.to(torch.promote_types(A.dtype, torch.float32))
+    if ord == "fro":
+        return _frobenius(wide).to(A.dtype)
+    if ord == "one":
+        return wide.abs().sum(-2).amax(-1).to(A.dtype)
+    sizes = symmetric_eigvalsh(wide).abs()
+    return (sizes.amax(-1) if ord == "spectral" else sizes.sum(-1)).to(A.dtype)
+
+
+def _frobenius(a: Tensor) -> Tensor:
+    scale = a.detach().abs().amax((-2, -1))
+    scale = torch.where((scale > 0) & scale.isfinite(), scale, 1)
+    squares = (a / scale[..., None, None]).square().sum((-2, -1))
+    is_zero = squares == 0
+    return scale * torch.where(is_zero, squares, torch.where(is_zero, 1, squares).sqrt())
+
+
+def _flat(x: Tensor, batch: torch.Size, dims: int) -> Tensor:
+    """``[batch, ...]`` in the dtype that is computed in."""
+    shape = x.shape[x.dim() - dims :]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide.expand((*batch, *shape)).reshape((batch.numel(), *shape))
+
+
+def _shaped(output: Tensor, batch: torch.Size, dtype: torch.dtype) -> Tensor:
+    return output.reshape((*batch, *output.shape[1:])).to(dtype)
+
+
+def _problem(
+    a: Tensor, v0: Tensor | None, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, torch.Size]:
+    """The matrices and start vectors, flat, and their batch."""
+    v0 = _start(a, generator) if v0 is None else v0
+    _check_like(a, v0, "v0", "A")
+    if v0.shape[-1] != a.shape[-1]:
+        raise ValueError(
+            f"v0 must be vectors [..., {a.shape[-1]}] to A, got shape {tuple(v0.shape)}"
+        )
+    batch = _broadcast("A", a.shape[:-2], "v0", v0.shape[:-1])
+    return _flat(a, batch, 2), _flat(v0, batch, 1), batch
+
+
+def _start(a: Tensor, generator: torch.Generator | None) -> Tensor:
+    if generator is None:
+        return _default_start(a.shape[-1], a.device).to(a.dtype)
+    wide = torch.promote_types(a.dtype, torch.float32)
+    drawn = torch.randn(a.shape[-1], generator=generator, dtype=wide, device=generator.device)
+    return drawn.to(device=a.device, dtype=a.dtype)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _default_start(n: int, device: torch.device) -> Tensor:
+    return _drawn_once(n, device)
+
+
+@functools.cache
+def _drawn_once(n: int, device: torch.device) -> Tensor:
+    """By NumPy: torch draws nothing while it batches, and its random state stays as it is."""
+    with torch.inference_mode(False):
+        return torch.from_numpy(np.random.default_rng(0).standard_normal(n)).to(device)
+
+
+def _check_tensor(x: Any, name: str, dims: int, wanted: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x)}")
+    if x.dtype not in _DTYPES or x.layout is not torch.strided:
+        raise TypeError(
+            f"{name} must be a dense tensor of float16, bfloat16, float32 or float64, "
+            f"got {x.dtype}, {x.layout}"
+        )
+    if x.dim() < dims:
+        raise ValueError(f"{name} must be {wanted}, got shape {tuple(x.shape)}")
+
+
+def _check_matrices(a: Any) -> None:
+    _check_tensor(a, "A", 2, "matrices [..., n, n]")
+    if a.shape[-1] != a.shape[-2]:
+        raise ValueError(f"A must be matrices [..., n, n], got shape {tuple(a.shape)}")
+
+
+def _check_like(model: Tensor, x: Any, name: str, model_name: str) -> None:
+    _check_tensor(x, name, 1, "vectors [..., n]")
+    if x.dtype is not model.dtype or x.device != model.device:
+        raise ValueError(
+            f"{name} must have the dtype and device of {model_name}, {model.dtype} on "
+            f"{model.device}, got {x.dtype} on {x.device}"
+        )
+
+
+def _check_count(value: Any, name: str, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be a whole number, got {type(value)}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _check_tolerance(tol: Any) -> None:
+    if isinstance(tol, bool) or not isinstance(tol, (int, float)):
+        raise TypeError(f"tol must be a number, got {type(tol)}")
+    if not tol >= 0:
+        raise ValueError(f"tol must not be negative, got {tol}")
+
+
+def _broadcast(name: str, shape: torch.Size, other: str, other_shape: torch.Size) -> torch.Size:
+    try:
+        return torch.broadcast_shapes(shape, other_shape)
+    except RuntimeError:
+        raise ValueError(
+            f"batches must broadcast, got {tuple(shape)} of {name} and {tuple(other_shape)} "
+            f"of {other}"
+        ) from None
