@@ -2,7 +2,8 @@
 // Multilayer perceptrons and symmetric products on the GPU. Two ways through the layers, chosen on
 // the host from the shapes and from what shared memory a block of the device may have:
 //
-// - One launch a layer: tiles of 64 x 64 or 32 x 32 of an output. Both products of an output (W Ra +
+// - One launch a layer: tiles of 64 x 64 or 32 x 32 of an output. Both products of an output (W Ra
+// +
 //   V a) are summed in registers, and what follows from it is done before it is stored once. The
 //   products are our own, and not a library's: this layer of the package knows no torch, and two
 //   products to one sum would otherwise cost a pass over the output more.
@@ -19,10 +20,10 @@
 //   symmetric  n^2 columns       n^2 / 2 (the cache willing; else n^2) + 2 n columns    1 or 2
 //
 // Operands that several tiles share are read again from the L2 cache, a 32nd or 64th of the
-// multiplications. A tile of 64 x 64 takes 32 multiply-adds from three shared loads of 16 bytes, and
-// is bound by arithmetic; one of 32 x 32 is bound by shared memory, and used where those of 64 would
-// leave multiprocessors idle. At once, latency counts: a block loads all weights in one go, and
-// then reads from device memory only what it multiplies by element.
+// multiplications. A tile of 64 x 64 takes 32 multiply-adds from three shared loads of 16 bytes,
+// and is bound by arithmetic; one of 32 x 32 is bound by shared memory, and used where those of 64
+// would leave multiprocessors idle. At once, latency counts: a block loads all weights in one go,
+// and then reads from device memory only what it multiplies by element.
 #include "hvp.h"
 
 namespace hessreg::hvp::cuda {

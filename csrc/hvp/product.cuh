@@ -44,7 +44,7 @@ struct Epilogue {
   Finish finish;
   Activation activation;
   double parameter;
-  const void* bias;  // [rows], or null
+  const void* bias;     // [rows], or null
   int64_t bias_stride;  // from direction to direction
   void* out[3];
   int64_t row_stride, column_stride, direction_stride;
@@ -96,8 +96,7 @@ __device__ __forceinline__ C finish(const Epilogue& e, int64_t direction, int64_
   if (e.bias) value += element<C>(e.bias, direction * e.bias_stride + row);
   C next = value;
   if (e.finish == Finish::kActivate) {
-    const Jet<C> jet =
-        activate<ScalarMath<C>>(e.activation, static_cast<C>(e.parameter), value);
+    const Jet<C> jet = activate<ScalarMath<C>>(e.activation, static_cast<C>(e.parameter), value);
     put(e.out[1], own, jet.first);
     put(e.out[2], own, jet.second);
     value = next = jet.value;
@@ -209,9 +208,9 @@ struct Window {
 // the stage without bank conflicts.
 template <int kTile>
 struct Places {
-  int row, k;               // of the first
-  int row_far, k_far;       // from one pair to the next
-  int k_near;               // within a pair
+  int row, k;          // of the first
+  int row_far, k_far;  // from one pair to the next
+  int k_near;          // within a pair
 
   __device__ __forceinline__ explicit Places(bool depth_is_contiguous) {
     if (depth_is_contiguous) {
@@ -374,8 +373,7 @@ class TileTask {
       const int patch = warp_index() + i * kWarps;  // 8 x 4
       const int row =
           along_rows ? patch % kDown * 8 + lane_index() % 8 : threadIdx.x / kTile + i * kRowsAtOnce;
-      const int column =
-          along_rows ? patch / kDown * 4 + lane_index() / 8 : threadIdx.x % kTile;
+      const int column = along_rows ? patch / kDown * 4 + lane_index() / 8 : threadIdx.x % kTile;
       if (row0_ + row >= product_.rows || column0_ + column >= product_.columns) continue;
       finish_element(row0_ + row, column0_ + column, tile[row * Shape::kStride + column]);
     }
@@ -409,9 +407,14 @@ class TileTask {
   C left_[Shape::kOwn], right_[Shape::kOwn];
 };
 
+// Blocks at once on a multiprocessor, as registers allow; without it, ptxas spills to save them.
+template <typename C, int kTile>
+constexpr int kResident = sizeof(C) == sizeof(double) && kTile == 64 ? 2 : 4;
+
 // One block a tile, direction and part of the depth.
 template <typename C, int kTile, bool kSymmetric>
-__global__ void __launch_bounds__(kThreads) product_kernel(const Group __grid_constant__ group) {
+__global__ void __launch_bounds__(kThreads, kResident<C, kTile>)
+    product_kernel(const Group __grid_constant__ group) {
   using Memory = Stages<C, kTile>;
   HESSREG_SHARED(Memory, stages, [1]);
   TileTask<C, kTile, kSymmetric>(group, product_of_block(group)).run(stages[0].values);
