@@ -43,9 +43,34 @@ def gaussian(dtype: torch.dtype) -> None:
                 gaussian_energy(x, gamma, n // 3, 1.0, -1.0, 2.0, tf32, False)
 
 
+def hvp(dtype: torch.dtype) -> None:
+    for widths, batch in itertools.product([(2, 33, 17, 1), (65, 130, 3)], [1, 70]):
+        pairs = list(zip(widths[1:], widths, strict=False))
+        weights = [torch.randn(pair, device="cuda").to(dtype) for pair in pairs]
+        biases = [torch.randn(out, device="cuda").to(dtype) for out, _ in pairs]
+        x = torch.randn(batch, widths[0], device="cuda").to(dtype)
+        v = torch.randn(sum(t.numel() for t in weights + biases), 3, device="cuda").to(dtype)
+        for gauss_newton in (False, True):
+            loss = torch.sin if widths[-1] == 1 else torch.square
+            hessreg.mlp_parameter_hvp(
+                weights,
+                biases,
+                "gelu",
+                x,
+                lambda y, f=loss: f(y).sum(),
+                v,
+                gauss_newton=gauss_newton,
+            )
+        if widths[-1] == 1:
+            hessreg.mlp_hvp(weights, biases, "tanh", x, x[..., None].expand(*x.shape, 3))
+    for n, k in itertools.product([3, 64, 130], [1, 5]):
+        a = torch.randn(2, n, n, device="cuda").to(dtype)
+        hessreg.symmetric_matmul(a, a[..., :1].expand(2, n, k))
+
+
 CASES = {
     f"{family.__name__} {dtype}": lambda family=family, dtype=dtype: family(dtype)
-    for family in (gaussian, projection)
+    for family in (gaussian, hvp, projection)
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 }
 

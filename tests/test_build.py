@@ -17,7 +17,7 @@ import hessreg
 
 ROOT = Path(__file__).resolve().parent.parent
 
-KERNEL_TESTS = ["tests/test_gaussian.py", "tests/test_projection.py"]
+KERNEL_TESTS = ["tests/test_gaussian.py", "tests/test_hvp.py", "tests/test_projection.py"]
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

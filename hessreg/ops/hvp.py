@@ -655,24 +655,27 @@ def mlp_parameter_hvp(
 
 def _derivatives(loss: Callable[[Tensor], Tensor], y: Tensor) -> tuple[Tensor, Head]:
     """The gradient of a loss at the outputs, and its Hessian as a function."""
-    if torch.compiler.is_compiling() or is_tracked([y]):
-        gradient = torch.func.grad(loss)
+    keeps_graph = torch.is_grad_enabled()
+    if torch.compiler.is_compiling() or is_tracked([]) or (keeps_graph and not y.requires_grad):
+        # In reverse: forward mode, which a caller may be in, does not nest.
+        delta, pullback, *_ = torch.func.vjp(torch.func.grad(loss), y)
+        rows = torch.func.vmap(lambda tangent: pullback(tangent)[0])
+        return delta, lambda ry: rows(ry) if len(ry) else ry
+    with torch.inference_mode(False), torch.enable_grad():
+        at = y if keeps_graph else y.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(at), at, create_graph=True)
 
-        def product(tangent: Tensor) -> Tensor:
-            return torch.func.jvp(gradient, (y,), (tangent,))[1]
-
-        return gradient(y), torch.func.vmap(product)
-    with torch.enable_grad():
-        leaf = y.detach().requires_grad_()
-        (delta,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    def product(tangent: Tensor) -> Tensor:
+        options = {"retain_graph": True, "create_graph": keeps_graph, "allow_unused": True}
+        (found,) = torch.autograd.grad(gradient, at, tangent, **options)
+        return torch.zeros_like(tangent) if found is None else found
 
     def head(ry: Tensor) -> Tensor:
-        if not delta.requires_grad:  # a loss that is linear in the outputs
+        if not gradient.requires_grad or len(ry) == 0:  # a loss that is linear in the outputs
             return torch.zeros_like(ry)
-        rows = [torch.autograd.grad(delta, leaf, row, retain_graph=True)[0] for row in ry]
-        return torch.stack(rows) if rows else torch.empty_like(ry)
+        return torch.stack([product(tangent) for tangent in ry])
 
-    return delta.detach(), head
+    return gradient if keeps_graph else gradient.detach(), head
 
 
 # ---- arguments ---------------------------------------------------------------------------------
