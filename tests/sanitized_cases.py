@@ -44,12 +44,13 @@ def gaussian(dtype: torch.dtype) -> None:
 
 
 def hvp(dtype: torch.dtype) -> None:
-    for widths, batch in itertools.product([(2, 33, 17, 1), (65, 130, 3)], [1, 70]):
+    # All layers at once and one by one, tiles of both sizes, sums over the batch in parts.
+    for widths, batch in itertools.product([(2, 33, 17, 1), (65, 130, 3)], [1, 70, 530]):
         pairs = list(zip(widths[1:], widths, strict=False))
         weights = [torch.randn(pair, device="cuda").to(dtype) for pair in pairs]
         biases = [torch.randn(out, device="cuda").to(dtype) for out, _ in pairs]
         x = torch.randn(batch, widths[0], device="cuda").to(dtype)
-        v = torch.randn(sum(t.numel() for t in weights + biases), 3, device="cuda").to(dtype)
+        v = torch.randn(sum(t.numel() for t in weights + biases), 12, device="cuda").to(dtype)
         for gauss_newton in (False, True):
             loss = torch.sin if widths[-1] == 1 else torch.square
             hessreg.mlp_parameter_hvp(
@@ -63,9 +64,9 @@ def hvp(dtype: torch.dtype) -> None:
             )
         if widths[-1] == 1:
             hessreg.mlp_hvp(weights, biases, "tanh", x, x[..., None].expand(*x.shape, 3))
-    for n, k in itertools.product([3, 64, 130], [1, 5]):
-        a = torch.randn(2, n, n, device="cuda").to(dtype)
-        hessreg.symmetric_matmul(a, a[..., :1].expand(2, n, k))
+    for (batch, n), k in itertools.product([(2, 3), (2, 130), (1, 600), (70, 65)], [1, 65]):
+        a = torch.randn(batch, n, n, device="cuda").to(dtype)
+        hessreg.symmetric_matmul(a, a[..., :1].expand(batch, n, k))
 
 
 CASES = {

@@ -120,17 +120,23 @@ REFERENCES = {
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
-    """Relative to the largest element of a result."""
+    """Relative to the largest element of a result; that of a result of zeros is absolute."""
     assert actual.shape == expected.shape
-    difference = (actual.double() - expected).abs()
-    return float(difference.max() / expected.abs().max()) if expected.numel() else 0.0
+    if not expected.numel():
+        return 0.0
+    scale = float(expected.abs().max()) or 1.0
+    return float((actual.double() - expected).abs().max()) / scale
 
 
 def assert_as_exact(actual: Tensor, expected: Tensor, plain: Tensor) -> None:
-    """The error is at most twice that of torch in the same precision, and a few roundings."""
-    slack = 16 * torch.finfo(actual.dtype).eps
+    """The error is at most twice that of torch in the same precision, and some roundings.
+
+    In float64, where the expected result is no better, the roundings of both.
+    """
+    slack = 16 if actual.dtype == torch.float32 else 48
     assert actual.isfinite().all()
-    assert error(actual, expected) <= 2 * error(plain, expected) + slack
+    allowed = 2 * error(plain, expected) + slack * torch.finfo(actual.dtype).eps
+    assert error(actual, expected) <= allowed
 
 
 def check(problem: Problem, module: ModuleType, path: str, dtype: torch.dtype) -> None:
@@ -259,7 +265,7 @@ def test_symmetric_matrices_checked(checked, shape, dtype):
 
 CASES = {
     "tails": Problem((3, 33, 18, 2), 21, 2, moves_input=True, with_input=True),
-    "parts": Problem((2, 6, 6, 1), 530, 1, moves_input=True),
+    "parts": Problem((2, 3, 1), 520, 1, moves_input=True),
 }
 
 
@@ -311,17 +317,30 @@ def test_no_barrier_is_redundant(checked, file):
     assert redundant_barriers(checked, source, run) == []
 
 
+# Tiles of 32 x 32, tiles of 64 x 64 (chosen where there are many), and all layers at once; whole
+# ones where it matters, so that the lanes of a warp do the same.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("directions", [1, 66])
-def test_shared_memory_has_no_bank_conflicts(checked, directions, path, dtype):
-    """Whole tiles, so that the lanes of a warp do the same; of 32 x 32, and of 64 x 64."""
+@pytest.mark.parametrize(
+    ("problem", "path"),
+    [
+        (Problem((32, 32, 32), 32), "by layer"),
+        (Problem((16, 16), 16, 264), "by layer"),
+        (Problem((64, 64, 64), 16, 2), "at once"),
+    ],
+    ids=["small tiles", "large tiles", "at once"],
+)
+def test_shared_memory_has_no_bank_conflicts(checked, problem, path, dtype):
     options = {"order": "ascending", "resident": 1, "preempt": 0, "profile": True}
+    operators, arguments = emulated.Hvp(checked), problem.arguments()
+    names = ["mlp_tangent"] if problem.directions > 2 else list(REFERENCES)
     checked.emulator.take_profile()
-    problem = Problem((64, 64, 64), 64 if directions == 1 else 16, directions)
-    with configured(checked, **options):
-        problem.run(checked, path, dtype)
-    shared = [e for e in checked.emulator.take_profile() if e["space"] == "shared"]
-    loads = [e for e in shared if e["access"] == "load"]
+    with configured(checked, **options, shared=PATHS[path]):
+        for name in names:
+            getattr(operators, name)(*converted(arguments[name], dtype))
+    loads = [
+        entry
+        for entry in checked.emulator.take_profile()
+        if (entry["space"], entry["access"]) == ("shared", "load")
+    ]
     assert sum(entry["requests"] for entry in loads) > 1000
-    print(*[e for e in shared if e["transactions"] != e["fewest_possible"]], sep="\n")
     assert [e for e in loads if e["transactions"] != e["fewest_possible"]] == []
