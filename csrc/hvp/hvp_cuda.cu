@@ -10,8 +10,9 @@ namespace hessreg::hvp::cuda {
 namespace {
 
 constexpr int64_t kMaxBlocks = 0x7fffffff;
-constexpr int64_t kTargetBlocks = 264;  // two for each multiprocessor of a large GPU
-constexpr int64_t kLeastDepth = 256;    // of a part, if a product is split
+constexpr int64_t kMultiprocessors = 132;  // of a large GPU
+constexpr int64_t kTargetBlocks = 2 * kMultiprocessors;
+constexpr int64_t kLeastDepth = 256;  // of a part, if a product is split
 constexpr int64_t kLargeTile = 64, kSmallTile = 32;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -52,10 +53,11 @@ int64_t total_blocks(const Group& group) {
   return blocks;
 }
 
-// Cuts the products into tiles, the larger ones if they are enough; returns their size.
+// Cuts the products into tiles, large ones if there is one for each multiprocessor; returns their
+// size.
 int64_t cut(Group& group) {
   cut_tiles(group, kLargeTile);
-  if (total_blocks(group) >= kTargetBlocks) return kLargeTile;
+  if (total_blocks(group) >= kMultiprocessors) return kLargeTile;
   cut_tiles(group, kSmallTile);
   return kSmallTile;
 }
