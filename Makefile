@@ -48,6 +48,7 @@ bench: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt geomloss gpytorch pykeops
 	$(BIN)/python -m benchmarks.bench_projection
 	$(BIN)/python -m benchmarks.bench_gaussian
+	$(BIN)/python -m benchmarks.bench_hvp
 
 # On a machine with a GPU, its torch and toolkit, and no network: nothing is installed.
 gpu-check:

@@ -34,7 +34,7 @@ def kernels(*, check: bool = False) -> Iterator[None]:
     library = torch.library.Library("hessreg", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")
-        for family in (Gaussian, Projection, Spectral):
+        for family in (Gaussian, Hvp, Projection, Spectral):
             operators = family(load_family(family.__name__.lower(), check=check))
             for name in family.operators:
                 library.impl(name, getattr(operators, name), "CPU", allow_override=True)
@@ -51,6 +51,10 @@ def arrays(tensors: Sequence[Tensor]) -> list[np.ndarray]:
 def to_numpy(tensor: Tensor) -> np.ndarray:
     dense = tensor.detach().contiguous()
     return (dense.view(torch.uint16) if dense.dtype == torch.bfloat16 else dense).numpy()
+
+
+def to_numpy_list(tensors: Sequence[Tensor]) -> list[np.ndarray]:
+    return [to_numpy(tensor) for tensor in tensors]
 
 
 class Gaussian:
@@ -103,6 +107,101 @@ class Gaussian:
         arrays = [to_numpy(y) for y in out] + [None] * (not with_gradient)
         self.module.energy(to_numpy(z), to_numpy(gamma), first, *weights, allow_tf32, *arrays)
         return out
+
+
+class Hvp:
+    """The operators of the hvp family as csrc/hvp/hvp_op.cpp does them."""
+
+    operators = ("symmetric_matmul", "mlp_forward", "mlp_backward", "mlp_tangent", "mlp_adjoint")
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+
+    def symmetric_matmul(self, a: Tensor, v: Tensor) -> Tensor:
+        out = v.new_empty(v.shape)
+        self.module.symmetric_product(to_numpy(a), to_numpy(v), to_numpy(out))
+        return out
+
+    def mlp_forward(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        activation: int,
+        parameter: float,
+    ) -> list[Tensor]:
+        y = x.new_empty(len(x), len(weights[-1]))
+        kept = [_hidden(x, weights[:-1], len(x)) for _ in range(3)]
+        given = [to_numpy(b) if b.numel() else None for b in biases]
+        arrays = to_numpy(x), to_numpy_list(weights), given
+        out = [to_numpy_list(tensors) for tensors in kept]
+        self.module.forward(*arrays, activation, parameter, to_numpy(y), *out)
+        return [y, *(t for tensors in kept for t in tensors)]
+
+    def mlp_backward(
+        self, delta: Tensor, weights: Sequence[Tensor], d1: Sequence[Tensor], d2: Sequence[Tensor]
+    ) -> list[Tensor]:
+        deltas = _hidden(delta, weights, len(delta))
+        s = _hidden(delta, weights[:-1], len(delta))
+        lists = map(to_numpy_list, (weights, d1, d2, deltas, s))
+        self.module.backward(to_numpy(delta), *lists)
+        return [*deltas, *s]
+
+    def mlp_tangent(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        a: Sequence[Tensor],
+        d1: Sequence[Tensor],
+        direction_x: Tensor,
+        v: Tensor,
+        weight_offsets: Sequence[int],
+        bias_offsets: Sequence[int],
+    ) -> list[Tensor]:
+        ry = x.new_empty(len(v), len(x), len(weights[-1]))
+        rz = _hidden(x, weights[:-1], len(v), len(x))
+        lists = map(to_numpy_list, (weights, a, d1))
+        directions = to_numpy(direction_x) if direction_x.numel() else None, to_numpy(v)
+        out = to_numpy(ry), to_numpy_list(rz)
+        offsets = weight_offsets, bias_offsets
+        self.module.tangent(to_numpy(x), *lists, *directions, *offsets, *out)
+        return [ry, *rz]
+
+    def mlp_adjoint(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        a: Sequence[Tensor],
+        d1: Sequence[Tensor],
+        delta: Sequence[Tensor],
+        s: Sequence[Tensor],
+        rz: Sequence[Tensor],
+        direction_x: Tensor,
+        v: Tensor,
+        r_delta: Tensor,
+        weight_offsets: Sequence[int],
+        bias_offsets: Sequence[int],
+        gauss_newton: bool,
+        with_input: bool,
+    ) -> list[Tensor]:
+        result = v.new_zeros(v.shape)
+        for i, weight in enumerate(weights):  # what must be written
+            for start, size in (weight_offsets[i], weight.numel()), (bias_offsets[i], len(weight)):
+                if start >= 0:
+                    result[:, start : start + size] = torch.nan
+        r_input = x.new_empty(len(v), *x.shape) if with_input else None
+        lists = map(to_numpy_list, (weights, a, d1, delta, s, rz))
+        directions = to_numpy(direction_x) if direction_x.numel() else None, to_numpy(v)
+        rest = to_numpy(r_delta), weight_offsets, bias_offsets, gauss_newton, to_numpy(result)
+        self.module.adjoint(
+            to_numpy(x), *lists, *directions, *rest, None if r_input is None else to_numpy(r_input)
+        )
+        return [result] if r_input is None else [result, r_input]
+
+
+def _hidden(like: Tensor, weights: Sequence[Tensor], *sizes: int) -> list[Tensor]:
+    """An array of each layer: ``[batch]`` or ``[directions, batch]``, and the width before last."""
+    return [like.new_empty(*sizes[:-1], len(weight), sizes[-1]) for weight in weights]
 
 
 class Projection:

@@ -21,7 +21,7 @@ check() { # check NAME TORCH PACKAGE: installs it in an environment of its own a
   mkdir "$work/$1/run"
   cp -r tests "$work/$1/run"
   (cd "$work/$1/run" && "../bin/python" -m pytest -q -c /dev/null --rootdir . -p no:cacheprovider \
-    tests/test_gaussian.py tests/test_projection.py -k 'not emulated and not every_size')
+    tests/test_gaussian.py tests/test_hvp.py tests/test_projection.py -k 'not emulated and not every_size')
 }
 
 check wheel "${TORCH:-2.13.0}" "$(ls "$work"/dist/*.whl)"

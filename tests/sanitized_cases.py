@@ -50,6 +50,32 @@ def gaussian(dtype: torch.dtype) -> None:
                 gaussian_energy(x, gamma, n // 3, 1.0, -1.0, 2.0, tf32, False)
 
 
+def hvp(dtype: torch.dtype) -> None:
+    # All layers at once and one by one, tiles of both sizes, sums over the batch in parts.
+    for widths, batch in itertools.product([(2, 33, 17, 1), (65, 130, 3)], [1, 70, 530]):
+        pairs = list(zip(widths[1:], widths, strict=False))
+        weights = [torch.randn(pair, device="cuda").to(dtype) for pair in pairs]
+        biases = [torch.randn(out, device="cuda").to(dtype) for out, _ in pairs]
+        x = torch.randn(batch, widths[0], device="cuda").to(dtype)
+        v = torch.randn(sum(t.numel() for t in weights + biases), 12, device="cuda").to(dtype)
+        for gauss_newton in (False, True):
+            loss = torch.sin if widths[-1] == 1 else torch.square
+            hessreg.mlp_parameter_hvp(
+                weights,
+                biases,
+                "gelu",
+                x,
+                lambda y, f=loss: f(y).sum(),
+                v,
+                gauss_newton=gauss_newton,
+            )
+        if widths[-1] == 1:
+            hessreg.mlp_hvp(weights, biases, "tanh", x, x[..., None].expand(*x.shape, 3))
+    for (batch, n), k in itertools.product([(2, 3), (2, 130), (1, 600), (70, 65)], [1, 65]):
+        a = torch.randn(batch, n, n, device="cuda").to(dtype)
+        hessreg.symmetric_matmul(a, a[..., :1].expand(batch, n, k))
+
+
 def spectral(dtype: torch.dtype) -> None:
     for n in (1, 2, 9, 33, 70, 107, 140):
         a, v0 = (torch.randn(*shape, device="cuda", dtype=dtype) for shape in [(5, n, n), (5, n)])
@@ -66,7 +92,7 @@ def spectral(dtype: torch.dtype) -> None:
 HALF = (torch.float16, torch.bfloat16)
 CASES = {
     f"{family.__name__} {dtype}": lambda family=family, dtype=dtype: family(dtype)
-    for family in (gaussian, projection, spectral)
+    for family in (gaussian, hvp, projection, spectral)
     for dtype in (torch.float32, torch.float64, *(() if family is spectral else HALF))
 }
 

@@ -17,7 +17,8 @@ import hessreg
 
 ROOT = Path(__file__).resolve().parent.parent
 
-KERNEL_TESTS = ["tests/test_gaussian.py", "tests/test_projection.py", "tests/test_spectral.py"]
+FAMILIES = ["gaussian", "hvp", "projection", "spectral"]
+KERNEL_TESTS = [f"tests/test_{family}.py" for family in FAMILIES]
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

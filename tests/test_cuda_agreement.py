@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
+from hessreg import MLPHessian
 from hessreg.ops.gaussian import gaussian_energy, gaussian_matrix, gaussian_sum
+from hessreg.ops.hvp import symmetric_product
 from hessreg.ops.projection import gram, linear_combination
 from hessreg.ops.spectral import (
     lanczos_op,
@@ -84,3 +88,32 @@ def test_spectral_kernels_agree(n, dtype):
     rounding = 1e-13 * n if dtype == torch.float64 else 1e-5
     for x, y in zip(run(a.cuda(), v0.cuda()), expected, strict=True):
         torch.testing.assert_close(x.cpu(), y, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("widths", [(3, 33, 18, 2), (70, 130, 66, 1)])
+@pytest.mark.parametrize("batch", [37, 530])
+def test_hvp_kernels_agree(batch, widths, dtype):
+    """Up to fused multiply-adds and the last bits of the activations."""
+    weights = [torch.randn(o, i).to(dtype) / i**0.5 for i, o in itertools.pairwise(widths)]
+    biases = [torch.randn(len(weight)).to(dtype) for weight in weights]
+    x, length = torch.randn(batch, widths[0]).to(dtype), sum(t.numel() for t in weights + biases)
+    v, u = torch.randn(2, length).to(dtype), torch.randn(2, *x.shape).to(dtype)
+    a = torch.randn(2, 70, 70).to(dtype)
+
+    def run(weights, biases, x, v, u, a):
+        curvature = MLPHessian(weights, biases, "silu", x)
+        curvature.linearize(curvature.outputs)
+        products = [curvature.product(v, torch.clone, gauss_newton=g) for g in (False, True)]
+        moved = curvature.input_product(u, torch.clone)
+        return [curvature.outputs, *products, moved, symmetric_product(a, a[..., :3].clone())]
+
+    with emulated.kernels():
+        expected = run(weights, biases, x, v, u, a)
+    lists = [[t.cuda() for t in tensors] for tensors in (weights, biases)]
+    rounding = 1e-13 if dtype == torch.float64 else 2e-5
+    for one, other in zip(run(*lists, *(t.cuda() for t in (x, v, u, a))), expected, strict=True):
+        torch.testing.assert_close(
+            one.cpu(), other, rtol=0, atol=rounding * float(other.abs().max())
+        )

@@ -587,6 +587,25 @@ def test_nan_stays_nan(semantics):
     assert np.isnan((out.astype(np.uint32) << 16).view(np.float32))
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_copies_of_single_elements(semantics, order):
+    x = normal(4, 8)
+    with configured(semantics, order=order):
+        for transpose, y in (semantics.transpose, x), (semantics.transpose_wide, x.astype(float)):
+            out = np.empty((8, 4), y.dtype)
+            transpose(y, out)
+            np.testing.assert_array_equal(out, y.T)
+
+
+def test_shared_memory_of_a_smaller_device(semantics):
+    assert semantics.most_shared_memory() == 227 << 10
+    with configured(semantics, shared=163 << 10):
+        assert semantics.most_shared_memory() == 163 << 10
+        semantics.launch(1, 32, 163 << 10, False)
+        with pytest.raises(RuntimeError, match="too much dynamic shared memory"):
+            semantics.launch(1, 32, (163 << 10) + 1, False)
+
+
 @pytest.mark.parametrize("order", ["ascending", "sticky"])
 def test_shared_memory_starts_as_nan(order):
     module, out = load_semantics(), np.empty(2, np.float32)

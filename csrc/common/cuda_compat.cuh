@@ -72,6 +72,18 @@ void launch(const LaunchShape& shape, void (*kernel)(Params...), Args&&... args)
   check_launch(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), shape);
 }
 
+// How much dynamic shared memory a block may have on the current device.
+inline int64_t max_shared_bytes() {
+  int device = 0, bytes = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess)
+    status = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("the CUDA device does not tell its shared memory: ") +
+                             cudaGetErrorString(status));
+  return bytes;
+}
+
 // Waits for every thread of the grid; the launch must be cooperative.
 __device__ inline void grid_sync() { cooperative_groups::this_grid().sync(); }
 
@@ -123,6 +135,17 @@ __device__ inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4],
 __device__ inline void cp_async16(void* shared, const void* global) {
   const auto target = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(global) : "memory");
+}
+
+// The same for one element of 4 or 8 bytes, aligned to its size: on the way, a matrix can be
+// transposed.
+template <typename T>
+__device__ inline void cp_async(T* shared, const T* global) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  const auto target = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(target), "l"(global),
+               "n"(sizeof(T))
+               : "memory");
 }
 
 // Closes the group of the copies started since the last commit.

@@ -204,7 +204,7 @@ HESSREG_HD Vector<double> load_double(const T* p) {
 }
 
 // 2^(s scale) where that is at most 1, with a relative error of 2e-9 (float32: besides rounding)
-// and 4e-18 (float64): 2^round(t) from the bits of t plus a large number, times a minimax
+// and 2e-17 (float64): 2^round(t) from the bits of t plus a large number, times a minimax
 // polynomial of the rest, which is exactly 1 at 0. Zero where the result would be subnormal.
 HESSREG_HD Vector<float> exp2_of_product(Vector<float> s, float scale) {
   using Bits = VectorOf<int32_t, kLanes<float>>::type;
@@ -223,9 +223,9 @@ HESSREG_HD Vector<double> exp2_of_product(Vector<double> s, double scale) {
   using Bits = VectorOf<int64_t, kLanes<double>>::type;
   constexpr double kShift = 6755399441055744. + 1023.;  // 1.5 2^52, and the bias of the exponent
   constexpr double kCoefficients[] = {
-      4.4347861331799565e-10, 7.0737816618990468e-9, 1.0178199511636576e-7, 1.3215435291006859e-6,
-      1.5252733492731706e-5,  1.5403530457096404e-4, 1.3333558146774662e-3, 9.6181291075295946e-3,
-      5.5504108664820083e-2,  2.4022650695910131e-1, 6.9314718055994533e-1, 1.};
+      4.4549605981865186e-10, 7.0725859492692230e-9, 1.0178062445845774e-7, 1.3215442587921690e-6,
+      1.5252733829836120e-5,  1.5403530441736050e-4, 1.3333558146416936e-3, 9.6181291076068880e-3,
+      5.5504108664821600e-2,  2.4022650695910097e-1, 6.9314718055994530e-1, 1.};
   const Vector<double> shifted = s * scale + kShift, f = s * scale - (shifted - kShift);
   Vector<double> p = {};
   for (const double coefficient : kCoefficients) p = p * f + coefficient;

@@ -1,5 +1,6 @@
 // All layers of a small network in one launch. The weights are in shared memory, and a block takes
-// kSamples samples at a time from layer to layer: what one layer gives on, the next one finds there.
+// kSamples samples at a time from layer to layer: what one layer gives on, the next one finds
+// there.
 #pragma once
 
 #include "product.cuh"

@@ -168,15 +168,15 @@ HESSREG_HD Jet<V> gelu_jet(V z) {
   return {z * share, share + z * density, (2 - z * z) * density};
 }
 
+// z times the sigmoid of an odd cubic: half of 1 + tanh, without cancellation where z is negative.
 template <typename Math, typename V>
 HESSREG_HD Jet<V> gelu_tanh_jet(V z) {
   using T = typename Math::Scalar;
-  constexpr T kScale = T(0.79788456080286536), kCube = T(0.044715);
-  const V du = kScale * (1 + 3 * kCube * z * z), ddu = 6 * kScale * kCube * z;
-  const Jet<V> t = tanh_jet<Math>(kScale * (z + kCube * z * z * z));
-  const V first = t.first * du, second = t.second * du * du + t.first * ddu;
-  return {T(0.5) * z * (1 + t.value), T(0.5) * (1 + t.value + z * first),
-          first + T(0.5) * z * second};
+  constexpr T kScale = T(1.5957691216057308), kCube = T(0.044715);
+  const V slope = kScale * (1 + 3 * kCube * z * z), bend = 6 * kScale * kCube * z;
+  const Jet<V> gate = sigmoid_jet<Math>(kScale * (z + kCube * z * z * z));
+  const V first = gate.first * slope, second = gate.second * slope * slope + gate.first * bend;
+  return {z * gate.value, gate.value + z * first, 2 * first + z * second};
 }
 
 template <typename Math, typename V>

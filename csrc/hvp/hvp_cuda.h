@@ -2,27 +2,28 @@
 // Multilayer perceptrons and symmetric products on the GPU. Two ways through the layers, chosen on
 // the host from the shapes and from what shared memory a block of the device may have:
 //
-// - One launch a layer: tiles of 64 x 64 or 32 x 32 of an output. Both products of an output (W Ra +
-//   V a) are summed in registers, and what follows from it is done before it is stored once. The
-//   products are our own, and not a library's: this layer of the package knows no torch, and two
-//   products to one sum would otherwise cost a pass over the output more.
+// - One launch a layer: tiles of 64 x 64 or 32 x 32 of an output. Both of its products, such as
+//   W Ra + V a, are summed in registers, and what follows from them is done before it is stored.
+//   The products are our own, and not a library's: this layer of the package knows no torch, and
+//   two products to one sum would otherwise cost one more pass over the output.
 // - One launch for all layers, where no width exceeds 128 and the weights fit in the shared memory
 //   of a block: each block takes 16 samples at a time from layer to layer.
 //
-// What it should cost, with k directions, p parameters, batch n, and w the sum of the widths:
+// What it should cost, by count, with k directions, p parameters, batch n, w the sum of the widths:
 //
-//              multiplications   bytes, in elements   launches: layers one by one, all at once
-//   forward    p n               p + 3 w n            L      1
-//   backward   p n               p + 4 w n            L      1
-//   tangent    2 k p n           (k + 1) p + 3 k w n  L      1
-//   adjoint    4 k p n           2 k p + 6 k w n      L + 1  2   (one more with partial sums)
-//   symmetric  n^2 columns       n^2 / 2 (the cache willing; else n^2) + 2 n columns    1 or 2
+//              multiplications  elements of device memory     launches: by layer, or at once
+//   forward    p n              p + 4 w n                     L         1
+//   backward   p n              p + 5 w n                     L         1
+//   tangent    2 k p n          (k + 1) p + (2 k + 2) w n     L         1
+//   adjoint    4 k p n          (2 k + 1) p + (5 k + 6) w n   L or L+1  2
+//   symmetric  n^2 columns      n^2 / 2 + 2 n columns         1
 //
-// Operands that several tiles share are read again from the L2 cache, a 32nd or 64th of the
-// multiplications. A tile of 64 x 64 takes 32 multiply-adds from three shared loads of 16 bytes, and
-// is bound by arithmetic; one of 32 x 32 is bound by shared memory, and used where those of 64 would
-// leave multiprocessors idle. At once, latency counts: a block loads all weights in one go, and
-// then reads from device memory only what it multiplies by element.
+// and one launch more where a long depth with few tiles is summed in parts. What several tiles
+// share, the weights among it, comes from the L2 cache: one element for 32 or 64 multiplications.
+// From shared memory, a thread multiplies and adds 32 times for three loads of 16 bytes in tiles of
+// 64 x 64; in those of 32 x 32, which are used where others would leave multiprocessors idle, 8
+// times for one and a half. At once, latency counts: a block asks for all weights in one go, and
+// then reads of device memory only what it multiplies by element. None of this is measured.
 #include "hvp.h"
 
 namespace hessreg::hvp::cuda {

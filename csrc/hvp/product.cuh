@@ -44,7 +44,7 @@ struct Epilogue {
   Finish finish;
   Activation activation;
   double parameter;
-  const void* bias;  // [rows], or null
+  const void* bias;     // [rows], or null
   int64_t bias_stride;  // from direction to direction
   void* out[3];
   int64_t row_stride, column_stride, direction_stride;
@@ -96,8 +96,7 @@ __device__ __forceinline__ C finish(const Epilogue& e, int64_t direction, int64_
   if (e.bias) value += element<C>(e.bias, direction * e.bias_stride + row);
   C next = value;
   if (e.finish == Finish::kActivate) {
-    const Jet<C> jet =
-        activate<ScalarMath<C>>(e.activation, static_cast<C>(e.parameter), value);
+    const Jet<C> jet = activate<ScalarMath<C>>(e.activation, static_cast<C>(e.parameter), value);
     put(e.out[1], own, jet.first);
     put(e.out[2], own, jet.second);
     value = next = jet.value;
@@ -200,18 +199,18 @@ struct alignas(16) Stages {
   C values[2][TileShape<C, kTile>::kStage];
 };
 
-// Where a step of one operand begins and ends.
+// Where a step of one operand begins, and where the operand ends.
 struct Window {
-  int64_t row0, rows, k0, end;
+  int64_t row0, rows, k0, depth;
 };
 
 // The elements of a step that one thread loads: lanes lie where memory is contiguous, and write to
 // the stage without bank conflicts.
 template <int kTile>
 struct Places {
-  int row, k;               // of the first
-  int row_far, k_far;       // from one pair to the next
-  int k_near;               // within a pair
+  int row, k;          // of the first
+  int row_far, k_far;  // from one pair to the next
+  int k_near;          // within a pair
 
   __device__ __forceinline__ explicit Places(bool depth_is_contiguous) {
     if (depth_is_contiguous) {
@@ -245,7 +244,7 @@ __device__ __forceinline__ void load(const Operand& operand, int64_t direction, 
       (w.row0 + places.row) * operand.row_stride + (w.k0 + places.k) * operand.depth_stride;
   const int64_t far = places.row_far * operand.row_stride + places.k_far * operand.depth_stride;
   const int64_t near = places.k_near * operand.depth_stride;
-  const int rows = clamped(w.rows - w.row0), depth = clamped(w.end - w.k0);
+  const int rows = clamped(w.rows - w.row0), depth = clamped(w.depth - w.k0);
   const C* data = static_cast<const C*>(operand.data) + direction * operand.direction_stride;
   HESSREG_UNROLL
   for (int i = 0; i < TileShape<C, kTile>::kOwn; ++i) {
@@ -267,7 +266,7 @@ __device__ __forceinline__ void load_symmetric(const Operand& operand, int64_t d
   HESSREG_UNROLL
   for (int i = 0; i < TileShape<C, kTile>::kOwn; ++i) {
     const int64_t row = w.row0 + places.row_of(i), k = w.k0 + places.k_of(i);
-    const bool inside = row < n && k < w.end;
+    const bool inside = row < n && k < w.depth;
     values[i] = inside ? data[max(row, k) * n + min(row, k)] : C(0);
   }
 }
@@ -297,9 +296,9 @@ class TileTask {
     rest /= product.row_tiles;
     split_ = rest % product.splits;
     direction_ = rest / product.splits;
-    begin_ = split_ * product.depth_of_split;
-    end_ = min(begin_ + product.depth_of_split, product.depth);
-    steps_of_term_ = static_cast<int>((end_ - begin_ + kDepth - 1) / kDepth);
+    begin_ = split_ * product.depth_of_split;  // a whole number of steps
+    const int64_t depth = min(product.depth_of_split, product.depth - begin_);
+    steps_of_term_ = static_cast<int>((depth + kDepth - 1) / kDepth);
   }
 
   __device__ __forceinline__ void run(C (&stages)[2][Shape::kStage]) {
@@ -333,25 +332,32 @@ class TileTask {
   __device__ __forceinline__ const Term& term_of(int step) const {
     return product_.terms[step >= steps_of_term_ || !has_term(0)];
   }
-  __device__ __forceinline__ Window window(int step, int64_t row0, int64_t rows) const {
-    return {row0, rows, begin_ + step % steps_of_term_ * kDepth, end_};
+  // Where a step begins along the depth. All blocks of a symmetric matrix take the two halves of a
+  // tile and its mirror at the same time: the second one finds it in the cache.
+  __device__ __forceinline__ int64_t depth_of(int step) const {
+    const int step_of_term = step < steps_of_term_ ? step : step - steps_of_term_;
+    const int64_t k0 = begin_ + step_of_term * kDepth;
+    if (!kSymmetric) return k0;
+    const int64_t turned = k0 - row0_;
+    return turned < 0 ? turned + (product_.depth + kDepth - 1) / kDepth * kDepth : turned;
   }
 
   __device__ __forceinline__ void fetch(int step) {
     const Term& term = term_of(step);
-    const Window left = window(step, row0_, product_.rows);
+    const int64_t k0 = depth_of(step);
+    const Window left{row0_, product_.rows, k0, product_.depth};
+    const Window right{column0_, product_.columns, k0, product_.depth};
     if constexpr (kSymmetric) {
       load_symmetric<C, kTile>(term.left, direction_, left, left_);
     } else {
       load<C, kTile>(term.left, direction_, left, left_);
     }
-    load<C, kTile>(term.right, direction_, window(step, column0_, product_.columns), right_);
+    load<C, kTile>(term.right, direction_, right, right_);
   }
 
   __device__ __forceinline__ void put_step(int step, C* stage) const {
     const Term& term = term_of(step);
-    const int64_t k0 = begin_ + step % steps_of_term_ * kDepth;
-    const bool along_depth = kSymmetric ? k0 <= row0_ : term.left.depth_stride == 1;
+    const bool along_depth = kSymmetric ? depth_of(step) <= row0_ : term.left.depth_stride == 1;
     put_in_stage<C, kTile>(left_, along_depth, stage);
     put_in_stage<C, kTile>(right_, term.right.depth_stride == 1, stage + kDepth * Shape::kStride);
   }
@@ -374,8 +380,7 @@ class TileTask {
       const int patch = warp_index() + i * kWarps;  // 8 x 4
       const int row =
           along_rows ? patch % kDown * 8 + lane_index() % 8 : threadIdx.x / kTile + i * kRowsAtOnce;
-      const int column =
-          along_rows ? patch / kDown * 4 + lane_index() / 8 : threadIdx.x % kTile;
+      const int column = along_rows ? patch / kDown * 4 + lane_index() / 8 : threadIdx.x % kTile;
       if (row0_ + row >= product_.rows || column0_ + column >= product_.columns) continue;
       finish_element(row0_ + row, column0_ + column, tile[row * Shape::kStride + column]);
     }
@@ -404,14 +409,19 @@ class TileTask {
   }
 
   const Product& product_;
-  int64_t directions_, direction_, split_, row0_, column0_, begin_, end_;
+  int64_t directions_, direction_, split_, row0_, column0_, begin_;
   int steps_of_term_;
   C left_[Shape::kOwn], right_[Shape::kOwn];
 };
 
+// Blocks at once on a multiprocessor, as registers allow; without it, ptxas spills to save them.
+template <typename C, int kTile>
+constexpr int kResident = sizeof(C) == sizeof(double) && kTile == 64 ? 2 : 4;
+
 // One block a tile, direction and part of the depth.
 template <typename C, int kTile, bool kSymmetric>
-__global__ void __launch_bounds__(kThreads) product_kernel(const Group __grid_constant__ group) {
+__global__ void __launch_bounds__(kThreads, kResident<C, kTile>)
+    product_kernel(const Group __grid_constant__ group) {
   using Memory = Stages<C, kTile>;
   HESSREG_SHARED(Memory, stages, [1]);
   TileTask<C, kTile, kSymmetric>(group, product_of_block(group)).run(stages[0].values);

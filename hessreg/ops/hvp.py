@@ -61,8 +61,8 @@ def _tanh(z: Tensor, _: float) -> Jet:
 
 
 def _sigmoid(z: Tensor, _: float) -> Jet:
-    s = z.sigmoid()
-    return s, s * (1 - s), s * (1 - s) * (1 - 2 * s)
+    s, rest = z.sigmoid(), (-z).sigmoid()
+    return s, s * rest, s * rest * (rest - s)
 
 
 def _softplus(z: Tensor, beta: float) -> Jet:
@@ -82,11 +82,11 @@ def _gelu(z: Tensor, _: float) -> Jet:
 
 
 def _gelu_tanh(z: Tensor, _: float) -> Jet:
-    scale, cube = math.sqrt(2 / math.pi), 0.044715
+    scale, cube = math.sqrt(8 / math.pi), 0.044715
     slope, bend = scale * (1 + 3 * cube * z * z), 6 * scale * cube * z
-    t, t1, t2 = _tanh(scale * (z + cube * z * z * z), 0.0)
-    first, second = t1 * slope, t2 * slope * slope + t1 * bend
-    return 0.5 * z * (1 + t), 0.5 * (1 + t + z * first), first + 0.5 * z * second
+    gate, gate1, gate2 = _sigmoid(scale * (z + cube * z * z * z), 0.0)
+    first, second = gate1 * slope, gate2 * slope * slope + gate1 * bend
+    return z * gate, gate + z * first, 2 * first + z * second
 
 
 def _leaky_relu(z: Tensor, slope: float) -> Jet:
@@ -419,9 +419,9 @@ def symmetric_matmul(A: Tensor, V: Tensor) -> Tensor:
         )
     batch = _broadcast(A.shape[:-2], V.shape[:-2])
     a, v = (
-        t.to(_compute_dtype(t)).expand(*batch, *t.shape[-2:]).reshape(-1, *t.shape[-2:])
-        if math.prod(batch)
-        else t.new_empty(0, *t.shape[-2:], dtype=_compute_dtype(t))
+        t.to(_compute_dtype(t))
+        .expand(*batch, *t.shape[-2:])
+        .reshape(math.prod(batch), *t.shape[-2:])
         for t in (A, V)
     )
     return symmetric_product(a, v).to(A.dtype).reshape(*batch, *V.shape[-2:])
@@ -590,7 +590,8 @@ def mlp_hvp(
     curvature.linearize(torch.ones_like(curvature.outputs))
     columns = v[..., None] if v.dim() == x.dim() else v
     u = columns.movedim(-1, 0).to(_compute_dtype(v))
-    product = curvature.input_product(u.reshape(len(u), -1, x.shape[-1]))
+    rows = u.reshape(len(u), math.prod(x.shape[:-1]), x.shape[-1])
+    product = curvature.input_product(rows)
     return product.reshape(u.shape).movedim(0, -1).reshape(v.shape).to(v.dtype)
 
 
@@ -647,31 +648,34 @@ def mlp_parameter_hvp(
         )
     delta, head = _derivatives(loss, curvature.outputs)
     curvature.linearize(delta)
-    directions = v.reshape(length, -1).mT.to(_compute_dtype(v))
+    directions = (v if v.dim() == 2 else v[:, None]).mT.to(_compute_dtype(v))
     product = curvature.product(directions, head, gauss_newton=gauss_newton)
     return product.mT.reshape(v.shape).to(v.dtype)
 
 
 def _derivatives(loss: Callable[[Tensor], Tensor], y: Tensor) -> tuple[Tensor, Head]:
     """The gradient of a loss at the outputs, and its Hessian as a function."""
-    if torch.compiler.is_compiling() or is_tracked([y]):
-        gradient = torch.func.grad(loss)
+    keeps_graph = torch.is_grad_enabled()
+    if torch.compiler.is_compiling() or is_tracked([]) or (keeps_graph and not y.requires_grad):
+        # In reverse: forward mode, which a caller may be in, does not nest.
+        delta, pullback, *_ = torch.func.vjp(torch.func.grad(loss), y)
+        rows = torch.func.vmap(lambda tangent: pullback(tangent)[0])
+        return delta, lambda ry: rows(ry) if len(ry) else ry
+    with torch.inference_mode(False), torch.enable_grad():
+        at = y if keeps_graph else y.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(at), at, create_graph=True)
 
-        def product(tangent: Tensor) -> Tensor:
-            return torch.func.jvp(gradient, (y,), (tangent,))[1]
-
-        return gradient(y), torch.func.vmap(product)
-    with torch.enable_grad():
-        leaf = y.detach().requires_grad_()
-        (delta,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    def product(tangent: Tensor) -> Tensor:
+        options = {"retain_graph": True, "create_graph": keeps_graph, "allow_unused": True}
+        (found,) = torch.autograd.grad(gradient, at, tangent, **options)
+        return torch.zeros_like(tangent) if found is None else found
 
     def head(ry: Tensor) -> Tensor:
-        if not delta.requires_grad:  # a loss that is linear in the outputs
+        if not gradient.requires_grad or len(ry) == 0:  # a loss that is linear in the outputs
             return torch.zeros_like(ry)
-        rows = [torch.autograd.grad(delta, leaf, row, retain_graph=True)[0] for row in ry]
-        return torch.stack(rows) if rows else torch.empty_like(ry)
+        return torch.stack([product(tangent) for tangent in ry])
 
-    return delta.detach(), head
+    return gradient if keeps_graph else gradient.detach(), head
 
 
 # ---- arguments ---------------------------------------------------------------------------------
@@ -691,7 +695,7 @@ def _in_compute_dtype(
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).to(_compute_dtype(x))
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).to(_compute_dtype(x))
 
 
 def _offsets_in_order(

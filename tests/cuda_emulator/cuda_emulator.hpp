@@ -70,6 +70,8 @@ void launch(const LaunchShape& shape, void (*kernel)(Params...), Args&&... args)
                  .argument_bytes = sizeof call});
 }
 
+inline int64_t max_shared_bytes() { return static_cast<int64_t>(emulator::config().shared_limit); }
+
 }  // namespace hessreg
 
 // ---- Barriers and fences
@@ -269,6 +271,12 @@ HESSREG_EMU_INSTRUCTION void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a
 
 HESSREG_EMU_INSTRUCTION void cp_async16(void* shared, const void* global, HESSREG_EMU_HERE) {
   emulator::async_copy(shared, global, 16, here);
+}
+
+template <typename T>
+HESSREG_EMU_INSTRUCTION void cp_async(T* shared, const T* global, HESSREG_EMU_HERE) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  emulator::async_copy(shared, global, sizeof(T), here);
 }
 
 HESSREG_EMU_INSTRUCTION void cp_async_commit() { emulator::async_commit(); }

@@ -38,6 +38,8 @@ Config environment_config() {
   config.profile = environment_number("HESSREG_EMU_PROFILE", 0) != 0;
   if (const char* file = std::getenv("HESSREG_EMU_SKIP_FILE")) config.skipped_barrier_file = file;
   config.skipped_barrier_line = static_cast<int>(environment_number("HESSREG_EMU_SKIP_LINE", 0));
+  config.shared_limit = static_cast<size_t>(
+      environment_number("HESSREG_EMU_SHARED", static_cast<long>(config.shared_limit)));
   return config;
 }
 
@@ -194,14 +196,13 @@ void require_launchable(const Launch& launch) {
   };
   const uint64_t threads = launch.block.volume(), blocks = launch.grid.volume();
   constexpr uint64_t kMultiprocessors = 132, kThreadsOfMultiprocessor = 2048;  // sm_90
-  constexpr size_t kMaxDynamicShared = 227 << 10;
   if (current_thread) refuse("launch from inside a kernel");
   if (threads == 0 || threads > kMaxThreads || launch.block.z > 64) refuse("invalid block size");
   if (blocks == 0 || launch.grid.x > 0x7fffffffu || launch.grid.y > 65535 ||
       launch.grid.z > 65535) {
     refuse("invalid grid size");
   }
-  if (launch.shared_bytes > kMaxDynamicShared) refuse("too much dynamic shared memory");
+  if (launch.shared_bytes > config().shared_limit) refuse("too much dynamic shared memory");
   const uint64_t warps = (threads + kWarpSize - 1) / kWarpSize;
   const uint64_t resident = kMultiprocessors * (kThreadsOfMultiprocessor / (warps * kWarpSize));
   if (launch.cooperative && blocks > resident) {

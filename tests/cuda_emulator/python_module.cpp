@@ -16,7 +16,7 @@ py::dict configuration() {
   return py::dict("order"_a = name_of(options.order), "seed"_a = options.seed,
                   "resident"_a = options.resident_blocks, "preempt"_a = options.preempt_period,
                   "profile"_a = options.profile, "skip_file"_a = options.skipped_barrier_file,
-                  "skip_line"_a = options.skipped_barrier_line);
+                  "skip_line"_a = options.skipped_barrier_line, "shared"_a = options.shared_limit);
 }
 
 // Changes the named options only.
@@ -34,7 +34,8 @@ void configure(const py::kwargs& changes) {
               .preempt_period = py::cast<int>(all["preempt"]),
               .profile = py::cast<bool>(all["profile"]),
               .skipped_barrier_file = py::cast<std::string>(all["skip_file"]),
-              .skipped_barrier_line = py::cast<int>(all["skip_line"])};
+              .skipped_barrier_line = py::cast<int>(all["skip_line"]),
+              .shared_limit = py::cast<size_t>(all["shared"])};
 }
 
 // Counted since the start of the process.

@@ -37,10 +37,11 @@ struct Config {
   bool profile = false;     // check builds: count wavefronts and sectors
   std::string skipped_barrier_file;  // a suffix; the barrier at this place does nothing
   int skipped_barrier_line = 0;
+  size_t shared_limit = 227 << 10;  // bytes of dynamic shared memory of a block: sm_90
 };
 
 // Defaults come from the environment: HESSREG_EMU_ORDER, _SEED, _RESIDENT, _PREEMPT, _PROFILE,
-// _SKIP_FILE and _SKIP_LINE.
+// _SKIP_FILE, _SKIP_LINE and _SHARED.
 Config& config();
 
 struct Statistics {

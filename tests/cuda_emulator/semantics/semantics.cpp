@@ -71,6 +71,15 @@ void bind_launches(py::module_& module) {
     NumpyArguments a;
     initial_shared_memory(a.output<float>("out", out));
   });
+  module.def("transpose", [](py::array x, py::array out) {
+    NumpyArguments a;
+    transpose(a.input<float>("x", x), a.output<float>("out", out));
+  });
+  module.def("transpose_wide", [](py::array x, py::array out) {
+    NumpyArguments a;
+    transpose_wide(a.input<double>("x", x), a.output<double>("out", out));
+  });
+  module.def("most_shared_memory", &most_shared_memory);
   module.def("load_vectors", [](py::array out, int stride) {
     NumpyArguments a;
     load_vectors(a.output<float>("out", out), stride);

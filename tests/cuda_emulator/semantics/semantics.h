@@ -35,6 +35,12 @@ void initial_shared_memory(float* out);
 // A warp loads 16 bytes for each lane from shared memory, `stride` times 16 bytes apart.
 void load_vectors(float* out, int stride);
 
+// Transposes [4, 8] on the way to shared memory.
+void transpose(const float* x, float* out);
+void transpose_wide(const double* x, double* out);
+
+int64_t most_shared_memory();  // dynamic, of a block
+
 // The address at which each thread finds a parameter of 4000 bytes.
 void parameter_addresses(uint64_t* out, int threads);
 

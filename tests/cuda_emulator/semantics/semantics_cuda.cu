@@ -155,6 +155,17 @@ __global__ void load_vectors_kernel(float* out, int stride) {
   out[t] = value.w;
 }
 
+template <typename T>
+__global__ void transpose_kernel(const T* x, T* out) {
+  HESSREG_SHARED(T, tile, [8][4]);
+  const int t = threadIdx.x;
+  cp_async(&tile[t % 8][t / 8], x + t);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncthreads();
+  out[t] = tile[t / 4][t % 4];
+}
+
 struct LargeParameter {
   uint64_t values[500];
 };
@@ -303,6 +314,13 @@ void thread_order(int* next, int* out, int blocks, int threads) {
 void initial_shared_memory(float* out) {
   HESSREG_LAUNCH(initial_shared_memory_kernel, 2, 1, 2 * sizeof(float), nullptr, out);
 }
+void transpose(const float* x, float* out) {
+  HESSREG_LAUNCH(transpose_kernel<float>, dim3(1), dim3(32), 0, nullptr, x, out);
+}
+void transpose_wide(const double* x, double* out) {
+  HESSREG_LAUNCH(transpose_kernel<double>, dim3(1), dim3(32), 0, nullptr, x, out);
+}
+int64_t most_shared_memory() { return max_shared_bytes(); }
 void load_vectors(float* out, int stride) {
   HESSREG_LAUNCH(load_vectors_kernel, 1, 32, 0, nullptr, out, stride);
 }
