@@ -223,15 +223,24 @@ def test_sizes_of_zero(kernels, problem, path):
     check(problem, kernels, path, torch.float32)
 
 
-def test_small_networks_take_one_launch(fast):
-    """A launch has as many blocks as there are tiles: all at once leaves fewer."""
-    blocks = {}
-    for path in PATHS:
-        before = fast.emulator.statistics()["blocks"]
-        with configured(fast, shared=PATHS[path]):
-            emulated.Hvp(fast).mlp_forward(*Problem((2, 8, 8, 8, 1), 16).arguments()["mlp_forward"])
-        blocks[path] = fast.emulator.statistics()["blocks"] - before
-    assert blocks == {"at once": 1, "by layer": 4}
+@pytest.mark.parametrize(
+    ("shared", "dtype", "blocks"),
+    [
+        (227 << 10, torch.float32, 1),  # of sm_90: all layers at once
+        (163 << 10, torch.float32, 4 + 4 + 1),  # of sm_80: a block a tile and layer
+        (227 << 10, torch.float64, 4 + 4 + 1),
+    ],
+    ids=str,
+)
+def test_layers_are_taken_at_once_where_they_fit(fast, shared, dtype, blocks):
+    arguments = converted(Problem((2, 128, 128, 1), 3).arguments()["mlp_tangent"], dtype)
+    before = fast.emulator.statistics()["blocks"]
+    with configured(fast, shared=shared):
+        actual = emulated.Hvp(fast).mlp_tangent(*arguments)
+    assert fast.emulator.statistics()["blocks"] - before == blocks
+    expected = hvp.tangent_reference(*converted(arguments, torch.float64))
+    for results in zip(actual, expected, hvp.tangent_reference(*arguments), strict=True):
+        assert_as_exact(*results)
 
 
 # ---- Symmetric matrices

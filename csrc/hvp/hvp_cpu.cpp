@@ -114,7 +114,7 @@ class ForwardPass : Pass<C> {
       sum_products(&term, 1, rows, columns, block.data, kPanel<C>);
       add_bias(l, first, rows, block);
       if (l == depth())
-        store_transposed(block.data, rows, columns,
+        transpose_matrix(block.data, kPanel<C>, rows, columns,
                          static_cast<C*>(p_.y) + start * this->width(l) + first, this->width(l));
       else
         finish(l, first, rows, start, columns, block);
@@ -332,7 +332,7 @@ class TangentPass : Pass<C> {
         store(here, load<C, kLanes<C>>(here) + c[r]);
       });
     const int64_t out = this->width(depth());
-    store_transposed(block.data, rows, columns,
+    transpose_matrix(block.data, kPanel<C>, rows, columns,
                      static_cast<C*>(p_.ry) + (j * this->batch_ + start) * out + first, out);
   }
 
@@ -509,7 +509,7 @@ class AdjointPass : Pass<C> {
       sum_products(terms, count, rows, columns, block.data, kPanel<C>);
       if (l == 1) {
         C* to = static_cast<C*>(p_.r_input) + (direction.index * this->batch_ + start) * in;
-        store_transposed(block.data, rows, columns, to + first, in);
+        transpose_matrix(block.data, kPanel<C>, rows, columns, to + first, in);
       } else {
         finish(l - 1, direction, first, rows, start, columns, block);
       }
@@ -540,7 +540,9 @@ class AdjointPass : Pass<C> {
 
 // ---- symmetric product -------------------------------------------------------------------------
 
-// Each row of the lower triangle, a vector at a time, enters its own sum and those of its columns.
+// Square blocks with the lanes of a vector for side, those on and below the diagonal. Of one vector
+// the rows of a block enter their own sums and those of their columns as they are; for several, the
+// block is transposed once.
 template <typename C>
 class SymmetricPass {
  public:
@@ -581,20 +583,25 @@ class SymmetricPass {
   // v as [columns, padded n].
   void prepare(int64_t batch) const {
     const C* from = static_cast<const C*>(p_.v) + batch * p_.n * p_.columns;
-    for (int64_t c = 0; c < p_.columns; ++c)
-      for (int64_t i = 0; i < padded_; ++i)
-        v(batch)[c * padded_ + i] = i < p_.n ? from[i * p_.columns + c] : C(0);
+    transposed(from, p_.n, p_.columns, p_.columns, v(batch), padded_);
+    for (int64_t c = 0; c < size(); c += padded_)
+      for (int64_t i = p_.n; i < padded_; ++i) v(batch)[c + i] = 0;
   }
 
   void add_parts(int64_t batch) const {
-    C* to = static_cast<C*>(p_.out) + batch * p_.n * p_.columns;
-    for (int64_t i = 0; i < p_.n; ++i) {
-      for (int64_t c = 0; c < p_.columns; ++c) {
-        C total = 0;
-        for (int64_t part = 0; part < parts_; ++part) total += sums(batch, part)[c * padded_ + i];
-        to[i * p_.columns + c] = total;
-      }
-    }
+    C* total = sums(batch, 0);
+    for (int64_t part = 1; part < parts_; ++part)
+      for (int64_t i = 0; i < size(); i += kLanes<C>)
+        store(total + i, load<C, kLanes<C>>(total + i) + load<C, kLanes<C>>(sums(batch, part) + i));
+    transposed(total, p_.columns, p_.n, padded_,
+               static_cast<C*>(p_.out) + batch * p_.n * p_.columns, p_.columns);
+  }
+
+  HESSREG_HD void transposed(const C* from, int64_t rows, int64_t columns, int64_t stride, C* to,
+                             int64_t to_stride) const {
+    if (p_.columns != 1) return transpose_matrix(from, stride, rows, columns, to, to_stride);
+    for (int64_t i = 0; i < p_.n; i += kLanes<C>)
+      store_some<C>(to + i, load_some(from + i, p_.n - i), p_.n - i);
   }
 
   // Every parts_-th block of rows, so that all parts have as much to do.
@@ -602,57 +609,94 @@ class SymmetricPass {
     C* sum = sums(batch, part);
     for (int64_t i = 0; i < size(); ++i) sum[i] = 0;
     const C* a = static_cast<const C*>(p_.a) + batch * p_.n * p_.n;
-    for (int64_t row = part * kLanes<C>; row < p_.n; row += parts_ * kLanes<C>)
-      for (int64_t c = 0; c < p_.columns; ++c)
-        block(a, row, v(batch) + c * padded_, sum + c * padded_);
+    for (int64_t row = part * kLanes<C>; row < p_.n; row += parts_ * kLanes<C>) {
+      if (p_.columns == 1) {
+        rows_before(a, row, v(batch), sum);
+      } else {
+        for (int64_t column = 0; column < row; column += kLanes<C>)
+          square(a, row, column, v(batch), sum);
+      }
+      on_diagonal(a, row, v(batch), sum);
+    }
   }
 
-  // As many rows as a vector has lanes.
-  void block(const C* a, int64_t row, const C* v, C* sum) const {
+  // The rows [row, row + lanes) of columns before `row`.
+  void rows_before(const C* a, int64_t row, const C* v, C* sum) const {
+    if (row == 0) return;
     Vector<C> own[kLanes<C>] = {};
     const int64_t rows = smaller(kLanes<C>, p_.n - row);
     int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) some_rows<4>(a, row, r, v, sum, own + r);
-    for (; r < rows; ++r) some_rows<1>(a, row, r, v, sum, own + r);
+    for (; r + 4 <= rows; r += 4)
+      some_rows<4>(a + (row + r) * p_.n, row, v, v + row + r, sum, own + r);
+    for (; r < rows; ++r) some_rows<1>(a + (row + r) * p_.n, row, v, v + row + r, sum, own + r);
     transpose<C>(own);
     Vector<C> total = load<C, kLanes<C>>(sum + row);
     for (int k = 0; k < kLanes<C>; ++k) total += own[k];
     store(sum + row, total);
   }
 
-  // Rows row + r ...: their columns before `row`, and from there to the diagonal.
   template <int R>
-  HESSREG_HD void some_rows(const C* a, int64_t row, int64_t r, const C* v, C* sum,
+  HESSREG_HD void some_rows(const C* rows, int64_t columns, const C* v, const C* v_rows, C* sum,
                             Vector<C>* own) const {
-    const C* here = a + (row + r) * p_.n;
     Vector<C> mine[R] = {};
-    for (int64_t j = 0; j < row; j += kLanes<C>) {
+    for (int64_t j = 0; j < columns; j += kLanes<C>) {
       const Vector<C> across = load<C, kLanes<C>>(v + j);
       Vector<C> column = load<C, kLanes<C>>(sum + j);
 #pragma GCC unroll 4
       for (int i = 0; i < R; ++i) {
-        const Vector<C> entries = load<C, kLanes<C>>(here + i * p_.n + j);
+        const Vector<C> entries = load<C, kLanes<C>>(rows + i * p_.n + j);
         mine[i] += entries * across;
-        column += entries * v[row + r + i];
+        column += entries * v_rows[i];
       }
       store(sum + j, column);
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < R; ++i) {
-      own[i] = mine[i] + diagonal(here + i * p_.n + row, p_.n - row, r + i, v + row, sum + row);
+    for (int i = 0; i < R; ++i) own[i] = mine[i];
+  }
+
+  // The rows of a square, its own or zero, from `column` on, of which `count` are there.
+  HESSREG_HD void load_square(const C* a, int64_t row, int64_t column, int64_t count,
+                              Vector<C> (&square)[kLanes<C>]) const {
+    for (int i = 0; i < kLanes<C>; ++i)
+      square[i] = row + i < p_.n ? load_some(a + (row + i) * p_.n + column, count) : Vector<C>{};
+  }
+
+  void square(const C* a, int64_t row, int64_t column, const C* v, C* sum) const {
+    Vector<C> entries[kLanes<C>], transposed[kLanes<C>];
+    load_square(a, row, column, kLanes<C>, entries);
+    for (int i = 0; i < kLanes<C>; ++i) transposed[i] = entries[i];
+    transpose<C>(transposed);
+    for (int64_t c = 0; c < size(); c += padded_) {
+      multiply_square(entries, v + c + row, sum + c + column);
+      multiply_square(transposed, v + c + column, sum + c + row);
     }
   }
 
-  // Row r of the square on the diagonal.
-  HESSREG_HD static Vector<C> diagonal(const C* entries, int64_t count, int64_t r, const C* v,
-                                       C* sum) {
+  // sum += the rows weighed by v. In four chains, to hide how long an addition takes.
+  HESSREG_HD static void multiply_square(const Vector<C> (&rows)[kLanes<C>], const C* v, C* sum) {
+    constexpr int kChains = kLanes<C> < 4 ? kLanes<C> : 4;
+    Vector<C> chains[kChains] = {load<C, kLanes<C>>(sum)};
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<C>; ++i) chains[i % kChains] += rows[i] * v[i];
+    for (int i = 1; i < kChains; ++i) chains[0] += chains[i];
+    store(sum, chains[0]);
+  }
+
+  // Its upper part may be anything: it is replaced by the lower one.
+  void on_diagonal(const C* a, int64_t row, const C* v, C* sum) const {
+    Vector<C> lower[kLanes<C>], mirrored[kLanes<C>];
+    load_square(a, row, row, p_.n - row, lower);
     Signs<C> lanes;
     for (int lane = 0; lane < kLanes<C>; ++lane) lanes[lane] = lane;
-    const Vector<C> zero = {}, row = load_some(entries, count);
-    const auto place = static_cast<decltype(lanes[0] + 0)>(r);
-    const Vector<C> lower = lanes < place ? row : zero, whole = lanes <= place ? row : zero;
-    store(sum, load<C, kLanes<C>>(sum) + lower * v[r]);
-    return whole * load<C, kLanes<C>>(v);
+    const Vector<C> zero = {};
+    for (int i = 0; i < kLanes<C>; ++i) {
+      const auto place = static_cast<decltype(lanes[0] + 0)>(i);
+      mirrored[i] = lanes < place ? lower[i] : zero;
+      lower[i] = lanes <= place ? lower[i] : zero;
+    }
+    transpose<C>(mirrored);
+    for (int i = 0; i < kLanes<C>; ++i) lower[i] += mirrored[i];
+    for (int64_t c = 0; c < size(); c += padded_)
+      multiply_square(lower, v + c + row, sum + c + row);
   }
 
   const SymmetricProduct& p_;

@@ -193,19 +193,19 @@ struct Panels {
   }
 };
 
-// The transpose of a buffer [.., kPanel], whose first `rows` rows and `columns` columns count, into
-// rows of a matrix, `stride` apart.
+// A matrix [rows, columns] whose rows are `stride` apart as its transpose, likewise.
 template <typename C>
-HESSREG_HD void store_transposed(const C* buffer, int64_t rows, int64_t columns, C* to,
-                                 int64_t stride) {
+HESSREG_HD void transpose_matrix(const C* from, int64_t stride, int64_t rows, int64_t columns,
+                                 C* to, int64_t to_stride) {
   for (int64_t i = 0; i < rows; i += kLanes<C>) {
     for (int64_t j = 0; j < columns; j += kLanes<C>) {
       Vector<C> square[kLanes<C>];
       for (int k = 0; k < kLanes<C>; ++k)
-        square[k] = load<C, kLanes<C>>(buffer + (i + k) * kPanel<C> + j);
+        square[k] =
+            i + k < rows ? load_some(from + (i + k) * stride + j, columns - j) : Vector<C>{};
       transpose<C>(square);
       for (int k = 0; k < kLanes<C> && j + k < columns; ++k)
-        store_some<C>(to + (j + k) * stride + i, square[k], rows - i);
+        store_some<C>(to + (j + k) * to_stride + i, square[k], rows - i);
     }
   }
 }

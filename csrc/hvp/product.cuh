@@ -22,7 +22,7 @@ __device__ inline int warp_index() { return threadIdx.x / 32; }
 // A matrix [rows, depth] for each direction.
 struct Operand {
   const void* data;   // null: there is none
-  const void* scale;  // what its elements are multiplied by, for all directions; or null
+  const void* scale;  // of a right operand: factors of its elements for all directions; or null
   int64_t row_stride, depth_stride, direction_stride;
 };
 
@@ -236,22 +236,20 @@ __device__ __forceinline__ int clamped(int64_t count) {
   return static_cast<int>(min(count, int64_t{1024}));
 }
 
+// The elements of an operand, or its factors: data + offset.
 template <typename C, int kTile>
-__device__ __forceinline__ void load(const Operand& operand, int64_t direction, const Window& w,
-                                     C (&values)[TileShape<C, kTile>::kOwn]) {
+__device__ __forceinline__ void load(const Operand& operand, const void* data, int64_t offset,
+                                     const Window& w, C (&values)[TileShape<C, kTile>::kOwn]) {
   const Places<kTile> places(operand.depth_stride == 1);
   const int64_t first =
       (w.row0 + places.row) * operand.row_stride + (w.k0 + places.k) * operand.depth_stride;
   const int64_t far = places.row_far * operand.row_stride + places.k_far * operand.depth_stride;
   const int64_t near = places.k_near * operand.depth_stride;
   const int rows = clamped(w.rows - w.row0), depth = clamped(w.depth - w.k0);
-  const C* data = static_cast<const C*>(operand.data) + direction * operand.direction_stride;
   HESSREG_UNROLL
   for (int i = 0; i < TileShape<C, kTile>::kOwn; ++i) {
-    const int64_t index = first + i / 2 * far + i % 2 * near;
     const bool inside = places.row_of(i) < rows && places.k_of(i) < depth;
-    values[i] = inside ? data[index] : C(0);
-    if (operand.scale && inside) values[i] *= element<C>(operand.scale, index);
+    values[i] = inside ? element<C>(data, offset + first + i / 2 * far + i % 2 * near) : C(0);
   }
 }
 
@@ -332,8 +330,8 @@ class TileTask {
   __device__ __forceinline__ const Term& term_of(int step) const {
     return product_.terms[step >= steps_of_term_ || !has_term(0)];
   }
-  // Where a step begins along the depth. All blocks of a symmetric matrix take the two halves of a
-  // tile and its mirror at the same time: the second one finds it in the cache.
+  // Where a step begins along the depth. Of a symmetric matrix, a part of the lower triangle is
+  // taken at the same time by the two blocks that need it: the second finds it in the cache.
   __device__ __forceinline__ int64_t depth_of(int step) const {
     const int step_of_term = step < steps_of_term_ ? step : step - steps_of_term_;
     const int64_t k0 = begin_ + step_of_term * kDepth;
@@ -350,13 +348,22 @@ class TileTask {
     if constexpr (kSymmetric) {
       load_symmetric<C, kTile>(term.left, direction_, left, left_);
     } else {
-      load<C, kTile>(term.left, direction_, left, left_);
+      load<C, kTile>(term.left, term.left.data, direction_ * term.left.direction_stride, left,
+                     left_);
     }
-    load<C, kTile>(term.right, direction_, right, right_);
+    load<C, kTile>(term.right, term.right.data, direction_ * term.right.direction_stride, right,
+                   right_);
+    if (!kSymmetric && term.right.scale)
+      load<C, kTile>(term.right, term.right.scale, 0, right, factors_);
   }
 
-  __device__ __forceinline__ void put_step(int step, C* stage) const {
+  // Only here what has been loaded is waited for.
+  __device__ __forceinline__ void put_step(int step, C* stage) {
     const Term& term = term_of(step);
+    if (!kSymmetric && term.right.scale) {
+      HESSREG_UNROLL
+      for (int i = 0; i < Shape::kOwn; ++i) right_[i] *= factors_[i];
+    }
     const bool along_depth = kSymmetric ? depth_of(step) <= row0_ : term.left.depth_stride == 1;
     put_in_stage<C, kTile>(left_, along_depth, stage);
     put_in_stage<C, kTile>(right_, term.right.depth_stride == 1, stage + kDepth * Shape::kStride);
@@ -411,7 +418,7 @@ class TileTask {
   const Product& product_;
   int64_t directions_, direction_, split_, row0_, column0_, begin_;
   int steps_of_term_;
-  C left_[Shape::kOwn], right_[Shape::kOwn];
+  C left_[Shape::kOwn], right_[Shape::kOwn], factors_[Shape::kOwn];
 };
 
 // Blocks at once on a multiprocessor, as registers allow; without it, ptxas spills to save them.
