@@ -127,7 +127,8 @@ class KrylovSpace:
 
         The last entry of the row tells whether there is no next vector.
         """
-        w, coefficients = orthogonalize(self.op.matvec(self.basis[j]), self.basis[: j + 1])
+        product = self.op.matvec(self.basis[j])
+        w, coefficients = orthogonalize(product, self.basis[: j + 1], out=self.basis[j + 1])
         residual = norm_of(w)
         torch.maximum(
             self._largest, norm_of(coefficients).hypot(residual), out=self._largest
@@ -135,7 +136,7 @@ class KrylovSpace:
         # After a breakdown the vectors stay zero: no branch, so no wait for the device.
         broken = ~(residual > _BREAKDOWN * torch.finfo(w.dtype).eps * self._largest)
         row[: j + 1], row[j + 1], row[-1] = coefficients, residual, broken
-        torch.div(w, residual.masked_fill(broken, torch.inf), out=self.basis[j + 1])
+        w.div_(residual.masked_fill(broken, torch.inf))
 
     def _absorb(self, row: Tensor) -> None:
         d, m = self.num_deflated, self.size

@@ -119,13 +119,14 @@ def lanczos(
     return _truncate(op, alpha, beta, basis)
 
 
-def orthogonalize(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+def orthogonalize(w: Tensor, basis: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The part of w [n] orthogonal to the rows of basis [m, n], and its coefficients [m] on them.
 
-    Classical Gram-Schmidt, twice: orthogonal to rounding unless w lies in the span.
+    Classical Gram-Schmidt, twice: orthogonal to rounding unless w lies in the span. The result goes
+    to ``out`` [n]; w, which may be the operator's own, stays as it is.
     """
     coefficients = basis @ w
-    w = torch.addmv(w, basis.mT, coefficients, alpha=-1)
+    w = torch.addmv(w, basis.mT, coefficients, alpha=-1, out=out)
     correction = basis @ w
     return w.addmv_(basis.mT, correction, alpha=-1), coefficients.add_(correction)
 
