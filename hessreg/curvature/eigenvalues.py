@@ -174,9 +174,9 @@ class _Search:
         self.reference = torch.empty(0, dtype=torch.float64)
 
     def run(self) -> Eigenvalues:
+        self.num_products = 1  # that which is repeated
         pairs = self._look()
         self.space.require_deterministic()
-        self.num_products += 1
         while not self._is_done(pairs):
             self._make_room(pairs)
             pairs = self._look()
