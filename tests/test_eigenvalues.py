@@ -213,12 +213,12 @@ def test_stops_as_soon_as_the_residual_allows():
     assert found.converged.all()
 
 
-@pytest.mark.parametrize("k", [1, 3])
-def test_gives_up_and_says_so(k):
+@pytest.mark.parametrize(("k", "budget"), [(1, 2), (1, 15), (3, 4), (3, 15)])
+def test_gives_up_and_says_so(k, budget):
     spectrum = torch.linspace(0, 1, 400, dtype=DOUBLE)
     op = Counting(DenseOperator(torch.diag(spectrum)))
-    found = eigenvalues(op, k, max_products=15)
-    assert found.num_products == op.count == 15
+    found = eigenvalues(op, k, max_products=budget)
+    assert found.num_products == op.count == budget
     assert not found.converged.any()
     torch.testing.assert_close(
         found.residuals,
@@ -281,6 +281,25 @@ def test_deflating_what_is_no_eigenvector_shows_in_the_residual():
     value, v = found.values[0], found.vectors[:, 0]
     assert found.residuals.item() == pytest.approx((op.H @ v - value * v).norm().item())
     assert found.residuals.item() > 0.01
+
+
+def test_nothing_may_be_deflated():
+    op = DenseOperator(with_spectrum(SPECTRA["generic"]))
+    plain, none = eigenvalues(op), eigenvalues(op, deflate=torch.empty(120, 0, dtype=DOUBLE))
+    assert all(map(torch.equal, plain[:4], none[:4]))
+    vector = plain.vectors[:, 0]
+    assert torch.equal(
+        eigenvalues(op, deflate=vector).values, eigenvalues(op, deflate=vector[:, None]).values
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_extreme_scales_in_float32(scale):
+    H = (with_spectrum(SPECTRA["bulk"]) * scale).float()
+    found = eigenvalues(DenseOperator(H), 3)
+    assert found.converged.all()
+    truth = torch.tensor([5.0, 1.5, 1.5])
+    torch.testing.assert_close(found.values / scale, truth, rtol=1e-5, atol=0)
 
 
 def test_is_reproducible_and_leaves_the_random_state():
@@ -380,12 +399,13 @@ def test_non_finite_product_is_located():
         ({"which": "BE"}, ValueError, r"which must be one of .*'LA'.*, got 'BE'"),
         ({"tol": -1.0}, ValueError, "tol must be finite and not negative, got -1.0"),
         ({"max_products": 1}, ValueError, "max_products must be at least 2, got 1"),
-        ({"v0": torch.ones(4)}, ValueError, r"v0 must have shape \(5, j\), got \(4, 1\)"),
+        ({"v0": torch.ones(4)}, ValueError, r"v0 must have shape \(5,\) or \(5, j\), got"),
+        ({"v0": [1.0] * 5}, TypeError, "v0 must be a Tensor, got list"),
         ({"v0": torch.zeros(5)}, ValueError, "v0 must be finite, and no column zero"),
         ({"v0": torch.full((5,), torch.nan)}, ValueError, "v0 must be finite"),
         ({"v0": torch.ones(5, dtype=DOUBLE)}, TypeError, "v0 must have dtype torch.float32"),
         ({"v0": torch.ones(5, device="meta")}, ValueError, "v0 must be on cpu, got meta"),
-        ({"deflate": torch.ones(5)}, ValueError, r"deflate must have shape \(5, j\), got \(5,\)"),
+        ({"deflate": torch.ones(1, 5)}, ValueError, r"or \(5, j\), got \(1, 5\)"),
         ({"deflate": torch.ones(5, 2)}, ValueError, "deflate must have linearly independent"),
         ({"deflate": torch.eye(5)}, ValueError, "k must be at most 0, n less the deflated"),
     ],

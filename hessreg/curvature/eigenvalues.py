@@ -76,8 +76,8 @@ def eigenvalues(
         max_products: give up after as many, at least k + 1; 1000 + 100 k if None.
         v0: start [n], or [n, j] for the span of j vectors, such as the vectors found at an earlier
             training step. Some noise is added: from an eigenvector alone no other is ever seen.
-        deflate: linearly independent vectors [n, j] to stay orthogonal to, such as eigenvectors
-            found before. If they are none, the residuals say so.
+        deflate: linearly independent vectors, [n] or [n, j], to stay orthogonal to: eigenvectors
+            found before. If they are no eigenvectors, the residuals say so.
         generator: source of the random vectors; None is one seeded with 0, so that calls agree and
             the global random state stays as it is.
 
@@ -174,9 +174,9 @@ class _Search:
         self.reference = torch.empty(0, dtype=torch.float64)
 
     def run(self) -> Eigenvalues:
+        self.num_products = 1  # that which is repeated
         pairs = self._look()
         self.space.require_deterministic()
-        self.num_products += 1
         while not self._is_done(pairs):
             self._make_room(pairs)
             pairs = self._look()
@@ -261,17 +261,15 @@ def _start(op: LinearOperator, v0: Tensor | None, generator: torch.Generator) ->
     noise = normalize(random_vector(op, generator))
     if v0 is None:
         return noise
-    columns = _check_columns(op, "v0", v0[:, None] if v0.dim() == 1 else v0)
+    columns = _check_columns(op, "v0", v0)
     return normalize(normalize(columns.sum(1)) + _WARM_NOISE * noise)
 
 
 def _deflated(op: LinearOperator, deflate: Tensor | None, k: int) -> Tensor:
     """An orthonormal basis [n, d] of what to stay orthogonal to."""
     n = op.shape[0]
-    if deflate is None or deflate.shape[1:] == (0,):
-        deflate = torch.empty(n, 0, dtype=op.dtype, device=op.device)
-    else:
-        deflate = _check_columns(op, "deflate", deflate)
+    empty = torch.empty(n, 0, dtype=op.dtype, device=op.device)
+    deflate = empty if deflate is None else _check_columns(op, "deflate", deflate)
     d = deflate.shape[1]
     if k > n - d:
         raise ValueError(f"k must be at most {n - d}, n less the deflated vectors, got {k}")
@@ -282,17 +280,21 @@ def _deflated(op: LinearOperator, deflate: Tensor | None, k: int) -> Tensor:
 
 
 def _check_columns(op: LinearOperator, name: str, V: Tensor) -> Tensor:
-    """The columns [n, j] scaled to unit vectors."""
-    if V.dim() != 2 or V.shape[0] != op.shape[0] or V.shape[1] == 0:
-        raise ValueError(f"{name} must have shape ({op.shape[0]}, j), got {tuple(V.shape)}")
+    """The vector [n] or the columns [n, j], scaled to unit vectors [n, j]."""
+    if not isinstance(V, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(V).__name__}")
+    n = op.shape[0]
+    if V.shape[:1] != (n,) or V.dim() > 2:
+        raise ValueError(f"{name} must have shape ({n},) or ({n}, j), got {tuple(V.shape)}")
     if V.dtype != op.dtype:
         raise TypeError(f"{name} must have dtype {op.dtype}, got {V.dtype}")
     if V.device != op.device:
         raise ValueError(f"{name} must be on {op.device}, got {V.device}")
-    largest = V.detach().abs().amax(0)
+    V = V.detach().reshape(n, -1)
+    largest = V.abs().amax(0)
     if not ((largest > 0) & (largest < torch.inf)).all():
         raise ValueError(f"{name} must be finite, and no column zero")
-    return torch.nn.functional.normalize(V.detach() / largest, dim=0)
+    return torch.nn.functional.normalize(V / largest, dim=0)
 
 
 def default_tol(dtype: torch.dtype) -> float:

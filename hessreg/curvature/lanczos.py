@@ -122,7 +122,8 @@ def lanczos(
 def orthogonalize(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """The part of w [n] orthogonal to the rows of basis [m, n], and its coefficients [m] on them.
 
-    Classical Gram-Schmidt, twice: orthogonal to rounding unless w lies in the span.
+    Classical Gram-Schmidt, twice: orthogonal to rounding unless w lies in the span. w, which may
+    be the operator's own, stays as it is.
     """
     coefficients = basis @ w
     w = torch.addmv(w, basis.mT, coefficients, alpha=-1)

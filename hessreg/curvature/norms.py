@@ -475,8 +475,10 @@ def _frobenius(
     Z = [random_signs(op, 1, generator).squeeze(1) for _ in range(num_probes)]
     random = [_product(op, z - U @ (U.mT @ z)) / num_probes**0.5 for z in Z]
     value = _root_of_squares(torch.stack(exact + random))
-    squares = [num_probes * norm_of(h.detach()).double().square() for h in random]
-    error = _error_of_root(value.detach(), half_width(torch.stack(squares)))
+    error = torch.full_like(value, math.inf, requires_grad=False)
+    if num_probes > 1:
+        squares = [num_probes * norm_of(h.detach()).double().square() for h in random]
+        error = _error_of_root(value.detach(), half_width(torch.stack(squares)))
     value, error = value.to(op.dtype), error.to(op.dtype)
     return NormEstimate(value, None, error + _rounding(value), num_probes > 1)
 
