@@ -227,7 +227,7 @@ class Trainer:
 
     def _safe_derivatives(self) -> AbstractContextManager[object]:
         """Exact third derivatives through normalisation layers, where a regulariser needs them."""
-        if any(regularizer.needs_third_order() for regularizer in self.regularizers):
+        if any(each.needs_third_order(self.steps_done) for each in self.regularizers):
             return third_order_safe(self.generator, self.discriminator)
         return nullcontext()
 

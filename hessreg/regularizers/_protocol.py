@@ -54,8 +54,8 @@ class Regularizer(Protocol):
         """The direction to step along in place of the network's gradients."""
         ...
 
-    def needs_third_order(self) -> bool:
-        """True if the losses must be computed under ``hessreg.curvature.third_order_safe``."""
+    def needs_third_order(self, step: int) -> bool:
+        """True if this step's losses are for ``hessreg.curvature.third_order_safe``."""
         ...
 
     def metrics(self) -> dict[str, float]:
@@ -88,7 +88,7 @@ class BaseRegularizer:
         """Leaves the gradients as they are."""
         return grads
 
-    def needs_third_order(self) -> bool:
+    def needs_third_order(self, step: int) -> bool:
         """False: no loss is differentiated three times."""
         return False
 
