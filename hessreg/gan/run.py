@@ -27,7 +27,7 @@ from hessreg.gan.progress import ProgressReport, make_progress
 from hessreg.gan.run_folder import RunFolder
 from hessreg.gan.tasks import TASKS
 from hessreg.gan.trainer import NonFiniteError, Trainer
-from hessreg.regularizers import HSN1R, R1, GaussianKernel, Regularizer
+from hessreg.regularizers import HSN1R, R1, GaussianKernel, HessianPenalty, Regularizer
 
 __all__ = ["Interrupted", "Run", "build_trainer", "resolve_device"]
 
@@ -100,6 +100,9 @@ _BUILD: dict[str, Callable[[TrainConfig], Regularizer]] = {
     "hsn1r": lambda config: HSN1R(**vars(config.hsn1r), seed=config.seed),
     "r1": lambda config: R1(**vars(config.r1)),
     "gaussian": _gaussian,
+    "hessian_penalty": lambda config: HessianPenalty(
+        **vars(config.hessian_penalty), seed=config.seed
+    ),
 }
 
 

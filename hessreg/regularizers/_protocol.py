@@ -25,6 +25,7 @@ class StepContext:
         discriminator_loss: scalar with its graph in the discriminator's phase, else None.
         real: the batch of data, if there is one.
         fake: the generated batch, if there is one.
+        noise: what the generator made the generated batch from, if it is known.
     """
 
     step: int
@@ -34,6 +35,7 @@ class StepContext:
     discriminator_loss: Tensor | None
     real: Tensor | None = None
     fake: Tensor | None = None
+    noise: Tensor | None = None
 
 
 @runtime_checkable
