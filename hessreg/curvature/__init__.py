@@ -1,9 +1,12 @@
 """Curvature of a loss without forming its Hessian."""
 
 from hessreg.curvature._checks import NonFiniteError
+from hessreg.curvature._statistics import Estimate
+from hessreg.curvature.eigenvalues import Eigenvalues, Which, check_symmetric, eigenvalues
 from hessreg.curvature.gauss_newton import GaussNewtonOperator
 from hessreg.curvature.hessian import HessianOperator
 from hessreg.curvature.lanczos import lanczos, power_iteration
+from hessreg.curvature.matrix_function import FunctionProduct, matrix_function
 from hessreg.curvature.norms import (
     NormEstimate,
     NormOrder,
@@ -19,26 +22,44 @@ from hessreg.curvature.operators import (
     SumOperator,
     SymmetricOperator,
 )
+from hessreg.curvature.spectral_density import (
+    QuadratureRule,
+    SpectralDensity,
+    spectral_density,
+)
 from hessreg.curvature.third_order import native_norms, require_third_order_safe, third_order_safe
+from hessreg.curvature.trace import TraceMethod, trace
 
 __all__ = [
     "DenseOperator",
+    "Eigenvalues",
+    "Estimate",
+    "FunctionProduct",
     "GaussNewtonOperator",
     "HessianOperator",
     "LinearOperator",
     "NonFiniteError",
     "NormEstimate",
     "NormOrder",
+    "QuadratureRule",
+    "SpectralDensity",
     "SumOperator",
     "SymmetricOperator",
+    "TraceMethod",
+    "Which",
+    "check_symmetric",
+    "eigenvalues",
     "frobenius_norm",
     "lanczos",
+    "matrix_function",
     "native_norms",
     "norm",
     "nuclear_norm",
     "one_norm",
     "power_iteration",
     "require_third_order_safe",
+    "spectral_density",
     "spectral_norm",
     "third_order_safe",
+    "trace",
 ]

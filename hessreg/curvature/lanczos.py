@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
 from hessreg.curvature._checks import NonFiniteError, check_at_least
 from hessreg.curvature.operators import LinearOperator
 
-__all__ = ["lanczos", "power_iteration"]
+__all__ = [
+    "lanczos",
+    "norm_of",
+    "normalize",
+    "orthogonalize",
+    "power_iteration",
+    "report_non_finite",
+    "start_vector",
+]
 
 
 @torch.no_grad()
@@ -45,11 +55,11 @@ def power_iteration(
         (3.0, [1.0, 0.0])
     """
     check_at_least(1, num_iterations=num_iterations)
-    v = _start_vector(op, v0, generator)
+    v = start_vector(op, v0, generator)
     for _ in range(num_iterations):
         product = op.matvec(v)
         eigenvalue = v @ product
-        vector, v = v, _normalize(product)
+        vector, v = v, normalize(product)
     return eigenvalue, vector
 
 
@@ -96,10 +106,10 @@ def lanczos(
     basis = torch.zeros(m, op.shape[0], dtype=op.dtype, device=op.device)
     alpha, beta = basis.new_zeros(m), basis.new_zeros(m)
     largest, previous = basis.new_zeros(2)
-    basis[0] = _start_vector(op, v0, generator)
+    basis[0] = start_vector(op, v0, generator)
     for j in range(m):
-        w, alpha[j] = _orthogonalize(op.matvec(basis[j]), basis[: j + 1])
-        residual = _norm(w)
+        w, coefficients = orthogonalize(op.matvec(basis[j]), basis[: j + 1])
+        alpha[j], residual = coefficients[-1], norm_of(w)
         largest = largest.maximum(alpha[j].hypot(previous).hypot(residual))  # of |A q|
         # After a breakdown the vectors stay zero: no branch, so no wait for the device.
         broken = ~(residual > 64 * torch.finfo(op.dtype).eps * largest)
@@ -109,11 +119,15 @@ def lanczos(
     return _truncate(op, alpha, beta, basis)
 
 
-def _orthogonalize(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """The part of w orthogonal to the basis, and the coefficient of its last vector."""
+def orthogonalize(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """The part of w [n] orthogonal to the rows of basis [m, n], and its coefficients [m] on them.
+
+    Classical Gram-Schmidt, twice: orthogonal to rounding unless w lies in the span.
+    """
     coefficients = basis @ w
     w = torch.addmv(w, basis.mT, coefficients, alpha=-1)
-    return w.addmv_(basis.mT, basis @ w, alpha=-1), coefficients[-1]
+    correction = basis @ w
+    return w.addmv_(basis.mT, correction, alpha=-1), coefficients.add_(correction)
 
 
 def _truncate(
@@ -122,23 +136,24 @@ def _truncate(
     host = torch.stack([alpha, beta]).cpu()
     bad = ~torch.isfinite(host).all(0)
     if bad.any():
-        _report(op, basis[int(bad.nonzero()[0])])
+        report_non_finite(op, basis[int(bad.nonzero()[0])])
     broken = (host[1] == 0).nonzero()
     m = int(broken[0]) + 1 if len(broken) else len(alpha)
     return alpha[:m], beta[:m], basis[:m].mT
 
 
-def _report(op: LinearOperator, vector: Tensor) -> None:
-    """Says where a product is not finite, if the operator knows."""
+def report_non_finite(op: LinearOperator, vector: Tensor) -> NoReturn:
+    """Raises NonFiniteError that says where the product is not finite, if the operator knows."""
     check_finite = getattr(op, "check_finite", None)
     if check_finite is not None:
         check_finite(op.matvec(vector))
     raise NonFiniteError("a product of the operator has NaN or infinity")
 
 
-def _start_vector(
+def start_vector(
     op: LinearOperator, v0: Tensor | None, generator: torch.Generator | None
 ) -> Tensor:
+    """The unit vector [n] along v0, checked, or a random one."""
     if v0 is None:
         generator = generator or torch.Generator().manual_seed(0)
         v0 = torch.randn(
@@ -148,14 +163,16 @@ def _start_vector(
         raise ValueError(f"v0 must have shape {op.shape[:1]}, got {tuple(v0.shape)}")
     elif not 0 < v0.abs().max() < float("inf"):
         raise ValueError("v0 must be finite and not zero")
-    return _normalize(v0.detach().to(op.dtype))
+    return normalize(v0.detach().to(op.dtype))
 
 
-def _normalize(v: Tensor) -> Tensor:
-    norm = _norm(v)
+def normalize(v: Tensor) -> Tensor:
+    """The unit vector along v [n], or zero."""
+    norm = norm_of(v)
     return v / torch.where(norm > 0, norm, 1)
 
 
-def _norm(v: Tensor) -> Tensor:
+def norm_of(v: Tensor) -> Tensor:
+    """Euclidean norm [] of v [n]."""
     # In float32 the squares of entries below 1e-23 or above 1e19 would be lost.
     return torch.linalg.vector_norm(v, dtype=torch.float64).to(v.dtype)
