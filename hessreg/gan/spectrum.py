@@ -110,8 +110,7 @@ class Spectrum:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(box=None, pad_edge=False, title_justify="left")
-        table.title = f"{self.name}: {self.n:,} x {self.n:,}"
+        table = Table(box=None, pad_edge=False)
         table.add_column("end")
         for heading in ("eigenvalue", "residual", "converged"):
             table.add_column(heading, justify="right")
@@ -120,7 +119,8 @@ class Spectrum:
         console = Console(file=io.StringIO(), width=72, color_system=None)
         with console.capture() as captured:
             console.print(table)
-        lines = [line.rstrip() for line in captured.get().splitlines()]
+        lines = [f"{self.name}: {self.n:,} x {self.n:,}"]
+        lines += [line.rstrip() for line in captured.get().splitlines()]
         lines.append(f"trace: {self.trace.value:.6g} +- {self.trace.error:.2g} (99 %)")
         lines.append(f"{self.num_products} products, {self.seconds:.1f} s")
         if not self.converged:
@@ -242,7 +242,8 @@ def _meter(name: str, op: LinearOperator, quiet: bool) -> Iterator[_Meter]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    columns = TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn()
+    title = TextColumn("{task.description}", markup=False)  # module:factory: is no emoji
+    columns = title, BarColumn(20), MofNCompleteColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         yield _Meter(name, op, progress, quiet)
 
