@@ -1,13 +1,14 @@
 """The command ``hessreg``.
 
-Exit codes: 0 done, 1 training failed, 2 bad input, 130 interrupted with the state saved. Every
-failure is one line on standard error.
+Exit codes: 0 done, 1 training failed or a curvature is not finite, 2 bad input, 130 interrupted
+with the state saved. Every failure is one line on standard error.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import re
 import reprlib
 import signal
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +26,24 @@ import torch
 from torch import Tensor
 
 import hessreg
+from hessreg.curvature import LinearOperator
+from hessreg.curvature import NonFiniteError as NonFiniteCurvatureError
+from hessreg.curvature._checks import check_at_least, check_not_negative
 from hessreg.gan.checkpoint import CheckpointError
 from hessreg.gan.compare import Comparison, ComparisonError
 from hessreg.gan.config import DEFAULTS, TrainConfig, parse_sigma
+from hessreg.gan.curvature_targets import NETWORKS, load_factory, load_run
 from hessreg.gan.progress import make_progress, say
 from hessreg.gan.run import Run
 from hessreg.gan.run_folder import RunFolderError
 from hessreg.gan.sample_files import load_samples
+from hessreg.gan.spectrum import (
+    ENDS,
+    Spectrum,
+    SpectrumOptions,
+    measure,
+    write_spectra,
+)
 from hessreg.gan.trainer import NonFiniteError
 from hessreg.kernels import TwoSampleTest, median_bandwidth, mmd2, mmd2_test
 from hessreg.ops.gaussian import _ESTIMATORS
@@ -40,6 +53,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+_ROWS = 512  # of the data of a run
 _COMPARED = "none,r1,hsn1r,gaussian"
 _PACKAGES = ("numpy", "scikit-learn", "safetensors", "matplotlib", "tensorboard", "rich")
 
@@ -62,7 +76,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return _fail(f"this command needs {error.name}: pip install 'hessreg[gan]'", 2)
     except (_InputError, CheckpointError, RunFolderError, OSError) as error:
         return _fail(str(error), 2)
-    except (ComparisonError, NonFiniteError) as error:
+    except (ComparisonError, NonFiniteError, NonFiniteCurvatureError) as error:
         return _fail(str(error), 1)
     return 0
 
@@ -73,6 +87,7 @@ def _run(args: list[str]) -> None:
         "train": _train,
         "resume": _resume,
         "compare": _compare,
+        "spectrum": _spectrum,
         "mmd": _mmd,
         "doctor": _doctor,
     }
@@ -101,6 +116,8 @@ def _input() -> Iterator[None]:
     """What is wrong here is wrong with the input."""
     try:
         yield
+    except NonFiniteCurvatureError:
+        raise
     except ValueError as error:
         raise _InputError(str(error)) from None
 
@@ -119,6 +136,8 @@ def _parser() -> ArgumentParser:
     _add_per_dataset(commands, "train", "train a GAN", _train_parser)
     commands.add_subcommand("resume", _resume_parser(), help="continue a run; also train --resume")
     _add_per_dataset(commands, "compare", "several regularisers at equal cost", _compare_parser)
+    purpose = "eigenvalues, trace and density of a Hessian"
+    commands.add_subcommand("spectrum", _spectrum_parser(), help=purpose)
     commands.add_subcommand("mmd", _mmd_parser(), help="maximum mean discrepancy of two samples")
     doctor = ArgumentParser(exit_on_error=False, description="Show versions and devices.")
     commands.add_subcommand("doctor", doctor, help="show versions and devices")
@@ -172,6 +191,38 @@ def _compare_parser(dataset: str) -> ArgumentParser:
     parser = _config_parser(dataset, purpose, {"regularizer"})
     parser.add_argument("--regularizers", type=str, default=_COMPARED, help="Names, with commas.")
     parser.add_argument("--jobs", type=int, default=1, help="Runs at once.")
+    return parser
+
+
+def _spectrum_parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        exit_on_error=False,
+        description="Eigenvalues, trace and spectral density of a Hessian: of each network's own"
+        " loss in its own parameters, or of any operator.",
+    )
+    parser.add_argument(
+        "target",
+        type=str,
+        help="A run folder, a checkpoint in one, or module:factory; the factory returns a"
+        " LinearOperator, (loss, params) or (loss, params, data).",
+    )
+    parser.add_argument("-k", "--k", type=int, default=5, help="Eigenvalues at each end.")
+    parser.add_argument(
+        "--which", choices=["both", *ENDS], default="both", help="End(s): both is LA and SA."
+    )
+    parser.add_argument(
+        "--tol", type=float, default=0.0, help="Residual relative to the norm; 0: by precision."
+    )
+    parser.add_argument("--steps", type=int, default=60, help="Lanczos steps of a probe.")
+    parser.add_argument("--probes", type=int, default=4, help="Random vectors of the density.")
+    parser.add_argument("--seed", type=int, default=0, help="Of vectors, rows and noise.")
+    parser.add_argument("--network", choices=["both", *NETWORKS], default="both", help="Of a run.")
+    parser.add_argument("--rows", type=int, default=_ROWS, help="Rows of the data of a run.")
+    parser.add_argument("--eval", action="store_true", help="Networks of a run in this mode.")
+    parser.add_argument("--out", type=str, default="", help="Folder; by default in runs/.")
+    parser.add_argument("--json", action="store_true", help="Print the JSON, not the table.")
     return parser
 
 
@@ -278,6 +329,48 @@ def _compare(options: dict[str, Any]) -> None:
     say(comparison.train())
 
 
+def _spectrum(options: dict[str, Any]) -> None:
+    with _input():
+        wanted = _spectrum_options(options)
+        operators = _operators(options)
+        spectra = [measure(name, op(), wanted, options["json"]) for name, op in operators.items()]
+    described = {name: options[name] for name in ("target", "seed", "tol", "steps", "probes")}
+    content, files = write_spectra(_out(options, "spectrum"), spectra, described)
+    if options["json"]:
+        say(json.dumps(content, indent=2))
+    else:
+        _show(spectra, files)
+
+
+def _show(spectra: Sequence[Spectrum], files: Sequence[Path]) -> None:
+    for spectrum in spectra:
+        say(f"{spectrum.describe()}\n")
+    say(f"written: {', '.join(map(str, files))}")
+
+
+def _spectrum_options(options: dict[str, Any]) -> SpectrumOptions:
+    check_at_least(1, k=options["k"], probes=options["probes"])
+    check_at_least(2, steps=options["steps"])
+    check_not_negative(tol=options["tol"])
+    _check_seed(options["seed"])
+    ends = ("LA", "SA") if options["which"] == "both" else (options["which"],)
+    chosen = {name: options[name] for name in ("k", "tol", "steps", "probes", "seed")}
+    return SpectrumOptions(ends=ends, **chosen)
+
+
+def _operators(options: dict[str, Any]) -> dict[str, Callable[[], LinearOperator]]:
+    """What makes the operators of a target, by name; one is in memory at a time."""
+    path, network = Path(options["target"]), options["network"]
+    if path.exists():
+        run = load_run(path, options["rows"], options["seed"], options["eval"])
+        names = NETWORKS if network == "both" else (network,)
+        return {name: partial(run.operator, name) for name in names}
+    if options["eval"] or network != "both" or options["rows"] != _ROWS:
+        raise ValueError(f"--network, --rows and --eval are for runs, and there is none at {path}")
+    op = load_factory(options["target"])
+    return {options["target"]: lambda: op}
+
+
 def _mmd(options: dict[str, Any]) -> None:
     with _input():
         real, fake = (
@@ -321,10 +414,14 @@ def _test(
 ) -> TwoSampleTest | None:
     if options["permutations"] == 0:
         return None
-    if not 0 <= options["seed"] < 2**63:
-        raise ValueError(f"seed must be in [0, 2**63), got {reprlib.repr(options['seed'])}")
+    _check_seed(options["seed"])
     generator = torch.Generator().manual_seed(options["seed"])
     return mmd2_test(real, fake, sigma, options["permutations"], generator)
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be in [0, 2**63), got {reprlib.repr(seed)}")
 
 
 def _doctor(options: dict[str, Any]) -> None:

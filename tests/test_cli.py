@@ -201,11 +201,11 @@ def refused(capsys, *args) -> str:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("", "train,resume,compare,mmd,doctor"),
+        ("", "train,resume,compare,spectrum,mmd,doctor"),
         ("paint", "invalid choice: 'paint'"),
         ("train", "dataset"),
         ("train mnist", "invalid choice: 'mnist'"),
-        ("train digits --regularizer wgan", "or r1, hsn1r, gaussian joined by +, got 'wgan'"),
+        ("train digits --regularizer wgan", "gaussian, hessian_penalty joined by +, got 'wgan'"),
         ("train digits --hsn1r.norm max", "--hsn1r.norm: Expected one of 'nuclear'"),
         ("train digits --hsn1r.weight=-1", "weight must be at least 0, got -1.0"),
         ("train digits --hsn1r.every 0", "every must be at least 1, got 0"),

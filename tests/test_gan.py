@@ -798,7 +798,9 @@ def test_bad_kernel_options_are_refused(options, message):
 
 @pytest.mark.parametrize("name", ["r1+r1", "none+r1", "r1+", ""])
 def test_a_set_of_regularizers_has_no_repetition(name):
-    with pytest.raises(ValueError, match="regularizer must be none, or r1, hsn1r, gaussian"):
+    with pytest.raises(
+        ValueError, match="regularizer must be none, or r1, hsn1r, gaussian, hessian_penalty"
+    ):
         TrainConfig(regularizer=name)
 
 
@@ -810,7 +812,7 @@ def test_a_set_of_regularizers_has_no_repetition(name):
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
         (
             {"regularizer": "wgan"},
-            "regularizer must be none, or r1, hsn1r, gaussian joined by \\+, got 'wgan'",
+            "r1, hsn1r, gaussian, hessian_penalty joined by \\+, got 'wgan'",
         ),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"batch_size": 8.0}, "batch_size must be an integer, got 8.0"),

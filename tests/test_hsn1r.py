@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hessreg.curvature import third_order_safe
+from hessreg.curvature import native_norms, third_order_safe
+from hessreg.gan import Discriminator, Generator, Trainer
 from hessreg.regularizers import (
     HSN1R,
     R1,
@@ -76,21 +77,104 @@ def quadratic(spectrum=(3.0, -2.0, 0.5)):
     ("norm", "ord"), [("nuclear", "nuc"), ("one", 1), ("spectral", 2), ("fro", "fro")]
 )
 @pytest.mark.parametrize("as_callable", [True, False])
-def test_penalty_of_a_quadratic(norm, ord, as_callable):
+@pytest.mark.parametrize("method", ["krylov", "exact"])
+def test_penalty_of_a_quadratic(norm, ord, as_callable, method):
     x, scale, A = quadratic()
-    reg = HSN1R(norm=norm, weight=0.3, num_deflated=3, num_probes=400)
+    reg = HSN1R(norm=norm, weight=0.3, num_deflated=3, num_probes=400, method=method)
     assert reg.metrics() == {}
     if as_callable:
         penalty = reg.penalty(lambda: 0.5 * x @ A @ x, [x])
     else:
         penalty = reg.penalty(0.5 * x @ A @ x, x)
     truth = 0.3 * np.linalg.norm(A.detach().numpy(), ord)
-    tolerance = 0.05 if norm == "fro" else 1e-9
+    tolerance = 0.05 if norm == "fro" and method == "krylov" else 1e-9
     assert penalty.item() == pytest.approx(truth, rel=tolerance)
     assert 0.3 * reg.metrics()["hessian_norm"] == pytest.approx(penalty.item())
     to_x, to_scale = torch.autograd.grad(penalty, [x, scale], materialize_grads=True)
     assert to_scale.item() == pytest.approx(2 * truth / 2.0, rel=tolerance)  # |s^2 H| = s^2 |H|
     assert not to_x.any()
+
+
+NUMPY = {"nuclear": "nuc", "one": 1, "spectral": 2, "fro": "fro"}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    "spectrum",
+    [
+        (3.0, 2.0, -1.0, 0.5),
+        (2.0, 2.0, -1.0, -1.0),  # repeated
+        (2.0, -2.0, 1.0, 0.0),  # a saddle with a kernel
+        (1e-6, -1e-6, 0.0, 0.0),
+        (2e6, -1e6, 1e6, 0.0),
+        (0.0, 0.0, 0.0, 0.0),
+    ],
+)
+def test_exact_norm_of_any_spectrum(norm, spectrum):
+    """The value, and a finite subgradient: for |s^2 H| in s it is 2 |s^2 H| / s."""
+    x, scale, A = quadratic(spectrum)
+    penalty = HSN1R(norm=norm, weight=1.0, method="exact").penalty(0.5 * x @ A @ x, x)
+    truth = np.linalg.norm(A.detach().numpy(), NUMPY[norm])
+    assert penalty.item() == pytest.approx(truth, rel=1e-9, abs=0)
+    assert torch.autograd.grad(penalty, scale)[0].item() == pytest.approx(truth, rel=1e-9, abs=0)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_exact_norm_of_a_network(norm):
+    """Against the whole Hessian and, for the gradient, finite differences of its norm."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 2, dtype=torch.float64)
+    params = [torch.randn(3, 2), torch.randn(3), torch.randn(3)]
+    params = [p.double().requires_grad_(True) for p in params]
+
+    def loss(w, b, u):
+        return F.softplus(torch.tanh(x @ w.mT + b) @ u).mean()
+
+    def truth():
+        blocks = torch.autograd.functional.hessian(loss, tuple(params))
+        shape = [p.numel() for p in params]
+        rows = [
+            torch.cat([b.reshape(n, -1) for b in row], 1)
+            for n, row in zip(shape, blocks, strict=True)
+        ]
+        return np.linalg.norm(torch.cat(rows).numpy(), NUMPY[norm])
+
+    reg = HSN1R(norm=norm, weight=1.0, method="exact")
+    penalty = reg.penalty(lambda: loss(*params), params)
+    assert penalty.item() == pytest.approx(truth(), rel=1e-9)
+    grads = torch.autograd.grad(penalty, params)
+    direction = [torch.randn_like(p) for p in params]
+    analytic = sum((g * d).sum().item() for g, d in zip(grads, direction, strict=True))
+    values = []
+    for step in (1e-5, -2e-5):
+        with torch.no_grad():
+            torch._foreach_add_(params, direction, alpha=step)
+        values.append(truth())
+    assert analytic == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5)
+    with torch.no_grad():
+        assert reg.penalty(lambda: loss(*params), params).item() == pytest.approx(values[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "largest"),
+    [
+        ({"norm": "spectral", "num_steps": 5}, 5),
+        ({"norm": "one", "num_steps": 5}, 5),
+        ({"norm": "fro", "num_probes": 4}, 4),
+        ({"norm": "nuclear", "num_steps": 8, "num_probes": 2}, 6),
+    ],
+)
+def test_auto_is_exact_where_that_costs_no_more(options, largest):
+    def value(n, method):
+        random = torch.Generator().manual_seed(n)
+        A = torch.randn(n, n, dtype=torch.float64, generator=random)
+        x = torch.ones(n, dtype=torch.float64, requires_grad=True)
+        loss = 0.25 * x @ (A + A.mT) @ x
+        return HSN1R(**options, method=method).penalty(loss, x).item()
+
+    assert value(largest, "auto") == value(largest, "exact")
+    assert value(largest + 1, "auto") == value(largest + 1, "krylov")
+    assert value(largest + 1, "krylov") != value(largest + 1, "exact")
 
 
 @pytest.mark.parametrize("target", [10.0, 30.0])
@@ -106,7 +190,8 @@ def test_target_is_subtracted_and_floors_at_zero(target):
 def test_smoothing_of_the_nuclear_norm():
     spectrum = torch.tensor([3.0, -2.0, 0.5], dtype=torch.float64)
     x = torch.ones(3, dtype=torch.float64, requires_grad=True)
-    penalty = HSN1R(weight=1.0, smoothing=0.1).penalty(0.5 * (spectrum * x * x).sum(), x)
+    reg = HSN1R(weight=1.0, smoothing=0.1, method="krylov")
+    penalty = reg.penalty(0.5 * (spectrum * x * x).sum(), x)
     truth = (spectrum**2 / (spectrum**2 + 0.3**2).sqrt()).sum()
     torch.testing.assert_close(penalty, truth)
 
@@ -122,7 +207,6 @@ def test_terms_come_in_the_phase_of_their_network():
     metrics = reg.metrics()
     assert g_term.item() == pytest.approx(0.1 * metrics["hessian_norm_g"])
     assert d_term.item() == pytest.approx(0.2 * metrics["hessian_norm_d"])
-    assert reg.needs_third_order()
 
 
 def test_gradient_of_the_terms():
@@ -157,6 +241,24 @@ def test_every_applies_seldom_with_a_scaled_weight():
     assert [t is not None for t in steps] == [True, False, False, True, False, False, True]
     once = HSN1R(norm="one", weight=0.1).loss_terms(next(phases(*networks(), 0)))[0]
     torch.testing.assert_close(steps[0], 3 * once)
+    assert [reg.needs_third_order(i) for i in range(7)] == [t is not None for t in steps]
+
+
+def test_only_steps_that_are_differentiated_thrice_leave_the_native_layers():
+    torch.manual_seed(0)
+    data, native = torch.randn(16, 1, 8, 8), []
+
+    class Watching(BaseRegularizer):
+        def loss_terms(self, ctx):
+            loss = ctx.discriminator_loss if ctx.generator_loss is None else ctx.generator_loss
+            native.append(bool(native_norms(loss)))
+            return None, None
+
+    networks = Generator("dcgan", 4, 8), Discriminator("dcgan", 8)
+    trainer = Trainer(*networks, data, [HSN1R(every=2), Watching()], batch_size=8)
+    for _ in range(3):
+        trainer.step()
+    assert native == [False, False, True, True, False, False]
 
 
 def test_weight_zero_and_frozen_parameters():
@@ -217,7 +319,7 @@ def test_warm_start_follows_the_eigenvector():
 
 def test_warm_start_does_not_miss_an_eigenvalue_that_overtakes():
     x = torch.ones(3, dtype=torch.float64, requires_grad=True)
-    reg = HSN1R(norm="spectral", weight=1.0, num_steps=3)
+    reg = HSN1R(norm="spectral", weight=1.0, num_steps=3, method="krylov")
     for spectrum in ([3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [3.0, -5.0, 1.0]):
         diagonal = torch.tensor(spectrum, dtype=torch.float64)
         value = reg.penalty(0.5 * (diagonal * x * x).sum(), x).item()
@@ -291,6 +393,7 @@ def test_penalty_reduces_the_norm():
     ("options", "message"),
     [
         ({"norm": "two"}, r"norm must be one of .*, got 'two'"),
+        ({"method": "dense"}, r"method must be one of .*, got 'dense'"),
         ({"every": 0}, "every must be at least 1, got 0"),
         ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
         ({"num_probes": -1}, "num_probes must be at least 1, got -1"),
@@ -379,7 +482,7 @@ def test_base_regularizer_does_nothing():
     assert base.loss_terms(ctx) == (None, None)
     assert base.transform_grads(grads, None, ctx) == (grads, None)
     assert base.precondition(generator, grads, ctx) is grads
-    assert not base.needs_third_order()
+    assert not base.needs_third_order(0)
     assert base.metrics() == base.state_dict() == {}
     base.load_state_dict({})
     with pytest.raises(ValueError, match=r"BaseRegularizer has no state, got \['a'\]"):

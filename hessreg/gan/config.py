@@ -16,12 +16,13 @@ __all__ = [
     "REGULARIZERS",
     "GaussianConfig",
     "HSN1RConfig",
+    "HessianPenaltyConfig",
     "R1Config",
     "TrainConfig",
     "parse_sigma",
 ]
 
-REGULARIZERS = ("r1", "hsn1r", "gaussian")
+REGULARIZERS = ("r1", "hsn1r", "gaussian", "hessian_penalty")
 _POLICIES = ("median", "ema", "learned")
 
 
@@ -184,12 +185,35 @@ class GaussianConfig:
 
 
 @dataclass
+class HessianPenaltyConfig:
+    """Options of the penalty on interactions of noise components.
+
+    Args:
+        weight: Its weight in the generator's loss.
+        num_probes: Random directions, at least 2.
+        reduction: Largest or mean value over the outputs of a sample.
+        every: Apply it in every k-th step.
+    """
+
+    weight: float = 0.1
+    num_probes: int = 2
+    reduction: Literal["max", "mean"] = "max"
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _require_at_least(self, 0, "weight")
+        _require_at_least(self, 1, "every")
+        _require_at_least(self, 2, "num_probes")
+
+
+@dataclass
 class TrainConfig:
     """Everything that determines a run.
 
     Args:
         dataset: What to train on.
-        regularizer: none, or any of r1, hsn1r and gaussian joined by +.
+        regularizer: none, or any of r1, hsn1r, gaussian and hessian_penalty joined by +.
         steps: Stop after this many steps; 0 for no limit.
         seconds: Stop when the training steps have used this much CPU time; 0 for no limit.
             With neither limit a run takes 40 seconds.
@@ -211,6 +235,7 @@ class TrainConfig:
         r1: Options of regulariser r1.
         hsn1r: Options of regulariser hsn1r.
         gaussian: Options of regulariser gaussian.
+        hessian_penalty: Options of regulariser hessian_penalty.
     """
 
     dataset: Literal["digits", "ring"] = "digits"
@@ -235,6 +260,7 @@ class TrainConfig:
     r1: R1Config = field(default_factory=R1Config)
     hsn1r: HSN1RConfig = field(default_factory=HSN1RConfig)
     gaussian: GaussianConfig = field(default_factory=GaussianConfig)
+    hessian_penalty: HessianPenaltyConfig = field(default_factory=HessianPenaltyConfig)
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -264,7 +290,12 @@ class TrainConfig:
         Raises:
             ValueError: If a name is unknown, or a value is missing or of the wrong kind.
         """
-        nested = {"r1": R1Config, "hsn1r": HSN1RConfig, "gaussian": GaussianConfig}
+        nested = {
+            "r1": R1Config,
+            "hsn1r": HSN1RConfig,
+            "gaussian": GaussianConfig,
+            "hessian_penalty": HessianPenaltyConfig,
+        }
         plain = {k: _build(nested[k], v) if k in nested else v for k, v in _mapping(values).items()}
         return _build(cls, plain)
 

@@ -166,7 +166,7 @@ def save_curves(
 
     panels = {
         "losses": ("loss_g", "loss_d"),
-        "regularisers": ("hessian_norm_g", "hessian_norm_d", "r1", "mmd2"),
+        "regularisers": ("hessian_norm_g", "hessian_norm_d", "r1", "mmd2", "hessian_penalty"),
         headline[1]: headline[:1],
     }
     figure = Figure(figsize=(15, 4.2), layout="constrained")

@@ -20,6 +20,7 @@ _SHORT = {
     "hessian_norm_g": "|H_G|",
     "hessian_norm_d": "|H_D|",
     "mmd2": "MMD^2",
+    "hessian_penalty": "HP",
     "sigma": "sigma",
     "fdd": "FDD",
     "modes": "modes",

@@ -27,9 +27,9 @@ from hessreg.gan.progress import ProgressReport, make_progress
 from hessreg.gan.run_folder import RunFolder
 from hessreg.gan.tasks import TASKS
 from hessreg.gan.trainer import NonFiniteError, Trainer
-from hessreg.regularizers import HSN1R, R1, GaussianKernel, Regularizer
+from hessreg.regularizers import HSN1R, R1, GaussianKernel, HessianPenalty, Regularizer
 
-__all__ = ["Interrupted", "Run", "build_trainer", "resolve_device"]
+__all__ = ["Interrupted", "Run", "build_trainer", "fitting", "resolve_device"]
 
 _KERNEL_POINTS = 128  # of each kind in the heat map
 _PACKAGES = "matplotlib", "PIL", "safetensors", "sklearn", "yaml"
@@ -47,6 +47,20 @@ def _check_packages(config: TrainConfig) -> None:
     """Fail before anything is made or trained, not when the package is first used."""
     for name in (*_PACKAGES, *(["tensorboard"] if config.tensorboard else [])):
         importlib.import_module(name)
+
+
+@contextmanager
+def fitting(checkpoint: Path) -> Iterator[None]:
+    """Let whatever refuses a state that was read say that it does not fit.
+
+    Raises:
+        CheckpointError: If something does.
+    """
+    try:
+        yield
+    except _NOT_A_STATE as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{checkpoint} does not fit the configuration: {reason}") from None
 
 
 class Interrupted(KeyboardInterrupt):
@@ -100,6 +114,9 @@ _BUILD: dict[str, Callable[[TrainConfig], Regularizer]] = {
     "hsn1r": lambda config: HSN1R(**vars(config.hsn1r), seed=config.seed),
     "r1": lambda config: R1(**vars(config.r1)),
     "gaussian": _gaussian,
+    "hessian_penalty": lambda config: HessianPenalty(
+        **vars(config.hessian_penalty), seed=config.seed
+    ),
 }
 
 
@@ -279,15 +296,11 @@ class Run:
 
     def _load(self) -> None:
         state = self.folder.load_checkpoint()
-        try:
+        with fitting(self.folder.last_checkpoint()):
             self.cpu_seconds = float(state["cpu_seconds"])
             if not 0 <= self.cpu_seconds < math.inf:
                 raise ValueError(f"cpu_seconds is {self.cpu_seconds}")
             self.trainer.load_state_dict(state["trainer"])
-        except _NOT_A_STATE as error:
-            reason = " ".join(str(error).split())
-            last = self.folder.last_checkpoint()
-            raise CheckpointError(f"{last} does not fit the configuration: {reason}") from None
         self.folder.truncate_metrics(self.trainer.steps_done)
 
     def _finish(self) -> str:

@@ -159,17 +159,19 @@ class Trainer:
         self._summed_steps = state["summed_steps"]
 
     def _discriminator_step(self, real: Tensor) -> None:
+        noise = self._draw_noise()
         with torch.no_grad():
-            fake = self._generate()
+            fake = self.generator(noise)
         with self._safe_derivatives():
             loss = discriminator_loss(self.discriminator(real), self.discriminator(fake))
-        self._apply(self.discriminator, loss, self._context(None, loss, real, fake))
+        self._apply(self.discriminator, loss, self._context(None, loss, real, fake, noise))
 
     def _generator_step(self, real: Tensor) -> None:
+        noise = self._draw_noise()
         with self._safe_derivatives():
-            fake = self._generate()
+            fake = self.generator(noise)
             loss = generator_loss(self.discriminator(fake))
-        self._apply(self.generator, loss, self._context(loss, None, real, fake))
+        self._apply(self.generator, loss, self._context(loss, None, real, fake, noise))
 
     def _apply(self, network: nn.Module, loss: Tensor, context: StepContext) -> None:
         """Differentiate the loss and the regularisers' terms, and step the network's optimiser."""
@@ -214,20 +216,25 @@ class Trainer:
             key = f"{name}_{_NAMES[side][0]}"
             self._sums[key] = self._sums.get(key, 0.0) + value.detach()
 
-    def _generate(self) -> Tensor:
+    def _draw_noise(self) -> Tensor:
         shape = (self.sampler.batch_size, self.generator.latent_dim)
         noise = torch.randn(shape, generator=self.noise)  # on the CPU: the same on every device
-        return self.generator(noise.to(self.data.device))
+        return noise.to(self.data.device)
 
     def _context(
-        self, loss_g: Tensor | None, loss_d: Tensor | None, real: Tensor, fake: Tensor
+        self,
+        loss_g: Tensor | None,
+        loss_d: Tensor | None,
+        real: Tensor,
+        fake: Tensor,
+        noise: Tensor,
     ) -> StepContext:
         networks = self.generator, self.discriminator
-        return StepContext(self.steps_done, *networks, loss_g, loss_d, real, fake)
+        return StepContext(self.steps_done, *networks, loss_g, loss_d, real, fake, noise)
 
     def _safe_derivatives(self) -> AbstractContextManager[object]:
         """Exact third derivatives through normalisation layers, where a regulariser needs them."""
-        if any(regularizer.needs_third_order() for regularizer in self.regularizers):
+        if any(each.needs_third_order(self.steps_done) for each in self.regularizers):
             return third_order_safe(self.generator, self.discriminator)
         return nullcontext()
 

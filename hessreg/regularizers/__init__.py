@@ -2,6 +2,7 @@
 
 from hessreg.regularizers._protocol import BaseRegularizer, Gradients, Regularizer, StepContext
 from hessreg.regularizers.gaussian_kernel import GaussianKernel
+from hessreg.regularizers.hessian_penalty import HessianPenalty
 from hessreg.regularizers.hsn1r import HSN1R, hsn1r_loss, original_loss
 from hessreg.regularizers.r1 import R1
 
@@ -11,6 +12,7 @@ __all__ = [
     "BaseRegularizer",
     "GaussianKernel",
     "Gradients",
+    "HessianPenalty",
     "Regularizer",
     "StepContext",
     "hsn1r_loss",

@@ -25,6 +25,7 @@ class StepContext:
         discriminator_loss: scalar with its graph in the discriminator's phase, else None.
         real: the batch of data, if there is one.
         fake: the generated batch, if there is one.
+        noise: what the generator made the generated batch from, if it is known.
     """
 
     step: int
@@ -34,6 +35,7 @@ class StepContext:
     discriminator_loss: Tensor | None
     real: Tensor | None = None
     fake: Tensor | None = None
+    noise: Tensor | None = None
 
 
 @runtime_checkable
@@ -54,8 +56,8 @@ class Regularizer(Protocol):
         """The direction to step along in place of the network's gradients."""
         ...
 
-    def needs_third_order(self) -> bool:
-        """True if the losses must be computed under ``hessreg.curvature.third_order_safe``."""
+    def needs_third_order(self, step: int) -> bool:
+        """True if this step's losses are for ``hessreg.curvature.third_order_safe``."""
         ...
 
     def metrics(self) -> dict[str, float]:
@@ -88,7 +90,7 @@ class BaseRegularizer:
         """Leaves the gradients as they are."""
         return grads
 
-    def needs_third_order(self) -> bool:
+    def needs_third_order(self, step: int) -> bool:
         """False: no loss is differentiated three times."""
         return False
 

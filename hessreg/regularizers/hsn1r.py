@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,14 @@ from hessreg.curvature.norms import (
     spectral_norm,
 )
 from hessreg.curvature.third_order import third_order_safe
+from hessreg.regularizers._exact_norms import exact_norm
 from hessreg.regularizers._protocol import BaseRegularizer, StepContext
 
 __all__ = ["HSN1R", "hsn1r_loss", "original_loss"]
 
+Method = Literal["auto", "krylov", "exact"]
+
+_GRAPH_COST = 4  # products that one with its graph costs, its differentiation included
 _METRICS = {
     "generator": "hessian_norm_g",
     "discriminator": "hessian_norm_d",
@@ -59,14 +63,17 @@ class HSN1R(BaseRegularizer):
         num_deflated: leading eigenvalues to take exactly ("nuclear").
         smoothing: of sign(H), relative to the largest eigenvalue ("nuclear"); for the gradient of
             a few steps 0.01 is better than less, and the value about 2 % low.
+        method: "krylov" estimates the norm from a few products, as the options above say; "exact"
+            forms the Hessian of n parameters by n products (with their graphs for "nuclear" and
+            "fro", so it is for very small n); "auto" is exact where that costs no more.
         warm_start: begin the search near the last step's direction ("spectral", "one", and the
             deflated eigenvalues of "nuclear").
         seed: of the random probes.
 
     Raises:
         TypeError: a count that is not an int, or a weight that is not a number.
-        ValueError: an unknown norm, a count below its minimum, or a weight, target or smoothing
-            that is negative or not finite.
+        ValueError: an unknown norm or method, a count below its minimum, or a weight, target or
+            smoothing that is negative or not finite.
 
     Example:
         >>> A = torch.tensor([[2.0, 0.0], [0.0, -3.0]])
@@ -90,11 +97,14 @@ class HSN1R(BaseRegularizer):
         num_probes: int = 1,
         num_deflated: int = 0,
         smoothing: float = 1e-2,
+        method: Method = "auto",
         warm_start: bool = True,
         seed: int = 0,
     ) -> None:
         if norm not in get_args(NormOrder):
             raise ValueError(f"norm must be one of {get_args(NormOrder)}, got {norm!r}")
+        if method not in get_args(Method):
+            raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
         check_at_least(1, every=every, num_steps=num_steps, num_probes=num_probes)
         check_at_least(0, num_deflated=num_deflated)
         d_weight = weight if discriminator_weight is None else discriminator_weight
@@ -111,6 +121,7 @@ class HSN1R(BaseRegularizer):
         self.num_probes = num_probes
         self.num_deflated = num_deflated
         self.smoothing = smoothing
+        self.method = method
         self.warm_start = warm_start
         self._random = torch.Generator().manual_seed(seed)
         self._starts: dict[str, Tensor] = {}
@@ -140,7 +151,7 @@ class HSN1R(BaseRegularizer):
         Raises:
             ValueError: as :meth:`penalty`.
         """
-        if ctx.step % self.every:
+        if not self.needs_third_order(ctx.step):
             return None, None
         return self._terms(ctx, self.every)
 
@@ -164,9 +175,9 @@ class HSN1R(BaseRegularizer):
         """
         return self.weight * self._excess("loss", loss, params)
 
-    def needs_third_order(self) -> bool:
-        """True: the gradient of a Hessian norm is a third derivative."""
-        return True
+    def needs_third_order(self, step: int) -> bool:
+        """True on the steps that ``every`` picks: a Hessian norm's gradient is of third order."""
+        return step % self.every == 0
 
     def metrics(self) -> dict[str, float]:
         """The norms last computed, as far as there are any.
@@ -226,7 +237,7 @@ class HSN1R(BaseRegularizer):
         params: Tensor | Iterable[Tensor],
     ) -> Tensor:
         op = HessianOperator(loss, params)
-        estimate = self._estimate(op, self._start(name, op))
+        estimate = self._estimate(op, name)
         self._norms[name] = estimate.value.detach()
         if self.warm_start and estimate.start is not None:
             self._starts[name] = estimate.start
@@ -243,7 +254,10 @@ class HSN1R(BaseRegularizer):
         noise = torch.randn(op.shape[0], dtype=op.dtype, generator=self._random).to(op.device)
         return start / start.norm() + noise / noise.norm()
 
-    def _estimate(self, op: HessianOperator, v0: Tensor | None) -> NormEstimate:
+    def _estimate(self, op: HessianOperator, name: str) -> NormEstimate:
+        if self._is_exact(op.shape[0]):
+            return NormEstimate(exact_norm(op, self.norm), None)
+        v0 = self._start(name, op)
         if self.norm == "spectral":
             return spectral_norm(op, num_steps=self.num_steps, v0=v0, generator=self._random)
         if self.norm == "one":
@@ -259,6 +273,18 @@ class HSN1R(BaseRegularizer):
             v0=v0,
             generator=self._random,
         )
+
+    def _is_exact(self, n: int) -> bool:
+        """Whether to form the Hessian of n parameters; "auto" counts products."""
+        if self.method != "auto":
+            return self.method == "exact"
+        if self.norm == "fro":
+            return n <= self.num_probes
+        if self.norm != "nuclear":
+            return n <= self.num_steps
+        searches = self.num_probes + (self.num_deflated > 0)
+        graphs = self.num_probes + self.num_deflated
+        return _GRAPH_COST * n <= self.num_steps * searches + _GRAPH_COST * graphs
 
 
 def original_loss(generator: nn.Module, discriminator: nn.Module, x: Tensor) -> Tensor:
