@@ -3,14 +3,13 @@
 from hessreg.curvature._checks import NonFiniteError
 from hessreg.curvature._statistics import Estimate
 from hessreg.curvature.eigenvalues import Eigenvalues, Which, check_symmetric, eigenvalues
+from hessreg.curvature.exact_norms import NormEstimate, NormOrder, exact_norm
 from hessreg.curvature.gauss_newton import GaussNewtonOperator
 from hessreg.curvature.hessian import HessianOperator
 from hessreg.curvature.lanczos import lanczos, power_iteration
 from hessreg.curvature.matrix_function import FunctionProduct, matrix_function
 from hessreg.curvature.norms import (
     ConvergenceWarning,
-    NormEstimate,
-    NormOrder,
     estimate_norm,
     frobenius_norm,
     norm,
@@ -53,6 +52,7 @@ __all__ = [
     "check_symmetric",
     "eigenvalues",
     "estimate_norm",
+    "exact_norm",
     "frobenius_norm",
     "lanczos",
     "matrix_function",

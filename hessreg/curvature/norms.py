@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -21,14 +20,20 @@ from hessreg.curvature._checks import check_at_least, check_not_negative
 from hessreg.curvature._krylov import random_signs
 from hessreg.curvature._statistics import half_width
 from hessreg.curvature.eigenvalues import default_tol, eigenvalues
+from hessreg.curvature.exact_norms import (
+    NormEstimate,
+    NormOrder,
+    exact_norm,
+    product,
+    root_of_squares,
+    rounding,
+    scalar,
+)
 from hessreg.curvature.lanczos import lanczos, norm_of
 from hessreg.curvature.operators import LinearOperator
-from hessreg.curvature.trace import unit_blocks
 
 __all__ = [
     "ConvergenceWarning",
-    "NormEstimate",
-    "NormOrder",
     "estimate_norm",
     "frobenius_norm",
     "norm",
@@ -36,8 +41,6 @@ __all__ = [
     "one_norm",
     "spectral_norm",
 ]
-
-NormOrder = Literal["spectral", "nuclear", "one", "fro"]
 
 _SMALL = 256  # most rows of an operator whose columns are all computed, if nothing else is asked
 _NUM_STEPS, _NUM_PROBES = 40, 10  # for a value with an error bar
@@ -47,24 +50,6 @@ _DEFLATED_RESIDUAL = 1e-3  # largest residual of a Ritz pair summed exactly, rel
 
 class ConvergenceWarning(UserWarning):
     """A number that is not known to be right."""
-
-
-class NormEstimate(NamedTuple):
-    """A norm, how far it may be off, and where a later call on a nearby operator may start.
-
-    Attributes:
-        value: scalar [], differentiable if gradients are enabled and the operator is.
-        start: vector [n] to pass as ``v0`` next time, or None where a start has no meaning.
-        error: scalar []: the norm is within ``error`` of the value; where probes are random, in
-            99 % of cases. Infinite where nothing is known.
-        converged: whether there is such an error and, for a norm found by iteration, it is as
-            small as the iteration was to make it.
-    """
-
-    value: Tensor
-    start: Tensor | None
-    error: Tensor
-    converged: bool
 
 
 def norm(
@@ -202,16 +187,11 @@ def _automatic(op: LinearOperator, ord: NormOrder, generator: torch.Generator) -
     if ord == "spectral":
         found = eigenvalues(op, 1, "LM", generator=generator)
         v = found.vectors[:, 0]
-        value = (v @ _product(op, v)).abs()
-        error = found.residuals[0] + _rounding(value)
+        value = (v @ product(op, v)).abs()
+        error = found.residuals[0] + rounding(value)
         return NormEstimate(value, v, error, bool(found.converged))
     if op.shape[0] <= _SMALL:
-        exact: dict[str, Callable[[LinearOperator], NormEstimate]] = {
-            "nuclear": _exact_nuclear,
-            "one": _exact_one,
-            "fro": _exact_frobenius,
-        }
-        return exact[ord](op)
+        return exact_norm(op, ord)
     if ord == "one":
         return one_norm(op)
     ritz = _ritz_pairs(op, _NUM_STEPS, None, generator)
@@ -258,9 +238,9 @@ def spectral_norm(
     """
     leading = _ritz_pairs(op, num_steps, v0, generator).leading(1)
     v = leading.vectors.squeeze(1)
-    value = (v @ _product(op, v)).abs()
+    value = (v @ product(op, v)).abs()
     converged = leading.residual <= default_tol(op.dtype) * leading.values.abs().item()
-    return NormEstimate(value, v, _scalar(op, leading.residual) + _rounding(value), converged)
+    return NormEstimate(value, v, scalar(op, leading.residual) + rounding(value), converged)
 
 
 def nuclear_norm(
@@ -333,7 +313,7 @@ def _nuclear(
     U = leading.vectors
     value = torch.zeros((), dtype=op.dtype, device=op.device)
     for sign, u in zip(leading.values.sign().tolist(), U.unbind(1), strict=True):
-        value = value + sign * (u @ _product(op, u))
+        value = value + sign * (u @ product(op, u))
     samples = []
     for _ in range(num_probes):
         z = random_signs(op, 1, generator).squeeze(1)
@@ -343,12 +323,12 @@ def _nuclear(
             continue
         ritz = _ritz_pairs(op, num_steps, z)
         w = norm_of(z) * ritz.function(_smooth_sign(ritz.values, smoothing))
-        value = value + w @ _product(op, z) / num_probes
+        value = value + w @ product(op, z) / num_probes
         if num_probes > 1:
             samples.append(_moduli(ritz, smoothing, norm_of(z).item()))
     error = _error_of_probes(samples) + leading.residual if samples else math.inf
     start = U.sum(1) if U.shape[1] else None
-    return NormEstimate(value, start, _scalar(op, error) + _rounding(value), math.isfinite(error))
+    return NormEstimate(value, start, scalar(op, error) + rounding(value), math.isfinite(error))
 
 
 def _moduli(ritz: _RitzPairs, smoothing: float, length: float) -> list[float]:
@@ -369,29 +349,6 @@ def _error_of_probes(samples: list[list[float]]) -> float:
     smooth, sharp, coarse = torch.tensor(samples, dtype=torch.float64).unbind(1)
     bias = (sharp - smooth).mean().abs() + (sharp - coarse).mean().abs()
     return (half_width(smooth) + bias).item()
-
-
-def _exact_nuclear(op: LinearOperator) -> NormEstimate:
-    H = _columns(op)
-    values, V = torch.linalg.eigh(_symmetric(H))
-    eps = torch.finfo(op.dtype).eps
-    vanishing = values.abs() <= len(values) * eps * values.abs().max()
-    sign_of_H = (V * values.sign().masked_fill(vanishing, 0)) @ V.mT
-    error = values[vanishing].abs().sum() + 4 * eps * values.abs().sum()
-    return NormEstimate((sign_of_H.to(H) * H).sum(), None, _scalar(op, error), True)
-
-
-def _columns(op: LinearOperator) -> Tensor:
-    """The matrix [n, n], with its graph if gradients are enabled."""
-    if not torch.is_grad_enabled():
-        return torch.cat([op.matmat(E) for E in unit_blocks(op)], 1)
-    columns = [_product(op, e) for E in unit_blocks(op) for e in E.unbind(1)]
-    return torch.stack(columns, 1)
-
-
-def _symmetric(H: Tensor) -> Tensor:
-    values = H.detach().cpu().double()
-    return (values + values.mT) / 2
 
 
 def one_norm(op: LinearOperator, *, num_steps: int = 20, v0: Tensor | None = None) -> NormEstimate:
@@ -422,15 +379,7 @@ def one_norm(op: LinearOperator, *, num_steps: int = 20, v0: Tensor | None = Non
     """
     check_at_least(1, num_steps=num_steps)
     x = _largest_column(op, max(1, num_steps // 2), v0)
-    return NormEstimate(_product(op, x).abs().sum(), x, _scalar(op, math.inf), False)
-
-
-def _exact_one(op: LinearOperator) -> NormEstimate:
-    with torch.no_grad():
-        sums = torch.cat([op.matmat(E).abs().sum(0) for E in unit_blocks(op)])
-    x = torch.zeros_like(sums).index_fill_(0, sums.argmax(), 1)
-    value = _product(op, x).abs().sum()
-    return NormEstimate(value, x, _rounding(value), True)
+    return NormEstimate(product(op, x).abs().sum(), x, scalar(op, math.inf), False)
 
 
 def frobenius_norm(
@@ -471,36 +420,22 @@ def _frobenius(
 ) -> NormEstimate:
     """The root of |H U|^2 and the mean of |H z|^2 over probes orthogonal to the columns of U."""
     U = leading.vectors
-    exact = [_product(op, u) for u in U.unbind(1)]
+    exact = [product(op, u) for u in U.unbind(1)]
     Z = [random_signs(op, 1, generator).squeeze(1) for _ in range(num_probes)]
-    random = [_product(op, z - U @ (U.mT @ z)) / num_probes**0.5 for z in Z]
-    value = _root_of_squares(torch.stack(exact + random))
+    random = [product(op, z - U @ (U.mT @ z)) / num_probes**0.5 for z in Z]
+    value = root_of_squares(torch.stack(exact + random))
     error = torch.full_like(value, math.inf, requires_grad=False)
     if num_probes > 1:
         squares = [num_probes * norm_of(h.detach()).double().square() for h in random]
         error = _error_of_root(value.detach(), half_width(torch.stack(squares)))
     value, error = value.to(op.dtype), error.to(op.dtype)
-    return NormEstimate(value, None, error + _rounding(value), num_probes > 1)
+    return NormEstimate(value, None, error + rounding(value), num_probes > 1)
 
 
 def _error_of_root(root: Tensor, width: Tensor) -> Tensor:
     """Of the root of a number that is known within ``width``."""
     low, high = (root.square() + sign * width for sign in (-1, 1))
     return torch.maximum(root - low.clamp_min(0).sqrt(), high.sqrt() - root)
-
-
-def _exact_frobenius(op: LinearOperator) -> NormEstimate:
-    value = _root_of_squares(_columns(op)).to(op.dtype)
-    return NormEstimate(value, None, _rounding(value), True)
-
-
-def _root_of_squares(H: Tensor) -> Tensor:
-    """The 2-norm [] of all entries in float64; at 0, all its derivatives are finite."""
-    largest = H.detach().abs().amax().double()
-    vanishes = (largest == 0).double()
-    scale = largest + vanishes
-    root = ((H / scale).double().square().sum() + vanishes).sqrt()
-    return scale * (root - vanishes)
 
 
 class _Leading(NamedTuple):
@@ -573,15 +508,3 @@ def _largest_column(op: LinearOperator, num_rounds: int, v0: Tensor | None) -> T
 def _smooth_sign(values: Tensor, smoothing: float) -> Tensor:
     delta = smoothing * values.abs().max()
     return (values / values.hypot(delta)).nan_to_num(0.0)  # 0 / 0 where both vanish
-
-
-def _product(op: LinearOperator, z: Tensor) -> Tensor:
-    return op.matvec(z, create_graph=torch.is_grad_enabled())
-
-
-def _rounding(value: Tensor) -> Tensor:
-    return 4 * torch.finfo(value.dtype).eps * value.detach().abs()
-
-
-def _scalar(op: LinearOperator, value: float | Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=op.dtype).to(op.device)

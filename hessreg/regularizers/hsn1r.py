@@ -11,17 +11,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hessreg.curvature._checks import check_at_least, check_not_negative
+from hessreg.curvature.exact_norms import NormEstimate, NormOrder, exact_norm
 from hessreg.curvature.hessian import HessianOperator
 from hessreg.curvature.norms import (
-    NormEstimate,
-    NormOrder,
     frobenius_norm,
     nuclear_norm,
     one_norm,
     spectral_norm,
 )
 from hessreg.curvature.third_order import third_order_safe
-from hessreg.regularizers._exact_norms import exact_norm
 from hessreg.regularizers._protocol import BaseRegularizer, StepContext
 
 __all__ = ["HSN1R", "hsn1r_loss", "original_loss"]
@@ -256,7 +254,7 @@ class HSN1R(BaseRegularizer):
 
     def _estimate(self, op: HessianOperator, name: str) -> NormEstimate:
         if self._is_exact(op.shape[0]):
-            return NormEstimate(exact_norm(op, self.norm), None)
+            return exact_norm(op, self.norm)
         v0 = self._start(name, op)
         if self.norm == "spectral":
             return spectral_norm(op, num_steps=self.num_steps, v0=v0, generator=self._random)
