@@ -17,6 +17,7 @@ from hessreg.curvature import (
     LinearOperator,
     NonFiniteError,
     SumOperator,
+    eigenvalues,
 )
 
 DOUBLE = torch.float64
@@ -279,17 +280,20 @@ def _share_of_a_process(rank, size, path, results):
     product = op.matvec(v, create_graph=True)
     grads = torch.cat([g.flatten() for g in torch.autograd.grad(v @ product, params)])
     dist.all_reduce(grads)  # as a trainer does
-    found = [dense(op), op.gradient, product.detach(), grads / size]
+    found = [dense(op), op.gradient, product.detach(), grads / size, *eigenvalues(op, 3, "LM")[:2]]
     results.put((rank, [t.numpy() for t in found]))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def test_two_processes_have_the_hessian_of_all_rows(tmp_path):
+@pytest.fixture(scope="module")
+def found_by_two(tmp_path_factory):
+    """What each of two processes found, by rank."""
+    store = tmp_path_factory.mktemp("processes") / "store"
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     workers = [
-        context.Process(target=_share_of_a_process, args=(rank, 2, tmp_path / "store", results))
+        context.Process(target=_share_of_a_process, args=(rank, 2, store, results))
         for rank in range(2)
     ]
     for worker in workers:
@@ -298,7 +302,10 @@ def test_two_processes_have_the_hessian_of_all_rows(tmp_path):
     for worker in workers:
         worker.join(timeout=60)
         assert worker.exitcode == 0
+    return {rank: [torch.from_numpy(array) for array in arrays] for rank, arrays in found.items()}
 
+
+def test_two_processes_have_the_hessian_of_all_rows(found_by_two):
     model, x, t = classifier()
     params = list(model.parameters())
     whole = HessianOperator(F.cross_entropy(model(x), t), params)
@@ -307,6 +314,18 @@ def test_two_processes_have_the_hessian_of_all_rows(tmp_path):
     expected = [dense(whole), whole.gradient, product.detach()]
     grads = torch.autograd.grad(v @ product, params)
     expected.append(torch.cat([g.flatten() for g in grads]))
-    for arrays in found.values():
-        for array, truth in zip(arrays, expected, strict=True):
-            torch.testing.assert_close(torch.from_numpy(array), truth, rtol=1e-12, atol=1e-14)
+    for found in found_by_two.values():
+        for result, truth in zip(found[:4], expected, strict=True):
+            torch.testing.assert_close(result, truth, rtol=1e-12, atol=1e-14)
+
+
+def test_two_processes_find_the_eigenvalues_of_one(found_by_two):
+    model, x, t = classifier()
+    whole = HessianOperator(F.cross_entropy(model(x), t), model.parameters())
+    (*_, values, vectors), (*_, others_values, others_vectors) = found_by_two.values()
+    assert torch.equal(values, others_values)
+    assert torch.equal(vectors, others_vectors)
+    torch.testing.assert_close(values, eigenvalues(whole, 3, "LM").values, rtol=1e-12, atol=0)
+    truth = torch.linalg.eigvalsh(dense(whole))
+    truth = truth[truth.abs().argsort(descending=True)][:3]
+    torch.testing.assert_close(values, truth, rtol=1e-12, atol=0)

@@ -6,6 +6,7 @@ from hessreg.curvature.eigenvalues import Eigenvalues, Which, check_symmetric, e
 from hessreg.curvature.exact_norms import NormEstimate, NormOrder, exact_norm
 from hessreg.curvature.gauss_newton import GaussNewtonOperator
 from hessreg.curvature.hessian import HessianOperator
+from hessreg.curvature.input_hessian import InputHessianOperator, SampleEigenpairs
 from hessreg.curvature.lanczos import lanczos, power_iteration
 from hessreg.curvature.matrix_function import FunctionProduct, matrix_function
 from hessreg.curvature.norms import (
@@ -39,11 +40,13 @@ __all__ = [
     "FunctionProduct",
     "GaussNewtonOperator",
     "HessianOperator",
+    "InputHessianOperator",
     "LinearOperator",
     "NonFiniteError",
     "NormEstimate",
     "NormOrder",
     "QuadratureRule",
+    "SampleEigenpairs",
     "SpectralDensity",
     "SumOperator",
     "SymmetricOperator",

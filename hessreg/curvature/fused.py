@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from hessreg import _backend
-from hessreg.curvature.mlp_graph import Chain, find_chains
+from hessreg.curvature.mlp_graph import Chain, find_chains, find_input_chain
 from hessreg.curvature.parameters import FlatParameters
 from hessreg.ops.hvp import MLPHessian
 
-__all__ = ["FusedHessian"]
+__all__ = ["FusedHessian", "FusedInputHessian", "FusedProducts"]
+
+
+class FusedProducts(Protocol):
+    """What multiplies without gradients being recorded."""
+
+    def products(self, vectors: Tensor) -> Tensor:
+        """Products with k vectors: [k, n] to [k, n]."""
+        ...
 
 
 class FusedHessian:
@@ -37,11 +46,7 @@ class FusedHessian:
     ) -> None:
         self._versions = [(p, p._version) for p in params.tensors]
         self._size = params.size
-        self._edges = [chain.output for chain in chains]
-        self._lengths = [len(chain.input) for chain in chains]
-        # Where a slope is constant, the loss has no curvature in that pass's outputs.
-        self._live = [i for i, slope in enumerate(slopes) if slope.requires_grad]
-        self._slopes = [slopes[i] for i in self._live]
+        self._head = _Head(chains, slopes)
         self._gauss_newton = gauss_newton
         self._network = _network(chains, params)
         with torch.no_grad():
@@ -78,8 +83,75 @@ class FusedHessian:
             raise ValueError("params were changed in place since the operator was made of them")
         return self._network.product(vectors, self._head, gauss_newton=self._gauss_newton)
 
-    def _head(self, moved: Tensor) -> Tensor:
-        """How the slopes in the outputs move with them: [k, rows, outputs] to the same."""
+
+class FusedInputHessian:
+    """The Hessian of a loss in the input of one pass of a perceptron.
+
+    Args:
+        chain: the pass.
+        slope: the gradient of the loss in its outputs, with its graph.
+        x: what the pass takes, in its own shape.
+    """
+
+    def __init__(self, chain: Chain, slope: Tensor, x: Tensor) -> None:
+        fixed = [x, *chain.weights, *(b for b in chain.biases if b is not None)]
+        self._versions = [(t, t._version) for t in fixed]
+        self._shape = chain.input.shape
+        self._head = _Head([chain], [slope])
+        with torch.no_grad():
+            self._network = MLPHessian(
+                [w.detach() for w in chain.weights],
+                [None if b is None else b.detach() for b in chain.biases],
+                chain.activation,
+                chain.input,
+            )
+            self._network.linearize(slope)
+
+    @classmethod
+    def find(cls, loss: Tensor, params: FlatParameters) -> FusedInputHessian | None:
+        """The operator, if the loss is of that kind and there are kernels for its device."""
+        if len(params.tensors) != 1 or not _backend.runs_compiled(params.device):
+            return None
+        chain = find_input_chain(loss, params.tensors[0])
+        if chain is None:
+            return None
+        (slope,) = torch.autograd.grad(loss, [chain.output], create_graph=True)
+        if not torch.isfinite(slope).all():
+            return None  # the general way says where
+        return cls(chain, slope, params.tensors[0])
+
+    @torch.no_grad()
+    def products(self, vectors: Tensor) -> Tensor:
+        """Products with k vectors: [k, n] to [k, n].
+
+        Raises:
+            ValueError: the input or a parameter was changed since.
+        """
+        if any(t._version != version for t, version in self._versions):
+            raise ValueError(
+                "the input or a parameter was changed in place since the operator was made"
+            )
+        rows = vectors.reshape(-1, *self._shape)
+        return self._network.input_product(rows, self._head).reshape(vectors.shape)
+
+
+class _Head:
+    """How the slopes in the outputs of passes move with them.
+
+    Args:
+        chains: the passes.
+        slopes: the gradients of the loss in their outputs, with their graphs.
+    """
+
+    def __init__(self, chains: Sequence[Chain], slopes: Sequence[Tensor]) -> None:
+        self._edges = [chain.output for chain in chains]
+        self._lengths = [len(chain.input) for chain in chains]
+        # Where a slope is constant, the loss has no curvature in that pass's outputs.
+        self._live = [i for i, slope in enumerate(slopes) if slope.requires_grad]
+        self._slopes = [slopes[i] for i in self._live]
+
+    def __call__(self, moved: Tensor) -> Tensor:
+        """[k, rows, outputs] to the same."""
         if not self._slopes:
             return torch.zeros_like(moved)
         parts = moved.split(self._lengths, 1)

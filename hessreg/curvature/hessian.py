@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hessreg.curvature.evaluation import RandomState, evaluate
-from hessreg.curvature.fused import FusedHessian
+from hessreg.curvature.fused import FusedHessian, FusedInputHessian
 from hessreg.curvature.parameter_operator import CurvatureGraph, ParameterOperator, check_loss
 from hessreg.curvature.parameters import FlatParameters
 from hessreg.curvature.third_order import refuse_opaque, require_third_order_safe
 
-__all__ = ["HessianOperator"]
+__all__ = ["HessianGraph", "HessianOperator"]
 
 
 class HessianOperator(ParameterOperator):
@@ -24,10 +24,10 @@ class HessianOperator(ParameterOperator):
 
     The gradient is built once, with its graph; each product is one reverse pass through it, about
     2 gradients. Where all of the parameters are those of one multilayer perceptron, as built of
-    ``nn.Linear`` and one smooth or piecewise linear activation, a product is a fused pass forward
-    and back instead, less than one gradient. The operator is the Hessian at the parameters' values
-    when it was made. It leaves ``.grad``, the modules' mode and buffers and the random
-    state as they were; dropout keeps its masks from product to product.
+    ``nn.Linear`` and one smooth or piecewise linear activation, or is their input, a product is a
+    fused pass forward and back instead, less than one gradient. The operator is the Hessian at the
+    parameters' values when it was made. It leaves ``.grad``, the modules' mode and buffers and the
+    random state as they were; dropout keeps its masks from product to product.
 
     Args:
         loss: a scalar with its graph (kept alive, never freed), or a callable that returns one,
@@ -87,20 +87,36 @@ class HessianOperator(ParameterOperator):
             wanted = "a callable of a batch" if data is not None else "a Tensor or a callable"
             raise TypeError(f"loss must be {wanted}, got {type(loss).__name__}")
 
-        def linearize(*batch: Any) -> _HessianGraph:
+        def linearize(*batch: Any) -> HessianGraph:
             value = loss if isinstance(loss, Tensor) else evaluate(loss, *batch, state=state)
-            return _HessianGraph(check_loss(value), flat)
+            return HessianGraph(check_loss(value), flat)
 
         super().__init__(flat, linearize, data, process_group, progress, max_bytes)
 
 
-class _HessianGraph(CurvatureGraph):
-    """The gradient of one loss with its graph, unless the fused operators do without."""
+class HessianGraph(CurvatureGraph):
+    """The gradient of one loss with its graph, unless the fused operators do without.
+
+    Args:
+        loss: scalar with its graph.
+        params: what to differentiate by.
+
+    Raises:
+        ValueError: the loss cannot be differentiated twice, or torch would do it wrongly.
+        NonFiniteError: NaN or infinity in the gradient.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> graph = HessianGraph((x**3).sum(), FlatParameters(x))
+        >>> graph.product(torch.ones(2), create_graph=False)
+        tensor([ 6., 12.])
+    """
 
     def __init__(self, loss: Tensor, params: FlatParameters) -> None:
-        refuse_opaque(loss)
-        require_third_order_safe(loss, derivatives=2)
-        super().__init__(params, loss, FusedHessian.find(loss, params))
+        refuse_opaque(loss, params.tensors)
+        require_third_order_safe(loss, derivatives=2, inputs=params.tensors)
+        fused = FusedHessian.find(loss, params) or FusedInputHessian.find(loss, params)
+        super().__init__(params, loss, fused)
         if self._fused is None:
             _ = self.gradient  # an infinite one is reported here, not at the first product
 
@@ -111,6 +127,7 @@ class _HessianGraph(CurvatureGraph):
 
     @cached_property
     def gradient(self) -> Tensor:
+        """The gradient of the loss [n], detached."""
         gradient = self.params.flatten(self._grads).detach()
         self.params.check_finite("gradient", gradient)
         return gradient
@@ -118,6 +135,7 @@ class _HessianGraph(CurvatureGraph):
     def multiply(
         self, parts: Sequence[Tensor], create_graph: bool = False, batched: bool = False
     ) -> Sequence[Tensor]:
+        """Products by parameter; with ``batched``, of k vectors in front of each part."""
         # A gradient that is constant in every parameter has no graph and a zero Hessian.
         live = [(g, part) for g, part in zip(self._grads, parts, strict=True) if g.requires_grad]
         if not live:
@@ -134,4 +152,5 @@ class _HessianGraph(CurvatureGraph):
         )
 
     def roots(self) -> Sequence[Tensor]:
+        """The gradients."""
         return self._grads

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from hessreg.ops.hvp import Activation
 
-__all__ = ["Chain", "find_chains"]
+__all__ = ["Chain", "find_chains", "find_input_chain"]
 
 # Activations by the names of their nodes, with the attributes that hold a parameter.
 _ACTIVATIONS: dict[str, tuple[str, str | None]] = {
@@ -30,6 +30,9 @@ _ACTIVATIONS: dict[str, tuple[str, str | None]] = {
     "LeakyReluBackward0": ("leaky_relu", "_saved_negative_slope"),
     "EluBackward0": ("elu", "_saved_alpha"),
 }
+
+# Nodes that keep the order of the elements.
+_VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
 
 
 @dataclass
@@ -100,21 +103,60 @@ def find_chains(loss: Tensor, params: Sequence[Tensor]) -> list[Chain] | None:
     return chains if used == len(layers) else None
 
 
-class _Graph:
-    """The nodes of a loss, who consumes whom, and which of them depend on the parameters."""
+def find_input_chain(loss: Tensor, x: Tensor) -> Chain | None:
+    """The one chain through which a tensor enters a loss.
 
-    def __init__(self, loss: Tensor, params: Sequence[Tensor]) -> None:
-        self._params = {id(p): p for p in params}
+    Args:
+        loss: scalar with its graph.
+        x: requires a gradient; what made it is not looked at.
+
+    Returns:
+        The chain, whose input has the elements of ``x`` in their order and whose layers have all
+        the parameters of the loss; None if ``x`` or a parameter enters in any other way.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
+        >>> x = torch.randn(5, 1, 2, 2, requires_grad=True)
+        >>> find_input_chain(net(x).sum(), x).input.shape
+        torch.Size([5, 4])
+    """
+    node = get_gradient_edge(x).node
+    graph = _Graph(loss, entry=node)
+    layers = graph.layers() or {}
+    user = graph.only_consumer(node)
+    while user is not None and user.name() in _VIEWS:
+        node, user = user, graph.only_consumer(user)
+    first = None if user is None else layers.get(user)
+    if first is None or first.source is not node:
+        return None
+    path = list(_follow(graph, layers, first))
+    return _make_chain(graph, path) if len(path) == len(layers) else None
+
+
+class _Graph:
+    """The nodes of a loss, who consumes whom, and which of them depend on the parameters.
+
+    With an entry instead of parameters, what is behind it is left out and every leaf is one.
+    """
+
+    def __init__(
+        self, loss: Tensor, params: Sequence[Tensor] | None = None, entry: Node | None = None
+    ) -> None:
         self.consumers: dict[Node, list[Node]] = {}
         self._order: list[Node] = []
-        self._walk(loss.grad_fn)
+        self._walk(loss.grad_fn, entry)
+        if params is None:
+            params = [n.variable for n in self._order if n is not entry and hasattr(n, "variable")]
+        self._params = {id(p): p for p in params}
         self._dependent: set[Node] = set()
         for node in self._order:  # inputs before what is made from them
             inputs = (parent for parent, _ in node.next_functions)
             if self.parameter(node) is not None or any(n in self._dependent for n in inputs):
                 self._dependent.add(node)
 
-    def _walk(self, root: Node | None) -> None:
+    def _walk(self, root: Node | None, entry: Node | None) -> None:
         done: set[Node] = set()
         pending: list[tuple[Node | None, bool]] = [(root, False)]
         while pending:
@@ -126,7 +168,7 @@ class _Graph:
                 continue
             done.add(node)
             pending.append((node, True))
-            for parent, _ in node.next_functions:
+            for parent, _ in () if node is entry else node.next_functions:
                 if parent is not None:
                     self.consumers.setdefault(parent, []).append(node)
                     pending.append((parent, False))
@@ -135,6 +177,11 @@ class _Graph:
         """The parameter that a leaf of the graph stands for."""
         variable = getattr(node, "variable", None)
         return None if variable is None else self._params.get(id(variable))
+
+    def only_consumer(self, node: Node) -> Node | None:
+        """What consumes a node, if one thing does."""
+        users = self.consumers.get(node, [])
+        return users[0] if len(users) == 1 else None
 
     def depends(self, node: Node | None) -> bool:
         return node in self._dependent

@@ -13,7 +13,7 @@ from torch.autograd.graph import Node
 
 from hessreg.curvature._checks import NonFiniteError
 from hessreg.curvature.evaluation import RandomState
-from hessreg.curvature.fused import FusedHessian
+from hessreg.curvature.fused import FusedProducts
 from hessreg.curvature.operators import SymmetricOperator
 from hessreg.curvature.parameters import FlatParameters
 from hessreg.curvature.third_order import require_third_order_safe
@@ -30,7 +30,7 @@ class CurvatureGraph:
         fused: multiplies without gradients being recorded, where the graph is of a known kind.
     """
 
-    def __init__(self, params: FlatParameters, loss: Tensor, fused: FusedHessian | None) -> None:
+    def __init__(self, params: FlatParameters, loss: Tensor, fused: FusedProducts | None) -> None:
         self.params, self.loss, self._fused = params, loss, fused
         self._batched = True
 
@@ -52,7 +52,7 @@ class CurvatureGraph:
     def product(self, v: Tensor, create_graph: bool) -> Tensor:
         """Product with v [n]."""
         if create_graph:
-            require_third_order_safe(self.loss)
+            require_third_order_safe(self.loss, inputs=self.params.tensors)
         elif self._fused is not None:
             return self._fused.products(v[None])[0]
         return self.params.flatten(self.multiply(self.params.split(v), create_graph=create_graph))

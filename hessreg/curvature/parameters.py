@@ -19,6 +19,7 @@ class FlatParameters:
     Args:
         params: one tensor or several, distinct, of one dtype (float32 or float64) and device, all
             of which require gradients.
+        labels: what messages call them; params[0] and so on if None.
 
     Attributes:
         tensors: the parameters, as a list.
@@ -40,8 +41,11 @@ class FlatParameters:
         (8, [(2, 3), (2,)])
     """
 
-    def __init__(self, params: Tensor | Iterable[Tensor]) -> None:
+    def __init__(
+        self, params: Tensor | Iterable[Tensor], labels: Sequence[str] | None = None
+    ) -> None:
         self.tensors = _check_params(params)
+        self._labels = labels or [f"params[{i}]" for i in range(len(self.tensors))]
         self.sizes = [p.numel() for p in self.tensors]
         *self.offsets, self.size = accumulate(self.sizes, initial=0)
         self.dtype, self.device = self.tensors[0].dtype, self.tensors[0].device
@@ -65,12 +69,12 @@ class FlatParameters:
         if torch.isfinite(vector.sum()):  # tells nearly always, at a tenth of the time
             return
         for row in vector.reshape(-1, self.size):
-            for i, part in enumerate(self.split(row)):
+            for label, part in zip(self._labels, self.split(row), strict=True):
                 bad = (~torch.isfinite(part)).nonzero()
                 if len(bad):
                     place = tuple(bad[0].tolist())
                     raise NonFiniteError(
-                        f"{what} of params[{i}], shape {tuple(part.shape)},"
+                        f"{what} of {label}, shape {tuple(part.shape)},"
                         f" is {part[place].item()} at {place}"
                     )
 

@@ -76,7 +76,7 @@ def third_order_safe(*modules: nn.Module) -> Iterator[None]:
         yield
 
 
-def native_norms(tensor: Tensor, derivatives: int = 3) -> list[str]:
+def native_norms(tensor: Tensor, derivatives: int = 3, inputs: Sequence[Tensor] = ()) -> list[str]:
     """Kinds of normalisation in a graph that torch would differentiate wrongly.
 
     Args:
@@ -84,6 +84,7 @@ def native_norms(tensor: Tensor, derivatives: int = 3) -> list[str]:
         derivatives: how many times it is to be differentiated. Two are right, of weight
             normalisation one, and fewer where the tensor is made from a gradient already, as a
             gradient penalty is.
+        inputs: what it is differentiated by: how these were made is not looked at.
 
     Returns:
         The kinds found, sorted, each once; empty if all those derivatives are right. Batch
@@ -96,7 +97,7 @@ def native_norms(tensor: Tensor, derivatives: int = 3) -> list[str]:
         (['layer normalisation'], [])
     """
     found = set()
-    for node in _graph_nodes(tensor):
+    for node in _graph_nodes(tensor, inputs):
         layer, *passes = node.name().lstrip("_").split("Backward")
         # Forward and first gradient call their mode by different names.
         training = getattr(node, "_saved_training", getattr(node, "_saved_train", True))
@@ -106,12 +107,15 @@ def native_norms(tensor: Tensor, derivatives: int = 3) -> list[str]:
     return sorted(found)
 
 
-def require_third_order_safe(loss: Tensor, derivatives: int = 3) -> None:
+def require_third_order_safe(
+    loss: Tensor, derivatives: int = 3, inputs: Sequence[Tensor] = ()
+) -> None:
     """Refuses a loss that torch would differentiate wrongly.
 
     Args:
         loss: tensor with its autograd graph.
         derivatives: how many times it is to be differentiated.
+        inputs: what it is differentiated by: how these were made is not looked at.
 
     Raises:
         ValueError: :func:`native_norms` finds a layer; says which and what to do.
@@ -120,7 +124,7 @@ def require_third_order_safe(loss: Tensor, derivatives: int = 3) -> None:
         >>> x = torch.randn(5, 3, requires_grad=True)
         >>> require_third_order_safe(x.square().sum())
     """
-    found = native_norms(loss, derivatives)
+    found = native_norms(loss, derivatives, inputs)
     if found:
         raise ValueError(
             f"loss went through torch's native {' and '.join(found)}, which torch"
@@ -129,11 +133,12 @@ def require_third_order_safe(loss: Tensor, derivatives: int = 3) -> None:
         )
 
 
-def refuse_opaque(loss: Tensor) -> None:
+def refuse_opaque(loss: Tensor, inputs: Sequence[Tensor] = ()) -> None:
     """Refuses a loss with a part whose gradient cannot be differentiated.
 
     Args:
         loss: tensor with its autograd graph.
+        inputs: what it is differentiated by: how these were made is not looked at.
 
     Raises:
         ValueError: a reentrant checkpoint, whose parameters would count as unused, or a compiled
@@ -143,15 +148,15 @@ def refuse_opaque(loss: Tensor) -> None:
         >>> x = torch.randn(5, 3, requires_grad=True)
         >>> refuse_opaque(x.square().sum())
     """
-    for node in _graph_nodes(loss):
+    for node in _graph_nodes(loss, inputs):
         if node.name() in _OPAQUE_NODES:
             raise ValueError(
                 f"loss cannot be differentiated twice through {_OPAQUE_NODES[node.name()]}"
             )
 
 
-def _graph_nodes(tensor: Tensor) -> Iterator[Node]:
-    seen: set[Node] = set()
+def _graph_nodes(tensor: Tensor, inputs: Sequence[Tensor]) -> Iterator[Node]:
+    seen = {x.grad_fn for x in inputs}
     pending = [tensor.grad_fn]
     while pending:
         node = pending.pop()
