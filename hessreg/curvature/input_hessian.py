@@ -12,8 +12,9 @@ from torch import Tensor
 from hessreg.curvature._checks import NonFiniteError, check_at_least
 from hessreg.curvature.eigenvalues import default_tol
 from hessreg.curvature.evaluation import RandomState, evaluate
+from hessreg.curvature.exact_norms import NormOrder
 from hessreg.curvature.hessian import HessianGraph
-from hessreg.curvature.norms import ConvergenceWarning, NormOrder
+from hessreg.curvature.norms import ConvergenceWarning
 from hessreg.curvature.parameters import FlatParameters
 from hessreg.ops.spectral import (
     symmetric_eigh,
