@@ -155,13 +155,19 @@ class _Head:
         if not self._slopes:
             return torch.zeros_like(moved)
         parts = moved.split(self._lengths, 1)
-        try:
-            found = self._curve([parts[i] for i in self._live], batched=True)
-        except RuntimeError:  # an operation of the loss has no batching rule
-            rows = [self._curve([parts[i][k] for i in self._live]) for k in range(len(moved))]
-            found = [None if c[0] is None else torch.stack(c) for c in zip(*rows, strict=True)]
+        found = self._curves([parts[i] for i in self._live])
         pairs = zip(found, parts, strict=True)
         return torch.cat([torch.zeros_like(p) if f is None else f for f, p in pairs], 1)
+
+    def _curves(self, parts: Sequence[Tensor]) -> list[Tensor | None]:
+        """That of k vectors in front of each part."""
+        if len(parts[0]) > 1:
+            try:
+                return self._curve(parts, batched=True)
+            except RuntimeError:  # an operation of the loss has no batching rule
+                pass
+        rows = [self._curve(row) for row in zip(*parts, strict=True)]
+        return [None if c[0] is None else torch.stack(c) for c in zip(*rows, strict=True)]
 
     def _curve(self, parts: Sequence[Tensor], batched: bool = False) -> list[Tensor | None]:
         return list(
