@@ -45,10 +45,9 @@ format: .venv/installed
 	  | xargs $(BIN)/clang-format -i
 
 bench: .venv/installed
-	$(BIN)/python -m pip install --quiet -c constraints.txt geomloss gpytorch pykeops
-	$(BIN)/python -m benchmarks.bench_projection
-	$(BIN)/python -m benchmarks.bench_gaussian
-	$(BIN)/python -m benchmarks.bench_hvp
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[bench]'
+	for name in projection gaussian spectral hvp curvature; do \
+	  $(BIN)/python -m benchmarks.bench_$$name || exit 1; done
 
 # On a machine with a GPU, its torch and toolkit, and no network: nothing is installed.
 gpu-check:

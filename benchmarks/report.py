@@ -13,10 +13,10 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 _HEAD = """# Benchmarks
 
 Made by `python -m benchmarks.report` from the files in `benchmarks/results`, which
-`python -m benchmarks.bench_projection --json FILE` and `bench_gaussian` and `bench_spectral`,
-likewise, write. Medians of interleaved runs; in brackets the quartiles. On the CPU the allocator is
-told to keep its memory, which makes eager torch 2 to 5 times faster on large matrices, and the same
-for all.
+`python -m benchmarks.bench_projection --json FILE` and `bench_gaussian`, `bench_spectral`,
+`bench_hvp` and `bench_curvature`, likewise, write. Medians of interleaved runs; in brackets the
+quartiles. On the CPU the allocator is told to keep its memory, which makes eager torch 2 to 5 times
+faster on large matrices, and the same for all.
 
 **Projection.** Contestants on large vectors start with nothing of theirs in the caches. The floor
 is what the same bytes cost torch's own single passes over flat vectors in the same run: one `dot`,
@@ -45,6 +45,15 @@ stays below the peak of the processor.
 
 **Symmetric eigenproblems.** Batches of 256 float32 matrices; 30 iterations or steps. Our
 milliseconds and largest error against float64, then how many times as long each rival takes.
+
+**Hessian-vector products.** The unit is one gradient of the loss in plain torch, forward and
+backward, in the same run. All but those "from scratch" keep from product to product what they can;
+`by hand` is the R-operator in plain torch.
+
+**Curvature of networks.** The largest eigenvalue of the Hessian of a loss from at most 20 products,
+the making of the operator included; the error is the median over random starts, against float64.
+`hessreg power_iteration` starts where PyHessian starts, so it makes the same error. In "Asked for,
+and measured" a rival's fastest way is compared with the fastest of ours that errs no more.
 """
 
 
@@ -60,7 +69,8 @@ def _machine(results: dict[str, Any]) -> str:
     title = f"\n## {where}, torch {card['torch']}, {results['threads']} thread(s)\n"
     cases = results.get("projection", {}).items()
     projection = "".join(_case(name, result) for name, result in cases)
-    return title + projection + _gaussian(results.get("gaussian")) + _spectral(results)
+    families = [_gaussian(results.get("gaussian")), _spectral(results), _hvp(results)]
+    return title + projection + "".join(families) + _curvature(results.get("curvature"))
 
 
 def _case(name: str, result: dict[str, Any]) -> str:
@@ -112,6 +122,56 @@ def _spectral_row(row: dict[str, Any]) -> list[str]:
     ratios = [f"{ratio:.1f}" for ratio in row["times ours"].values()]
     own = f"{errors.pop('hessreg'):.1e}"
     return [str(row["n"]), ours, own, *ratios, f"{min(errors.values()):.1e}"]
+
+
+def _hvp(results: dict[str, Any]) -> str:
+    cases = results.get("hvp", {}).get("cases", {})
+    return "".join(_hvp_case(name, case) for name, case in cases.items())
+
+
+def _hvp_case(name: str, case: dict[str, Any]) -> str:
+    key, unit = ("gradients", "gradients for each vector")
+    if key not in case:
+        key, unit = "times faster than", "times ours"
+    rows = [[f"`{who}`", _spread(t), f"{case[key][who]:.2f}"] for who, t in _times(case)]
+    return f"\n**Products, {name}**\n" + _table(["", "ms", unit], rows)
+
+
+def _times(case: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
+    return list(case["milliseconds"].items())
+
+
+def _spread(t: dict[str, float]) -> str:
+    return f"{_digits(t['median'])} ({_digits(t['low'])} - {_digits(t['high'])})"
+
+
+def _curvature(results: dict[str, Any] | None) -> str:
+    if results is None:
+        return ""
+    tables = "".join(_top_eigenvalue(case) for case in results["top eigenvalue"])
+    vectors, training = results["several vectors"], results["training"]
+    tables += "\n**Eight vectors at once, mlp**\n" + _table(
+        ["", "ms", "gradients for each vector"],
+        [[f"`{w}`", _spread(t), f"{vectors[_PER_VECTOR][w]:.2f}"] for w, t in _times(vectors)],
+    )
+    tables += "\n**A training step of `hessreg train digits` with HSN1R**\n" + _table(
+        ["", "ms", "plain steps"],
+        [[f"`{w}`", _spread(t), f"{training['plain steps'][w]:.2f}"] for w, t in _times(training)],
+    )
+    return tables + _asked(results)
+
+
+_PER_VECTOR = "gradients per vector"
+
+
+def _top_eigenvalue(case: dict[str, Any]) -> str:
+    cost, errors = case["gradients per product"], case["relative error"]
+    rows = [
+        [f"`{who}`", _spread(t), f"{cost[who]:.2f}", f"{errors[who]:.1e}"]
+        for who, t in _times(case)
+    ]
+    head = ["", "ms", "gradients for each of 20 products", "error"]
+    return f"\n**Largest eigenvalue, {case['network']}**\n" + _table(head, rows)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -194,7 +254,7 @@ def _large(cases: list[dict[str, Any]]) -> str:
 
 def _asked(results: dict[str, Any]) -> str:
     rows = [
-        [row["what"], f"{row['asked']:g} {row['unit']}", _measured(row)]
+        [row["what"], f"{row['asked']:g} {row.get('unit', '')}".strip(), _measured(row)]
         for row in results["requirements"]
     ]
     return "\n**Asked for, and measured**\n" + _table(["", "asked", "measured"], rows)
@@ -202,7 +262,7 @@ def _asked(results: dict[str, Any]) -> str:
 
 def _measured(row: dict[str, Any]) -> str:
     value = row["measured"]
-    return "not measured" if value is None else f"{_digits(value)} {row['unit']}"
+    return "not measured" if value is None else f"{_digits(value)} {row.get('unit', '')}".strip()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ for tool in memcheck racecheck synccheck; do
 done
 
 gpu=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))')
-"$PYTHON" -m benchmarks.bench_projection --device cuda --json "$OUT/$gpu.json"
-"$PYTHON" -m benchmarks.bench_gaussian --device cuda --json "$OUT/$gpu.json"
-"$PYTHON" -m benchmarks.bench_spectral --device cuda --json "$OUT/$gpu.json"
+for name in projection gaussian spectral hvp; do
+  "$PYTHON" -m "benchmarks.bench_$name" --device cuda --json "$OUT/$gpu.json"
+done
 "$PYTHON" -m benchmarks.report
