@@ -14,6 +14,7 @@ namespace hessreg::spectral::cuda {
 
 // A warp has so many loads under way, each of 16 bytes a lane.
 constexpr int kStepWarps = 8, kStepRows = 8, kStepThreads = 32 * kStepWarps;
+constexpr int kStepBlocks = 3;  // that one multiprocessor runs at a time
 constexpr int kSumWarps = 32;
 constexpr int kMaxPasses = 3;
 
@@ -149,7 +150,7 @@ __device__ __forceinline__ void for_tiles(const LanczosStep& step, Use use) {
 // ---- Kernels
 
 template <typename T, bool kPacked>
-__global__ void __launch_bounds__(kStepThreads, 3)
+__global__ void __launch_bounds__(kStepThreads, kStepBlocks)
     step_dots_kernel(LanczosStep step, StepMemory memory) {
   HESSREG_DYNAMIC_SHARED(double, sums);  // [count]
   clear_sums(step, sums);
@@ -191,7 +192,7 @@ __device__ __forceinline__ T subtract_column(const LanczosStep& step, const T* f
 }
 
 template <typename T, bool kPacked>
-__global__ void __launch_bounds__(kStepThreads, 3)
+__global__ void __launch_bounds__(kStepThreads, kStepBlocks)
     step_subtract_kernel(LanczosStep step, StepMemory memory, bool again) {
   HESSREG_DYNAMIC_SHARED(double, sums);  // [count]
   HESSREG_SHARED(T, multiples, [kStepWarps][kTile<T>]);

@@ -99,7 +99,8 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // cache. Results depend on their number, which therefore is not the device's.
 int64_t step_blocks(const LanczosStep& step) {
   constexpr int64_t kMultiprocessors = 132, kCache = 24 << 20, kTileBytes = 512;
-  const int64_t each = bounded(kCache / (kMultiprocessors * kTileBytes * step.count), 1, 4);
+  const int64_t each =
+      bounded(kCache / (kMultiprocessors * kTileBytes * step.count), 1, kStepBlocks);
   const int64_t tiles =
       ceil_div(step.n, step.element == Element::kFloat64 ? kTile<double> : kTile<float>);
   return bounded(tiles, 1, each * kMultiprocessors);
