@@ -288,6 +288,7 @@ class Spectral:
         "tridiagonal_eigh",
         "symmetric_eigvalsh",
         "symmetric_eigh",
+        "lanczos_step",
     )
 
     def __init__(self, module: ModuleType) -> None:
@@ -320,3 +321,11 @@ class Spectral:
         out = [a.new_empty(a.shape[:2]), a.new_empty(a.shape)]
         self.module.symmetric_eigh(to_numpy(a), *arrays(out))
         return out
+
+    def lanczos_step(
+        self, basis: Tensor, w: Tensor, count: int, largest: Tensor, breakdown: float
+    ) -> Tensor:
+        result = basis.new_empty(count + 3, dtype=torch.float64)
+        rest = to_numpy(largest), breakdown, to_numpy(result)
+        self.module.lanczos_step(to_numpy(basis), to_numpy(w), count, *rest)
+        return result

@@ -12,6 +12,7 @@ from hessreg.ops.gaussian import gaussian_energy, gaussian_matrix, gaussian_sum
 from hessreg.ops.projection import gram, linear_combination
 from hessreg.ops.spectral import (
     lanczos_op,
+    lanczos_step,
     power_iteration_op,
     symmetric_eigh_op,
     symmetric_eigvalsh_op,
@@ -87,6 +88,12 @@ def spectral(dtype: torch.dtype) -> None:
         if n <= 128:
             symmetric_eigvalsh_op(a)
             symmetric_eigh_op(a)
+    for n, count in itertools.product([1, 128, 5001, 70001], [1, 9, 70]):
+        basis, w = (
+            torch.randn(*shape, device="cuda").to(dtype) for shape in [(count + 1, n), (n,)]
+        )
+        largest = torch.zeros(1, dtype=torch.float64, device="cuda")
+        lanczos_step(basis / n**0.5, w, count, largest, 1e-6)
 
 
 HALF = (torch.float16, torch.bfloat16)

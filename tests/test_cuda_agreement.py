@@ -13,6 +13,7 @@ from hessreg.ops.hvp import symmetric_product
 from hessreg.ops.projection import gram, linear_combination
 from hessreg.ops.spectral import (
     lanczos_op,
+    lanczos_step,
     power_iteration_op,
     symmetric_eigh_op,
     symmetric_eigvalsh_op,
@@ -88,6 +89,26 @@ def test_spectral_kernels_agree(n, dtype):
     rounding = 1e-13 * n if dtype == torch.float64 else 1e-5
     for x, y in zip(run(a.cuda(), v0.cuda()), expected, strict=True):
         torch.testing.assert_close(x.cpu(), y, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "count"), [(128, 1), (5001, 17), (70000, 70)])
+def test_lanczos_step_agrees(n, count, dtype):
+    """Up to fused multiply-adds."""
+    q = torch.linalg.qr(torch.randn(n, count + 1, dtype=torch.float64))[0].mT.to(dtype).contiguous()
+    w, largest = torch.randn(n).to(dtype), torch.zeros(1, dtype=torch.float64)
+
+    def run(basis, w, largest):
+        breakdown = 4 * torch.finfo(dtype).eps
+        return lanczos_step(basis, w, count, largest, breakdown), basis[count]
+
+    with emulated.kernels():
+        expected = run(q.clone(), w, largest)
+    rounding = 1e-14 if dtype == torch.float64 else 1e-6
+    for x, y in zip(run(q.cuda(), w.cuda(), largest.cuda()), expected, strict=True):
+        size = float(y.abs().max())
+        torch.testing.assert_close(x.cpu(), y, rtol=0, atol=rounding * size)
 
 
 @pytest.mark.cuda

@@ -19,6 +19,8 @@ from hessreg import (
 from hessreg.ops.spectral import (
     _tridiagonal,
     lanczos_reference,
+    lanczos_step,
+    lanczos_step_reference,
     power_iteration_reference,
     symmetric_eigh_reference,
     symmetric_eigvalsh_reference,
@@ -495,6 +497,141 @@ def test_repeated_eigenvalues_of_one_sign_have_exact_derivatives(device):
     torch.testing.assert_close(twice, bend, rtol=1e-5, atol=1e-5)
 
 
+# ---- a step of Lanczos on long vectors -----------------------------------------------------------
+
+STEP_SIZES = [
+    (n, count) for n in (1, 3, 127, 5000, 70001) for count in (1, 2, 17, 40) if count <= n
+]
+
+
+def orthonormal_rows(count, n, dtype, device):
+    """Two more rows than are orthonormal: one to fill, and one to leave alone."""
+    basis = torch.full((count + 2, n), math.nan, dtype=dtype, device=device)
+    basis[:count] = torch.linalg.qr(randn(n, count))[0].mT.to(basis)
+    return basis
+
+
+def run_step(basis, w, count, largest=0.0, step=lanczos_step):
+    before = torch.full((1,), largest, dtype=torch.float64, device=w.device)
+    kept = basis[:count].clone()
+    result = step(basis, w, count, before, 4 * eps(w.dtype))
+    assert torch.equal(basis[:count], kept)
+    assert basis[count + 1 :].isnan().all()
+    assert before.item() == largest
+    return result
+
+
+def assert_step(basis, w, count, result):
+    """w = sum_i c_i q_i + r q with q a unit vector orthogonal to the rows before."""
+    rows, q, rounding = basis[:count].double(), basis[count].double(), eps(w.dtype)
+    coefficients, (residual, is_zero, product) = result[:count], result[count:]
+    size = w.double().norm().item()
+    assert result.dtype == torch.float64
+    assert is_zero.item() == 0
+    assert abs(product.item() / size - 1) <= 16 * rounding
+    assert abs(q.norm().item() - 1) <= 16 * rounding
+    assert largest(rows @ q) <= 10 * rounding
+    rest = w.double() - rows.mT @ coefficients - residual * q
+    assert rest.norm().item() <= 4 * rounding * size
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize(("n", "count"), [size for size in STEP_SIZES if size[0] > size[1]])
+def test_lanczos_step(device, n, count, dtype):
+    basis = orthonormal_rows(count, n, dtype, device)
+    w = randn(n, dtype=dtype, device=device)
+    assert_step(basis, w, count, run_step(basis, w, count))
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-6, 1e6, 1e25])
+def test_lanczos_step_at_every_scale(device, scale):
+    basis = orthonormal_rows(17, 5000, torch.float32, device)
+    w = (scale * randn(5000)).to(basis)
+    assert_step(basis, w, 17, run_step(basis, w, 17))
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize(("n", "count"), STEP_SIZES)
+def test_lanczos_step_within_the_span(device, n, count, scale, dtype):
+    """Nothing is left but rounding errors: the row is zero, and the result says so."""
+    basis = orthonormal_rows(count, n, dtype, device)
+    expected = randn(count, device=device)
+    w = scale * (basis[:count].mT @ expected.to(basis))
+    result = run_step(basis, w, count)
+    assert not basis[count].any()
+    assert result[count] <= 4 * eps(dtype) * w.double().norm()
+    assert result[count + 1] == 1
+    assert largest(result[:count] / scale - expected) <= 16 * eps(dtype) * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+@pytest.mark.parametrize("n", [127, 5000])
+def test_lanczos_step_when_most_cancels(device, n, dtype):
+    """What the first pass leaves is mostly rounding error along the rows; another removes it."""
+    basis = orthonormal_rows(17, n, dtype, device)
+    inside, outside = basis[:17].mT @ randn(17).to(basis), randn(n).to(basis)
+    left = {torch.float32: 1e-6, torch.float64: 1e-14}[dtype]
+    w = inside + left * inside.norm() / outside.norm() * outside
+    once = torch.addmv(w, basis[:17].mT, basis[:17] @ w, alpha=-1)
+    assert largest(basis[:17] @ once) > 100 * eps(dtype) * once.norm()
+    result = run_step(basis, w, 17)
+    assert_step(basis, w, 17, result)
+    assert 0.5 * left <= result[17] / w.double().norm() <= 2 * left
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("n", [3, 5000])
+def test_lanczos_step_of_what_is_not_finite(device, bad, n):
+    basis, w = orthonormal_rows(2, n, torch.float32, device), torch.ones(n, device=device)
+    w[n - 1] = bad
+    result = run_step(basis, w, 2, largest=1.0)
+    assert not result[[2, 4]].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+def test_lanczos_step_breaks_down_relative_to_the_largest_product(device, dtype):
+    basis, w = orthonormal_rows(2, 127, dtype, device), randn(127, dtype=dtype, device=device)
+    size = w.double().norm().item()
+    small, large = 0.5 * size, size / eps(dtype)
+    assert run_step(basis, w, 2, small)[-1].item() == pytest.approx(size, rel=4 * eps(dtype))
+    assert basis[2].any()
+    result = run_step(basis, w, 2, large)
+    assert (result[-2].item(), result[-1].item()) == (1, large)
+    assert not basis[2].any()
+
+
+@pytest.mark.parametrize(("n", "count"), [(3, 2), (127, 40), (5000, 17)])
+def test_lanczos_step_is_its_reference(device, n, count):
+    basis, w = orthonormal_rows(count, n, torch.float64, device), randn(n, device=device)
+    expected = basis.clone()
+    found = run_step(basis, w, count, 1.0)
+    wanted = run_step(expected, w, count, 1.0, lanczos_step_reference)
+    torch.testing.assert_close(found, wanted, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(basis, expected, rtol=0, atol=1e-14, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+def test_lanczos_step_takes_strided_products_and_repeats_itself(device, dtype):
+    basis = orthonormal_rows(17, 5000, dtype, device)
+    w, again = randn(5000, 2, dtype=dtype, device=device)[:, 0], basis.clone()
+    assert torch.equal(run_step(basis, w, 17), run_step(again, w, 17))
+    assert torch.equal(basis[17], again[17])
+
+
+def test_lanczos_step_does_not_depend_on_the_threads():
+    basis, w = orthonormal_rows(9, 300_001, torch.float32, "cpu"), randn(300_001).float()
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        try:
+            results.append(torch.cat([run_step(basis, w, 9), basis[9].double()]))
+        finally:
+            torch.set_num_threads(1)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
 # ---- shapes, dtypes, start vectors ---------------------------------------------------------------
 
 
@@ -623,6 +760,11 @@ def test_wrong_input_is_named(call, error, message):
 
 OPS = torch.ops.hessreg
 BATCH = torch.ones(2, 3, 3)
+ZERO = torch.zeros(1, dtype=torch.float64)
+
+
+def bad_step(basis=SQUARE, w=SQUARE[0], count=1, largest=ZERO):
+    return lambda: OPS.lanczos_step(basis, w, count, largest, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -640,6 +782,16 @@ BATCH = torch.ones(2, 3, 3)
             lambda: OPS.tridiagonal_eigh(torch.ones(1, 3), torch.ones(1, 3)),
             r"beta must be \[1, 2\]",
         ),
+        (bad_step(basis=SQUARE[0]), r"basis must be \[rows, n\] and contiguous"),
+        (bad_step(basis=torch.ones(3, 6)[:, ::2]), r"basis must be \[rows, n\] and contiguous"),
+        (bad_step(SQUARE.half(), SQUARE[0].half()), "expected float32 or float64"),
+        (bad_step(count=0), "count must be a row of the basis after the first, got 0"),
+        (bad_step(count=3), "count must be a row of the basis after the first, got 3"),
+        (bad_step(w=torch.ones(4)), "w must be like a row of the basis"),
+        (bad_step(w=torch.ones(6)[::2]), "w must be like a row of the basis"),
+        (bad_step(w=SQUARE[0].double()), "w must be like a row of the basis"),
+        (bad_step(largest=torch.zeros(1)), "largest must be one float64 number"),
+        (bad_step(largest=torch.zeros(2).double()), "largest must be one float64 number"),
     ],
 )
 def test_binding_refuses_what_python_should_not_have_passed(call, message):

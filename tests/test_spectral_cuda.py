@@ -99,6 +99,14 @@ def tridiagonal_pairs(module, alpha, beta):
     return out
 
 
+def step(module, basis, w, largest=0.0):
+    """The basis with its last row filled in, and the numbers of a step of Lanczos."""
+    basis, count = basis.copy(), len(basis) - 1
+    result = np.empty(count + 3)
+    module.lanczos_step(basis, w, count, np.array([largest]), 4 * epsilon(basis), result)
+    return basis, result
+
+
 def tridiagonal(alpha, beta):
     return np.stack(
         [np.diag(d) + np.diag(e, 1) + np.diag(e, -1) for d, e in zip(alpha, beta, strict=True)]
@@ -247,6 +255,106 @@ def test_the_new_vector_is_the_one_held_least(fast):
     assert (beta == 0).all()
     np.testing.assert_allclose(q[0, :, 1], [1, 0, 0, 0], atol=1e-15)
     np.testing.assert_allclose(q[0, :, 2], [0, 0, 0, 1], atol=1e-15)
+
+
+# ---- A step of Lanczos on long vectors
+
+
+def orthonormal_rows(count, n, dtype, seed=0):
+    """The rows of a basis, and one more to fill."""
+    normal = np.random.default_rng(seed).standard_normal((n, count))
+    rows = np.full((count + 1, n), np.nan, dtype)
+    rows[:count] = np.linalg.qr(normal)[0].T
+    return rows
+
+
+def assert_step(w, basis, result):
+    rows, q, w = basis[:-1].astype(float), basis[-1].astype(float), w.astype(float)
+    residual, is_zero, product = result[-3:]
+    rounding, size = epsilon(basis), np.linalg.norm(w)
+    assert is_zero == 0
+    assert product == pytest.approx(size, rel=4 * rounding)
+    assert np.linalg.norm(q) == pytest.approx(1, rel=4 * rounding)
+    assert np.abs(rows @ q).max() <= 10 * rounding
+    assert np.linalg.norm(w - result[:-3] @ rows - residual * q) <= 4 * rounding * size
+
+
+# One tile or several, whole and not, and more of them than blocks (70001); rows that are aligned
+# and not; as many rows as a warp takes at once, and more.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n", "count"),
+    [(3, 2), (64, 1), (127, 17), (128, 64), (129, 65), (260, 130), (5000, 40), (70001, 2)],
+)
+def test_lanczos_step(kernels, n, count, dtype):
+    basis, w = orthonormal_rows(count, n, dtype), vectors(1, n, dtype)[0]
+    assert_step(w, *step(kernels, basis, w))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("left", [1e-2, 1e-5, 1e-6])
+def test_lanczos_step_when_most_cancels(kernels, left, dtype):
+    basis, w = orthonormal_rows(9, 300, dtype), vectors(1, 300, dtype)[0]
+    w = (vectors(1, 9, dtype)[0] @ basis[:9] + left * w / np.linalg.norm(w)).astype(dtype)
+    filled, result = step(kernels, basis, w)
+    assert_step(w, filled, result)
+    assert result[9] == pytest.approx(left, rel=0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lanczos_step_within_the_span(kernels, dtype):
+    basis = orthonormal_rows(9, 300, dtype)
+    w = vectors(1, 9, dtype)[0] @ basis[:9]
+    filled, result = step(kernels, basis, w)
+    assert not filled[9].any()
+    assert result[-2] == 1
+    assert result[-1] == pytest.approx(np.linalg.norm(w.astype(float)), rel=4 * epsilon(w))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("which", ["basis", "w"])
+def test_lanczos_step_with_memory_that_is_not_aligned(checked, which, dtype):
+    """The loads are narrower, and the sums differ by rounding."""
+    basis, w = orthonormal_rows(3, 512, dtype), vectors(1, 512, dtype)[0]
+    aligned, expected = step(checked, basis, w)
+    arrays = {"basis": basis, "w": w}
+    given = arrays[which]
+    shifted = np.empty(given.size + 1, dtype)[1:].reshape(given.shape)
+    shifted[...] = given
+    assert shifted.ctypes.data % 16
+    arrays[which] = shifted
+    result = np.empty(6)
+    tolerance = 4 * epsilon(basis)
+    checked.lanczos_step(arrays["basis"], arrays["w"], 3, np.zeros(1), tolerance, result)
+    np.testing.assert_allclose(arrays["basis"], aligned, rtol=0, atol=tolerance)
+    np.testing.assert_allclose(result, expected, rtol=tolerance, atol=tolerance * expected[-1])
+
+
+@pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("n", [3, 300])
+def test_lanczos_step_of_what_is_not_finite(kernels, special, n):
+    basis, w = orthonormal_rows(2, n, "float32"), vectors(1, n, "float32")[0]
+    w[n - 1] = special
+    filled, result = step(kernels, basis, w, largest=1.0)
+    assert not np.isfinite(result[[2, 4]]).any()
+    assert result[3] == 1
+    assert not filled[2].any()
+
+
+@pytest.mark.parametrize(("n", "count", "dtype"), [(70001, 2, "float32"), (257, 70, "float64")])
+def test_lanczos_step_does_not_depend_on_the_order_of_threads(fast, n, count, dtype):
+    basis, w = orthonormal_rows(count, n, dtype), vectors(1, n, dtype)[0]
+    expected = step(fast, basis, w)
+    for order, seed in itertools.product(("descending", "random", "sticky"), (1, 2)):
+        with configured(fast, order=order, seed=seed, resident=2 * seed):
+            for actual, wanted in zip(step(fast, basis, w), expected, strict=True):
+                np.testing.assert_array_equal(actual, wanted)
+
+
+def test_lanczos_step_on_too_many_rows(fast):
+    rows = fast.max_step_rows + 1
+    with pytest.raises(ValueError, match="a basis of up to 12288 rows, got 12289"):
+        step(fast, np.zeros((rows + 1, 1)), np.ones(1))
 
 
 # ---- All eigenvalues
@@ -422,7 +530,8 @@ CASES = {
 
 def results_of_case(module, case):
     dtype, n, spectrum = CASES[case]
-    return results(module, symmetric(n, dtype=dtype, spectrum=spectrum), vectors(1, n, dtype))
+    a, v0 = symmetric(n, dtype=dtype, spectrum=spectrum), vectors(1, n, dtype)
+    return [*results(module, a, v0), *step(module, orthonormal_rows(9, n, dtype), v0[0])]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -444,7 +553,9 @@ def test_a_batch_is_computed_as_its_entries(fast, n):
             np.testing.assert_array_equal(actual[i], wanted[0])
 
 
-@pytest.mark.parametrize("file", ["block.cuh", "krylov.cuh", "eigenvalues.cuh", "jacobi.cuh"])
+@pytest.mark.parametrize(
+    "file", ["block.cuh", "krylov.cuh", "eigenvalues.cuh", "jacobi.cuh", "lanczos_step.cuh"]
+)
 def test_no_barrier_is_redundant(checked, file):
     cases = ("odd", "breakdown")
     references = {case: results_of_case(checked, case) for case in cases}

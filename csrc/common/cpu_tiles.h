@@ -4,6 +4,7 @@
 //
 // One operand stands in panels, so many columns side by side that they fill two vectors; rows of
 // the other are broadcast, a group at a time.
+#include "cpu_memory.h"
 #include "simd.h"
 
 namespace hessreg {
@@ -14,26 +15,6 @@ constexpr int kGroup = kVectorBytes == 64 ? 12 : 6;  // rows that are broadcast 
 
 template <typename C, int R, int N = 2>
 using Tile = Vector<C>[R][N];
-
-HESSREG_HD int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-HESSREG_HD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Hands out parts of a workspace; without one it measures what is needed.
-class Arena {
- public:
-  HESSREG_HD explicit Arena(void* workspace) : base_(reinterpret_cast<uintptr_t>(workspace)) {}
-  template <typename T>
-  HESSREG_HD T* take(int64_t count) {
-    const uintptr_t here = base_ + static_cast<uintptr_t>(used_);
-    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return reinterpret_cast<T*>(here);
-  }
-  HESSREG_HD int64_t used() const { return used_; }
-
- private:
-  uintptr_t base_;
-  int64_t used_ = 0;
-};
 
 template <typename C, int R, int N>
 HESSREG_HD void clear(Tile<C, R, N>& tile) {

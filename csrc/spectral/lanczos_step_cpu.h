@@ -10,8 +10,6 @@ namespace {
 // Summed up in the type of the elements; as much of every row stays in the second-level cache.
 constexpr int64_t kBlockColumns = 4096;
 
-HESSREG_HD int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 template <typename T>
 T* row_of(const LanczosStep& step, int64_t row) {
   return static_cast<T*>(step.basis) + row * step.n;

@@ -488,7 +488,7 @@ int64_t power_iteration_workspace(const PowerIteration& problem) {
     using T = decltype(zero);
     Arena arena(nullptr);
     PowerSpace<T> first(problem.n, arena), second(problem.n, arena);
-    return arena.taken();
+    return arena.used();
   });
 }
 
@@ -497,23 +497,23 @@ int64_t lanczos_workspace(const Lanczos& problem) {
     Arena arena(nullptr);
     using T = decltype(zero);
     LanczosSpace<T> first(problem.n, problem.m, arena), second(problem.n, problem.m, arena);
-    return arena.taken();
+    return arena.used();
   });
 }
 
 int64_t tridiagonal_eigh_workspace(const TridiagonalEigh& problem) {
   return dispatch(problem.element, [&](auto zero) {
-    return PairsSpace<decltype(zero)>(problem.m, nullptr).arena.taken();
+    return PairsSpace<decltype(zero)>(problem.m, nullptr).arena.used();
   });
 }
 
 int64_t symmetric_eigh_workspace(const SymmetricEigh& problem) {
   return dispatch(problem.element, [&](auto zero) {
     using T = decltype(zero);
-    if (!problem.vectors) return ValuesSpace<T>(problem.n, nullptr).arena.taken();
+    if (!problem.vectors) return ValuesSpace<T>(problem.n, nullptr).arena.used();
     PairsSpace<T> space(problem.n, nullptr);
     Triangle<T> triangle(problem.n, space.arena);
-    return space.arena.taken();
+    return space.arena.used();
   });
 }
 

@@ -1,33 +1,15 @@
 #pragma once
-// What the kernels of spectral_cpu.cpp share: memory, and vector functions they alone need.
+// What the kernels of spectral_cpu.cpp share: vector functions they alone need.
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
+#include "../common/cpu_memory.h"
 #include "../common/simd.h"
 #include "spectral_cpu.h"
 
 namespace hessreg::spectral::HESSREG_ISA {
 namespace {
-
-HESSREG_HD int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
-
-// Hands out a workspace piece by piece, aligned to whole cache lines; from null on it measures how
-// much is asked for.
-class Arena {
- public:
-  HESSREG_HD explicit Arena(void* memory) : next_(reinterpret_cast<uintptr_t>(memory)) {}
-  template <typename V>
-  HESSREG_HD V* take(int64_t count) {
-    V* piece = reinterpret_cast<V*>(next_);
-    next_ += round_up(count * static_cast<int64_t>(sizeof(V)), 64);
-    return piece;
-  }
-  HESSREG_HD int64_t taken() const { return static_cast<int64_t>(next_); }
-
- private:
-  uintptr_t next_;
-};
 
 template <typename T>
 HESSREG_HD Vector<T> magnitude(Vector<T> x) {

@@ -4,6 +4,7 @@
 #include "eigenvalues.cuh"
 #include "jacobi.cuh"
 #include "krylov.cuh"
+#include "lanczos_step.cuh"
 #include "spectral_cuda.h"
 
 namespace hessreg::spectral::cuda {
@@ -86,6 +87,53 @@ void launch_eigenpairs(const Problem& p, int64_t n, void* scratch, cuda_stream s
   });
 }
 
+// ---- A step of Lanczos
+
+int64_t bounded(int64_t x, int64_t least, int64_t most) {
+  return x < least ? least : x > most ? most : x;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// As many for each multiprocessor of a large GPU as leave the tiles that are worked on in its
+// cache. Results depend on their number, which therefore is not the device's.
+int64_t step_blocks(const LanczosStep& step) {
+  constexpr int64_t kMultiprocessors = 132, kCache = 24 << 20, kTileBytes = 512;
+  const int64_t each =
+      bounded(kCache / (kMultiprocessors * kTileBytes * step.count), 1, kStepBlocks);
+  const int64_t tiles =
+      ceil_div(step.n, step.element == Element::kFloat64 ? kTile<double> : kTile<float>);
+  return bounded(tiles, 1, each * kMultiprocessors);
+}
+
+// Whether all vectors start at multiples of 16 bytes.
+template <typename T>
+bool is_packed(const LanczosStep& step) {
+  const auto addresses =
+      reinterpret_cast<uintptr_t>(step.basis) | reinterpret_cast<uintptr_t>(step.w);
+  return addresses % 16 == 0 && step.n % kPack<T> == 0;
+}
+
+StepMemory memory_of(const LanczosStep& step, void* scratch) {
+  auto* const numbers = static_cast<double*>(scratch);
+  return {numbers, numbers + 2, numbers + 2 + step.count};
+}
+
+template <typename T, bool kPacked>
+void launch_step(const LanczosStep& step, const StepMemory& memory, cuda_stream stream) {
+  const int64_t blocks = step_blocks(step), shared = step.count * int64_t{sizeof(double)};
+  const dim3 grid(static_cast<unsigned>(blocks)), block(kStepThreads), sum_block(32 * kSumWarps);
+  HESSREG_LAUNCH((step_dots_kernel<T, kPacked>), grid, block, shared, stream, step, memory);
+  HESSREG_LAUNCH(step_sums_kernel, dim3(1), sum_block, 0, stream, step, memory, blocks, 0);
+  for (int pass = 0; pass < kMaxPasses; ++pass) {
+    HESSREG_LAUNCH((step_subtract_kernel<T, kPacked>), grid, block, shared, stream, step, memory,
+                   pass > 0);
+    HESSREG_LAUNCH(step_sums_kernel, dim3(1), sum_block, 0, stream, step, memory, blocks, pass + 1);
+  }
+  const dim3 scale_grid(static_cast<unsigned>(bounded(ceil_div(step.n, kStepThreads), 1, 1 << 16)));
+  HESSREG_LAUNCH((step_scale_kernel<T>), scale_grid, block, 0, stream, step, memory);
+}
+
 void check_size(int64_t n) {
   if (n > kMaxSize)
     throw std::invalid_argument("spectral: CUDA finds all eigenvalues up to n = 128, got n = " +
@@ -112,6 +160,11 @@ int64_t scratch_bytes(const TridiagonalEigh& p) { return columns_scratch(p.eleme
 
 int64_t scratch_bytes(const SymmetricEigh& p) {
   return p.vectors ? columns_scratch(p.element, p.batch, p.n) : 0;
+}
+
+int64_t scratch_bytes(const LanczosStep& step) {
+  const int64_t numbers = 2 + step.count + (step.count + 1) * step_blocks(step);
+  return round_up(numbers * int64_t{sizeof(double)}, 16);
 }
 
 void power_iteration(const PowerIteration& p, void* scratch, void* stream) {
@@ -150,6 +203,19 @@ void symmetric_eigh(const SymmetricEigh& p, void* scratch, void* stream) {
       HESSREG_LAUNCH((eigenvalues_kernel<T, kRows>), grid_of(p.batch), dim3(kRows * kThreadsOfRow),
                      0, static_cast<cuda_stream>(stream), p);
     });
+  });
+}
+
+void lanczos_step(const LanczosStep& step, void* scratch, void* stream_) {
+  if (step.count > kMaxStepRows)
+    throw std::invalid_argument("spectral: CUDA takes a basis of up to " +
+                                std::to_string(kMaxStepRows) + " rows, got " +
+                                std::to_string(step.count));
+  const auto stream = static_cast<cuda_stream>(stream_);
+  const StepMemory memory = memory_of(step, scratch);
+  dispatch(step.element, [&]<typename T>() {
+    if (is_packed<T>(step)) return launch_step<T, true>(step, memory, stream);
+    launch_step<T, false>(step, memory, stream);
   });
 }
 

@@ -202,10 +202,10 @@ def lanczos_step_reference(
     coefficients = (coefficients + again).double()
     residual = torch.linalg.vector_norm(w, dtype=torch.float64)
     product = torch.linalg.vector_norm(torch.cat([coefficients, residual[None]]))
-    largest = torch.maximum(largest, product)
+    largest = torch.maximum(largest.reshape(()), product)
     vanishes = ~(residual > breakdown * largest)
     basis[count] = w / residual.masked_fill(vanishes, torch.inf).to(w)
-    ends = torch.stack([residual, vanishes.double(), largest.reshape(())])
+    ends = torch.stack([residual, vanishes.double(), largest])
     return torch.cat([coefficients, ends])
 
 
@@ -228,7 +228,7 @@ def lanczos_step(basis: Tensor, w: Tensor, count: int, largest: Tensor, breakdow
     """
     compiled = _backend.runs_compiled(basis.device)
     step = torch.ops.hessreg.lanczos_step if compiled else lanczos_step_reference
-    return step(basis, w, count, largest, breakdown)
+    return step(basis, w.contiguous(), count, largest, breakdown)
 
 
 # ---- derivatives -------------------------------------------------------------------------------
@@ -357,7 +357,7 @@ def _power_jvp(arguments: Arguments, tangents: Arguments) -> list[Tensor]:
 # ---- batching ----------------------------------------------------------------------------------
 
 
-def _vmap_of(run: Callable[..., Any]) -> Callable[[int, Arguments, Arguments], Any]:
+def _merging_vmap(run: Callable[..., Any]) -> Callable[[int, Arguments, Arguments], Any]:
     """The rule of an operator whose tensors all begin with its batch: one longer batch."""
 
     def vmap(batch_size: int, arguments: Arguments, dims: Arguments) -> Any:
@@ -412,7 +412,7 @@ power_iteration_op: Operator = Operator(
     fake=_power_iteration_fake,
     backward=_power_backward,
     jvp=_power_jvp,
-    vmap=_vmap_of(lambda *arguments: power_iteration_op(*arguments)),
+    vmap=_merging_vmap(lambda *arguments: power_iteration_op(*arguments)),
     keeps_outputs=True,
 )
 lanczos_op: Operator = Operator(
@@ -420,7 +420,7 @@ lanczos_op: Operator = Operator(
     reference=lanczos_reference,
     fake=_lanczos_fake,
     backward=reverse_of(lanczos_reference),
-    vmap=_vmap_of(lambda *arguments: lanczos_op(*arguments)),
+    vmap=_merging_vmap(lambda *arguments: lanczos_op(*arguments)),
 )
 tridiagonal_eigh_op: Operator = Operator(
     "tridiagonal_eigh",
@@ -428,7 +428,7 @@ tridiagonal_eigh_op: Operator = Operator(
     fake=_tridiagonal_fake,
     backward=_tridiagonal_backward,
     jvp=_tridiagonal_jvp,
-    vmap=_vmap_of(lambda *arguments: tridiagonal_eigh_op(*arguments)),
+    vmap=_merging_vmap(lambda *arguments: tridiagonal_eigh_op(*arguments)),
     keeps_outputs=True,
 )
 symmetric_eigvalsh_op: Operator = Operator(
@@ -437,7 +437,7 @@ symmetric_eigvalsh_op: Operator = Operator(
     fake=_eigvalsh_fake,
     backward=_eigvalsh_backward,
     jvp=_eigvalsh_jvp,
-    vmap=_vmap_of(lambda a: symmetric_eigvalsh_op(a)),
+    vmap=_merging_vmap(lambda a: symmetric_eigvalsh_op(a)),
 )
 symmetric_eigh_op: Operator = Operator(
     "symmetric_eigh",
@@ -445,7 +445,7 @@ symmetric_eigh_op: Operator = Operator(
     fake=_eigh_fake,
     backward=_eigh_backward,
     jvp=_eigh_jvp,
-    vmap=_vmap_of(lambda a: symmetric_eigh_op(a)),
+    vmap=_merging_vmap(lambda a: symmetric_eigh_op(a)),
     keeps_outputs=True,
 )
 

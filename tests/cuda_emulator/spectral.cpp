@@ -81,12 +81,28 @@ void symmetric_eigh(const py::array& a, py::array values, std::optional<py::arra
   cuda::symmetric_eigh(problem, scratch_of(memory, problem), nullptr);
 }
 
+void lanczos_step(py::array basis, const py::array& w, int64_t count, const py::array& largest,
+                  double breakdown, py::array result) {
+  NumpyArguments memory;
+  const LanczosStep step{memory.in_out("basis", basis),
+                         memory.input("w", w),
+                         memory.input<double>("largest", largest),
+                         memory.output<double>("result", result),
+                         count,
+                         basis.shape(1),
+                         breakdown,
+                         element_of(basis)};
+  cuda::lanczos_step(step, scratch_of(memory, step), nullptr);
+}
+
 }  // namespace
 
 HESSREG_EMULATOR_MODULE(m) {
   m.attr("max_size") = cuda::kMaxSize;
+  m.attr("max_step_rows") = cuda::kMaxStepRows;
   m.def("power_iteration", &power_iteration);
   m.def("lanczos", &lanczos);
   m.def("tridiagonal_eigh", &tridiagonal_eigh);
   m.def("symmetric_eigh", &symmetric_eigh);
+  m.def("lanczos_step", &lanczos_step);
 }
