@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hessreg.curvature.lanczos import norm_of, normalize, orthogonalize, report_non_finite
+from hessreg.curvature.lanczos import norm_of, normalize, report_non_finite
 from hessreg.curvature.operators import LinearOperator
 from hessreg.ops.spectral import lanczos_step
 
@@ -194,8 +194,8 @@ class KrylovSpace:
 
 def orthogonal_part(v: Tensor, basis: Tensor) -> Tensor:
     """The unit vector [n] along the part of v orthogonal to the rows of basis [m, n]."""
-    for _ in range(2):  # where little is left of v, its rounding errors are not orthogonal
-        v = normalize(orthogonalize(v, basis)[0])
+    for _ in range(4):  # where little is left of v, its rounding errors are not orthogonal
+        v = normalize(torch.addmv(v, basis.mT, basis @ v, alpha=-1))
     return v
 
 

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from hessreg.curvature._checks import NonFiniteError, check_at_least
 from hessreg.curvature.operators import LinearOperator
+from hessreg.ops.spectral import lanczos_step
 
 __all__ = [
     "lanczos",
     "norm_of",
     "normalize",
-    "orthogonalize",
     "power_iteration",
     "report_non_finite",
     "start_vector",
@@ -69,24 +69,28 @@ def lanczos(
     num_steps: int,
     v0: Tensor | None = None,
     generator: torch.Generator | None = None,
+    *,
+    deflate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Lanczos tridiagonalisation with full reorthogonalisation.
 
     A Q = Q T + beta[-1] r e_m' with Q' Q = I, T tridiagonal and r a unit vector orthogonal to Q.
-    Each product is orthogonalised twice by classical Gram-Schmidt, so T has no ghost eigenvalues.
-    The iteration ends early at an invariant subspace: a residual below 64 eps of the largest
-    product, whatever the scale of the operator.
+    Each product is orthogonalised to rounding by classical Gram-Schmidt, so T has no ghost
+    eigenvalues. The iteration ends early at an invariant subspace: a residual below 64 eps of the
+    largest product, whatever the scale of the operator.
 
     Args:
         op: symmetric operator A, (n, n).
-        num_steps: products to spend, at least 1; no more than n are.
+        num_steps: products to spend, at least 1; no more than n - d are.
         v0: start [n], need not be a unit vector; random if None.
         generator: source of the random start; None is one seeded with 0, so that calls agree and
             the global random state stays as it is.
+        deflate: orthonormal [n, d]: A is taken between vectors orthogonal to these only, and v0
+            must be such a vector.
 
     Returns:
         alpha [m], the diagonal of T; beta [m], the off-diagonal and, last, the norm of the
-        residual (0 at an invariant subspace); Q [n, m]. m <= min(num_steps, n).
+        residual (0 at an invariant subspace); Q [n, m]. m <= min(num_steps, n - d).
 
     Raises:
         TypeError: num_steps is not an int.
@@ -102,45 +106,32 @@ def lanczos(
         [-1.0, 1.0]
     """
     check_at_least(1, num_steps=num_steps)
-    m = min(num_steps, op.shape[0])
-    basis = torch.zeros(m, op.shape[0], dtype=op.dtype, device=op.device)
-    alpha, beta = basis.new_zeros(m), basis.new_zeros(m)
-    largest, previous = basis.new_zeros(2)
-    basis[0] = start_vector(op, v0, generator)
-    for j in range(m):
-        w, coefficients = orthogonalize(op.matvec(basis[j]), basis[: j + 1])
-        alpha[j], residual = coefficients[-1], norm_of(w)
-        largest = largest.maximum(alpha[j].hypot(previous).hypot(residual))  # of |A q|
-        # After a breakdown the vectors stay zero: no branch, so no wait for the device.
-        broken = ~(residual > 64 * torch.finfo(op.dtype).eps * largest)
-        beta[j] = previous = residual.masked_fill(broken, 0)
-        if j + 1 < m:
-            torch.div(w, residual.masked_fill(broken, torch.inf), out=basis[j + 1])
-    return _truncate(op, alpha, beta, basis)
+    d = 0 if deflate is None else deflate.shape[1]
+    m = min(num_steps, op.shape[0] - d)
+    basis = torch.empty(d + m + 1, op.shape[0], dtype=op.dtype, device=op.device)
+    if deflate is not None:
+        basis[:d] = deflate.mT
+    basis[d] = start_vector(op, v0, generator)
+    breakdown = 64 * torch.finfo(op.dtype).eps
+    largest, ends = basis.new_zeros(1, dtype=torch.float64), []
+    for j in range(d, d + m):  # after a breakdown the vectors stay zero: no branch, so no wait
+        result = lanczos_step(basis, op.matvec(basis[j]), j + 1, largest, breakdown)
+        largest = result[-1:]
+        ends.append(result[-4:-1])
+    return _truncate(op, torch.stack(ends), basis[d:])
 
 
-def orthogonalize(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """The part of w [n] orthogonal to the rows of basis [m, n], and its coefficients [m] on them.
-
-    Classical Gram-Schmidt, twice: orthogonal to rounding unless w lies in the span. w, which may
-    be the operator's own, stays as it is.
-    """
-    coefficients = basis @ w
-    w = torch.addmv(w, basis.mT, coefficients, alpha=-1)
-    correction = basis @ w
-    return w.addmv_(basis.mT, correction, alpha=-1), coefficients.add_(correction)
-
-
-def _truncate(
-    op: LinearOperator, alpha: Tensor, beta: Tensor, basis: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    host = torch.stack([alpha, beta]).cpu()
-    bad = ~torch.isfinite(host).all(0)
+def _truncate(op: LinearOperator, ends: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `lanczos` returns, of alpha, beta and whether the space is invariant, [steps, 3]."""
+    host = ends.cpu()
+    bad = ~torch.isfinite(host).all(1)
     if bad.any():
         report_non_finite(op, basis[int(bad.nonzero()[0])])
-    broken = (host[1] == 0).nonzero()
-    m = int(broken[0]) + 1 if len(broken) else len(alpha)
-    return alpha[:m], beta[:m], basis[:m].mT
+    broken = host[:, 2].nonzero()
+    m = int(broken[0]) + 1 if len(broken) else len(host)
+    alpha, beta, is_invariant = ends[:m].mT
+    beta = beta.masked_fill(is_invariant > 0, 0)
+    return alpha.to(op.dtype), beta.to(op.dtype), basis[:m].mT
 
 
 def report_non_finite(op: LinearOperator, vector: Tensor) -> NoReturn:

@@ -318,10 +318,10 @@ def _nuclear(
     for _ in range(num_probes):
         z = random_signs(op, 1, generator).squeeze(1)
         z = z - U @ (U.mT @ z)
-        if not z.any():
+        if not z.any() or U.shape[1] == len(z):  # what is left then is rounding error
             samples.append([0.0, 0.0, 0.0])
             continue
-        ritz = _ritz_pairs(op, num_steps, z)
+        ritz = _ritz_pairs(op, num_steps, z, deflate=U)
         w = norm_of(z) * ritz.function(_smooth_sign(ritz.values, smoothing))
         value = value + w @ product(op, z) / num_probes
         if num_probes > 1:
@@ -483,13 +483,15 @@ def _ritz_pairs(
     num_steps: int,
     v0: Tensor | None,
     generator: torch.Generator | None = None,
+    deflate: Tensor | None = None,
 ) -> _RitzPairs:
-    alpha, beta, Q = lanczos(op, num_steps, v0, generator)
+    alpha, beta, Q = lanczos(op, num_steps, v0, generator, deflate=deflate)
     # A matrix of a few rows: the CPU in float64 is as fast as any device, and more accurate.
     diagonal, off = torch.stack([alpha, beta]).cpu().double()
     T = torch.diag(diagonal) + torch.diag(off[:-1], 1) + torch.diag(off[:-1], -1)
     values, coordinates = torch.linalg.eigh(T)
-    is_exact = len(T) < num_steps or len(T) == op.shape[0]
+    num_deflated = 0 if deflate is None else deflate.shape[1]
+    is_exact = len(T) < num_steps or len(T) == op.shape[0] - num_deflated
     residuals = 0 * values if is_exact else off[-1] * coordinates[-1].abs()
     return _RitzPairs(T, values, coordinates, residuals, Q, is_exact)
 
