@@ -127,15 +127,15 @@ class Hvp:
         x: Tensor,
         weights: Sequence[Tensor],
         biases: Sequence[Tensor],
-        activation: int,
-        parameter: float,
+        activations: Sequence[int],
+        parameters: Sequence[float],
     ) -> list[Tensor]:
         y = x.new_empty(len(x), len(weights[-1]))
         kept = [_hidden(x, weights[:-1], len(x)) for _ in range(3)]
         given = [to_numpy(b) if b.numel() else None for b in biases]
         arrays = to_numpy(x), to_numpy_list(weights), given
         out = [to_numpy_list(tensors) for tensors in kept]
-        self.module.forward(*arrays, activation, parameter, to_numpy(y), *out)
+        self.module.forward(*arrays, activations, parameters, to_numpy(y), *out)
         return [y, *(t for tensors in kept for t in tensors)]
 
     def mlp_backward(

@@ -54,8 +54,9 @@ def network(widths, dtype=torch.float64, device="cpu", scale=1.0):
 
 def apply(weights, biases, activation, x):
     *hidden, last = zip(weights, biases, strict=True)
-    for weight, bias in hidden:
-        x = ACTIVATIONS[activation](F.linear(x, weight, bias))
+    each = activation if isinstance(activation, list) else [activation] * len(hidden)
+    for (weight, bias), one in zip(hidden, each, strict=True):
+        x = ACTIVATIONS[one](F.linear(x, weight, bias))
     return F.linear(x, *last)
 
 
@@ -160,7 +161,8 @@ def raw_arguments(widths=(2, 4, 3, 2), batch=3, directions=2, dtype=torch.float6
     weights, biases = network(widths, dtype, device)
     x = torch.randn(batch, widths[0], dtype=torch.float64).to(device, dtype)
     hidden = len(weights) - 1
-    _, *jets = forward_reference(x, weights, biases, 1, 0.0)
+    activations = [1 + i % 3 for i in range(hidden)], [2.0] * hidden
+    _, *jets = forward_reference(x, weights, biases, *activations)
     a, d1, d2 = (jets[i * hidden : (i + 1) * hidden] for i in range(3))
     delta = torch.randn(batch, widths[-1], dtype=torch.float64).to(device, dtype)
     found = backward_reference(delta, weights, d1, d2)
@@ -172,7 +174,7 @@ def raw_arguments(widths=(2, 4, 3, 2), batch=3, directions=2, dtype=torch.float6
     r_delta = torch.randn(directions, batch, widths[-1], dtype=torch.float64).to(device, dtype)
     deltas = found[: hidden + 1], found[hidden + 1 :], rz
     return {
-        "mlp_forward": (x, weights, biases, 1, 0.0),
+        "mlp_forward": (x, weights, biases, *activations),
         "mlp_backward": (delta, weights, d1, d2),
         "mlp_tangent": (x, weights, a, d1, u, v, *offsets),
         "mlp_adjoint": (x, weights, a, d1, *deltas, u, v, r_delta, *offsets, False, True),
@@ -244,6 +246,25 @@ def test_parameter_products_equal_the_dense_hessian(device, activation, widths):
     torch.testing.assert_close(one, dense @ v[:, 0])
 
 
+BY_LAYER = [
+    ["tanh", "silu"],
+    [("leaky_relu", 0.2), ("softplus", 2.0)],
+    ["gelu", "identity"],
+]
+
+
+@pytest.mark.parametrize("activation", BY_LAYER, ids=str)
+def test_each_layer_may_have_an_activation_of_its_own(device, activation):
+    weights, biases = network((4, 6, 5, 1), device=device)
+    x, u = torch.randn(2, 6, 4, dtype=torch.float64, device=device)
+    dense = parameter_hessian(weights, biases, activation, x)
+    v = torch.randn(len(dense), 2, dtype=torch.float64, device=device)
+    actual = mlp_parameter_hvp(weights, biases, activation, x, bent, v)
+    torch.testing.assert_close(actual, dense @ v)
+    expected = input_product(weights, biases, activation, x, u)
+    torch.testing.assert_close(mlp_hvp(weights, biases, activation, x, u), expected)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gauss_newton_products_equal_the_dense_matrix(device, activation):
     weights, biases = network((5, 7, 6, 2), device=device)
@@ -307,11 +328,11 @@ def test_activations_are_as_exact_as_those_of_torch(device, dtype, activation):
     z = torch.cat([-size, size, torch.linspace(-12, 12, 401, dtype=torch.float64)])
     z = z.to(device, dtype)[:, None]
     one = torch.ones(1, 1, dtype=dtype, device=device)
-    number, parameter = hessreg.ops.hvp._checked_activation(activation)
+    activations = hessreg.ops.hvp._checked_activations(activation, 1)
     nothing = [torch.zeros(0, dtype=dtype, device=device)] * 2
-    _, *jet = mlp_forward(z, [one, one], nothing, number, parameter)
+    _, *jet = mlp_forward(z, [one, one], nothing, *activations)
     exact = forward_reference(
-        z.double(), [one.double()] * 2, [n.double() for n in nothing], number, parameter
+        z.double(), [one.double()] * 2, [n.double() for n in nothing], *activations
     )[1:]
     rounding = torch.finfo(dtype).eps
     for ours, truth in zip(jet, exact, strict=True):
@@ -686,6 +707,9 @@ X, W, B, LAST = torch.ones(2, 3), torch.ones(4, 3), torch.ones(4), torch.ones(1,
     ("arguments", "error", "message"),
     [
         (([W], [B], "cube", X), ValueError, "activation must be one of identity, .*got 'cube'"),
+        (([W], [B], ["tanh"], X), ValueError, r"each of 0 hidden layers, got \['tanh'\]"),
+        (([W, LAST], [B, None], ["cube"], X), ValueError, "must be one of identity, .*got 'cube'"),
+        (([W], [B], None, X), ValueError, "activation must be one, or a list .*, got None"),
         (([W], [B], ("tanh", 1.0), X), ValueError, "activation 'tanh' has no parameter, got 1.0"),
         (([W], [B], ("elu", "1"), X), TypeError, "parameter of an activation must be a number"),
         (([W], [B], ("softplus", 0.0), X), ValueError, "parameter of softplus must be finite"),

@@ -63,7 +63,7 @@ class Problem:
     widths: Sequence[int]
     batch: int
     directions: int = 1
-    activation: str = "tanh"
+    activation: Any = "tanh"
     bias: bool = True
     moves_input: bool = False  # a direction in x
     with_input: bool = False  # the product for x
@@ -76,8 +76,7 @@ class Problem:
         weights = [normal(o, i, seed=i + o) / max(i, 1) ** 0.5 for i, o in pairs]
         biases = [normal(o if self.bias else 0, seed=o) for _, o in pairs]
         x, hidden = normal(self.batch, self.widths[0]), len(pairs) - 1
-        activation = hvp._checked_activation(self.activation)
-        forward = x, weights, biases, *activation
+        forward = x, weights, biases, *hvp._checked_activations(self.activation, hidden)
         _, *kept = hvp.forward_reference(*forward)
         a, d1, d2 = (kept[i * hidden : (i + 1) * hidden] for i in range(3))
         backward = normal(self.batch, self.widths[-1], seed=1), weights, d1, d2
@@ -166,6 +165,9 @@ PROBLEMS = {
         (2, 4, 3), 20, 2, moves_input=True, with_input=True, offsets=([-1] * 2, [-1] * 2, 0)
     ),
     "nothing moves": Problem((2, 4, 3), 20, 2, offsets=([-1, -1], [-1, 5], 9)),
+    "activations by layer": Problem(
+        (3, 9, 8, 2), 17, 2, ["tanh", ("softplus", 2.0)], with_input=True
+    ),
     "deep": Problem((3, *[5] * 9, 2), 6, 1, "elu", with_input=True),
     "at most 128 wide": Problem((128, 7, 128), 5, 1),
     "wider than 128": Problem((3, 129, 2), 5, 1),

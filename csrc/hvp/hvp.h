@@ -47,9 +47,9 @@ struct Network {
 // y and what the other passes need of each hidden layer. The lists hold layers 1 ... L - 1.
 struct Forward {
   Network network;
-  const void* x;  // [batch, n_0]
-  Activation activation;
-  double parameter;
+  const void* x;                  // [batch, n_0]
+  const Activation* activations;  // on the host
+  const double* parameters;
   void* y;              // [batch, n_L]
   void* const* a;       // [n_l, batch]: f(z_l)
   void* const* first;   // [n_l, batch]: f'(z_l)

@@ -133,9 +133,10 @@ class ForwardPass : Pass<C> {
   HESSREG_HD void finish(int64_t l, int64_t first, int64_t rows, int64_t start, int64_t columns,
                          Block<C>& block) const {
     C* panel = this->samples(a_, l).data + start * this->width(l) + first * kPanel<C>;
+    const C parameter = static_cast<C>(p_.parameters[l - 1]);
     this->each_vector(rows, columns, [&](int64_t r, int64_t h, int64_t count) {
-      const Jet<Vector<C>> jet = activate<VectorMath<C>>(
-          p_.activation, static_cast<C>(p_.parameter), load<C, kLanes<C>>(block.row(r) + h));
+      const Jet<Vector<C>> jet = activate<VectorMath<C>>(p_.activations[l - 1], parameter,
+                                                         load<C, kLanes<C>>(block.row(r) + h));
       const int64_t place = (first + r) * this->batch_ + start + h;
       store(panel + r * kPanel<C> + h, jet.value);
       store_some<C>(at<C>(p_.a, l) + place, jet.value, count);

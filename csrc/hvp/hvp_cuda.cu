@@ -236,8 +236,8 @@ Product step_of(const Forward& p, int64_t l, void*) {
     return step;
   }
   write_hidden(step, Finish::kActivate);
-  step.epilogue.activation = p.activation;
-  step.epilogue.parameter = p.parameter;
+  step.epilogue.activation = p.activations[l];
+  step.epilogue.parameter = p.parameters[l];
   step.epilogue.out[0] = p.a[l];
   step.epilogue.out[1] = p.first[l];
   step.epilogue.out[2] = p.second[l];

@@ -224,11 +224,24 @@ Tensor symmetric_matmul_op(Tensor a_, Tensor v_) {
   return out;
 }
 
+std::vector<Activation> checked_activations(const std::vector<int64_t>& numbers, int64_t hidden) {
+  STD_TORCH_CHECK(static_cast<int64_t>(numbers.size()) == hidden, "hvp: ", numbers.size(),
+                  " activations for ", hidden, " hidden layers");
+  std::vector<Activation> activations;
+  for (const int64_t number : numbers) {
+    STD_TORCH_CHECK(number >= 0 && number < kNumActivations, "hvp: activations must be in [0, ",
+                    kNumActivations, "), got ", number);
+    activations.push_back(static_cast<Activation>(number));
+  }
+  return activations;
+}
+
 std::vector<Tensor> forward_op(Tensor x_, std::vector<Tensor> weights, std::vector<Tensor> biases,
-                               int64_t activation, double parameter) {
-  STD_TORCH_CHECK(activation >= 0 && activation < kNumActivations,
-                  "hvp: activation must be in [0, ", kNumActivations, "), got ", activation);
+                               std::vector<int64_t> activations_, std::vector<double> parameters) {
   Arguments arguments(x_, weights);
+  const auto activations = checked_activations(activations_, arguments.hidden());
+  STD_TORCH_CHECK(parameters.size() == activations.size(), "hvp: ", parameters.size(),
+                  " parameters for ", activations.size(), " activations");
   arguments.set_biases(biases);
   const Network& network = arguments.network();
   const void* x = arguments.inputs().take(x_, "x", {network.batch, network.inputs()});
@@ -236,7 +249,7 @@ std::vector<Tensor> forward_op(Tensor x_, std::vector<Tensor> weights, std::vect
   const auto a = append_hidden(out, x_, network, arguments.hidden());
   const auto first = append_hidden(out, x_, network, arguments.hidden());
   const auto second = append_hidden(out, x_, network, arguments.hidden());
-  run(Forward{network, x, static_cast<Activation>(activation), parameter, out[0].mutable_data_ptr(),
+  run(Forward{network, x, activations.data(), parameters.data(), out[0].mutable_data_ptr(),
               a.data(), first.data(), second.data()},
       x_);
   return out;
@@ -330,8 +343,8 @@ std::vector<Tensor> adjoint_op(Tensor x_, std::vector<Tensor> weights, std::vect
 STABLE_TORCH_LIBRARY_FRAGMENT(hessreg, m) {
   m.def("symmetric_matmul(Tensor a, Tensor v) -> Tensor");
   m.def(
-      "mlp_forward(Tensor x, Tensor[] weights, Tensor[] biases, int activation, float parameter)"
-      " -> Tensor[]");
+      "mlp_forward(Tensor x, Tensor[] weights, Tensor[] biases, int[] activations,"
+      " float[] parameters) -> Tensor[]");
   m.def("mlp_backward(Tensor delta, Tensor[] weights, Tensor[] d1, Tensor[] d2) -> Tensor[]");
   m.def(
       "mlp_tangent(Tensor x, Tensor[] weights, Tensor[] a, Tensor[] d1, Tensor direction_x,"

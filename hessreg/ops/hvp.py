@@ -131,16 +131,17 @@ def forward_reference(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
-    activation: int,
-    parameter: float,
+    activations: Sequence[int],
+    parameters: Sequence[float],
 ) -> list[Tensor]:
     """``[y, a_1, ..., d1_1, ..., d2_1, ...]`` by definition."""
     a, jets = x.mT, []
-    for weight, bias in zip(weights, biases, strict=True):
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         z = weight @ a + (bias[:, None] if bias.numel() else 0)
-        jets.append(_JETS[activation](z, parameter))
-        a = jets[-1][0]
-    return [z.mT, *(jet[i] for i in range(3) for jet in jets[:-1])]
+        if i < len(activations):
+            jets.append(_JETS[activations[i]](z, parameters[i]))
+            a = jets[-1][0]
+    return [z.mT, *(jet[i] for i in range(3) for jet in jets)]
 
 
 def backward_reference(
@@ -295,8 +296,8 @@ def _forward_fake(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
-    activation: int,
-    parameter: float,
+    activations: Sequence[int],
+    parameters: Sequence[float],
 ) -> list[Tensor]:
     hidden = [t for _ in range(3) for t in _hidden(x, weights[:-1], len(x))]
     return [x.new_empty(len(x), len(weights[-1])), *hidden]
@@ -442,7 +443,8 @@ class MLPHessian:
             ``"relu"``, ``"leaky_relu"`` or ``"elu"``, or a pair of one of these and its parameter:
             beta of softplus (1), the slope of leaky_relu (0.01), alpha of elu (1). The second
             derivative of relu and leaky_relu is zero almost everywhere, and that of elu jumps at 0:
-            on the kink, products take it to be zero.
+            on the kink, products take it to be zero. Or a list with one of these for each hidden
+            layer.
         x: inputs ``[batch, n_0]``, like all parameters in dtype (float32 or float64) and device.
         weight_offsets: where W_l lies in the flat vectors, row after row; -1: nowhere, it stays
             fixed. By default W_1, b_1, W_2, b_2, ... follow each other.
@@ -471,7 +473,7 @@ class MLPHessian:
         self,
         weights: Sequence[Tensor],
         biases: Sequence[Tensor | None],
-        activation: Activation,
+        activation: Activation | Sequence[Activation],
         x: Tensor,
         *,
         weight_offsets: Sequence[int] | None = None,
@@ -485,8 +487,9 @@ class MLPHessian:
             list(default if given is None else given)
             for given, default in zip((weight_offsets, bias_offsets), in_order, strict=True)
         ]
-        outputs = mlp_forward(x, self._weights, self._biases, *_checked_activation(activation))
         hidden = len(self._weights) - 1
+        activations = _checked_activations(activation, hidden)
+        outputs = mlp_forward(x, self._weights, self._biases, *activations)
         self.outputs: Tensor = outputs[0]
         self._a, self._d1, self._d2 = (
             outputs[1 + i * hidden : 1 + (i + 1) * hidden] for i in range(3)
@@ -544,7 +547,7 @@ class MLPHessian:
 def mlp_hvp(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-    activation: Activation,
+    activation: Activation | Sequence[Activation],
     x: Tensor,
     v: Tensor,
 ) -> Tensor:
@@ -598,7 +601,7 @@ def mlp_hvp(
 def mlp_parameter_hvp(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
-    activation: Activation,
+    activation: Activation | Sequence[Activation],
     x: Tensor,
     loss: Callable[[Tensor], Tensor],
     v: Tensor,
@@ -708,7 +711,23 @@ def _offsets_in_order(
     return starts[::2], present[1::2]
 
 
-def _checked_activation(activation: Activation) -> tuple[int, float]:
+def _checked_activations(
+    activation: Activation | Sequence[Activation], hidden: int
+) -> tuple[list[int], list[float]]:
+    """The numbers of the hidden layers' activations in hvp.h, and their parameters."""
+    if isinstance(activation, (str, tuple)):
+        number, parameter = _checked_activation(activation)
+        return [number] * hidden, [parameter] * hidden
+    if not isinstance(activation, Sequence) or len(activation) != hidden:
+        raise ValueError(
+            f"activation must be one, or a list with one for each of {hidden} hidden layers, "
+            f"got {activation!r}"
+        )
+    pairs = [_checked_activation(one) for one in activation]
+    return [number for number, _ in pairs], [parameter for _, parameter in pairs]
+
+
+def _checked_activation(activation: Any) -> tuple[int, float]:
     """The number of an activation in hvp.h, and its parameter."""
     name, *given = (activation,) if isinstance(activation, str) else tuple(activation)
     if name not in _NAMES or len(given) > 1:

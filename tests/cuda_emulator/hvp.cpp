@@ -75,16 +75,18 @@ class Arguments {
 };
 
 void forward(const py::array& x, const Arrays& weights, const std::vector<AnyArray>& biases,
-             int64_t activation, double parameter, py::array y, Arrays a, Arrays first,
-             Arrays second) {
+             const std::vector<int64_t>& activations, const std::vector<double>& parameters,
+             py::array y, Arrays a, Arrays first, Arrays second) {
   Arguments arguments(weights, x.shape(0));
   arguments.set_biases(biases);
   const auto values = arguments.fill("a", a), slopes = arguments.fill("first", first),
              bends = arguments.fill("second", second);
-  arguments.run(cuda::forward, Forward{arguments.network, arguments.memory.input("x", x),
-                                       static_cast<Activation>(activation), parameter,
-                                       arguments.memory.output("y", y), values.data(),
-                                       slopes.data(), bends.data()});
+  std::vector<Activation> kinds;
+  for (const int64_t activation : activations) kinds.push_back(static_cast<Activation>(activation));
+  arguments.run(
+      cuda::forward,
+      Forward{arguments.network, arguments.memory.input("x", x), kinds.data(), parameters.data(),
+              arguments.memory.output("y", y), values.data(), slopes.data(), bends.data()});
 }
 
 void backward(const py::array& delta_out, const Arrays& weights, const Arrays& first,
