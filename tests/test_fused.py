@@ -109,15 +109,52 @@ def test_one_layer_and_parameters_in_any_order_or_unused():
     check(model(batch()).exp().sum(), [spare, model.bias, model.weight])
 
 
-def test_parameters_that_are_left_out_are_constants():
+@pytest.mark.parametrize("left_out", ["0.bias", "0.weight", "2.weight", "2", "4", "0"])
+def test_parameters_that_are_left_out_are_constants(left_out):
     model = perceptron()
-    some = [p for name, p in model.named_parameters() if name != "0.bias"]
-    loss = model(batch()).square().sum()
-    assert FusedHessian.find(loss, FlatParameters(some)) is None
-    torch.testing.assert_close(
-        HessianOperator(loss, some).matmat(torch.eye(sum(p.numel() for p in some), dtype=DOUBLE)),
-        truth(loss, some),
-    )
+    some = [p for name, p in model.named_parameters() if not name.startswith(left_out)]
+    check(model(batch()).square().sum(), some)
+
+
+PASSES = {
+    "three dimensions": lambda m: m(batch().reshape(2, 3, 3)),
+    "an activation for each layer": lambda m: m[4](F.elu(m[2](m[0](batch()).sigmoid()), 0.3)),
+    "no activation": lambda m: m[4](m[2](m[0](batch()))),
+    "views between the layers": lambda m: m[2:](m[:2](batch()).reshape(3, 2, 5, 1).flatten(2)),
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_passes_that_are_recognised(name):
+    model = perceptron()
+    check(PASSES[name](model).square().sum(), list(model.parameters()))
+
+
+def test_a_chain_goes_on_through_the_network_of_another_player():
+    loss, generator = gan_losses()["generator"]
+    (chain,) = find_chains(loss, list(generator.parameters()))
+    assert [tuple(w.shape) for w in chain.weights] == [(5, 3), (4, 5), (2, 4), (4, 2), (1, 4)]
+    assert chain.activations == ["tanh", "tanh", "identity", "silu"]
+
+
+def test_changes_of_the_other_network_are_noticed():
+    loss, generator = gan_losses()["generator"]
+    op = HessianOperator(loss, generator.parameters())
+    (chain,) = find_chains(loss, list(generator.parameters()))
+    with torch.no_grad():
+        chain.weights[-1].add_(1)
+    with pytest.raises(ValueError, match="changed in place"):
+        op.matvec(torch.ones(op.shape[0], dtype=DOUBLE))
+
+
+def test_tensors_that_are_no_leaves_are_not_overlooked():
+    model = perceptron()
+    x = 2 * batch().requires_grad_()
+    params = [x, *model.parameters()]
+    loss = model(x).square().sum()
+    op = HessianOperator(loss, params)
+    v = torch.linspace(-1, 1, op.shape[0], dtype=DOUBLE)
+    torch.testing.assert_close(op.matvec(v), truth(loss, params) @ v)
 
 
 def test_a_frozen_bias_is_a_constant():
@@ -181,12 +218,11 @@ UNKNOWN = {
     "a layer used twice in a row": lambda m: m[4](
         m[2](m[2](batch(6, 5)[:, :4].repeat(1, 2)[:, :5]).repeat(1, 2)[:, :5])
     ).sum(),
-    "three dimensions": lambda m: m(batch().reshape(2, 3, 3)).square().sum(),
     "dropout": lambda m: m[2:](F.dropout(m[:2](batch()))).square().sum(),
     "skip": lambda m: m[4](m[2](m[:2](batch())) + m[2](m[:2](batch()))).sum(),
     "another activation": lambda m: m[4](F.selu(m[2](F.selu(m[0](batch()))))).sum(),
-    "two activations": lambda m: m[4](m[2](m[0](batch()).tanh()).sigmoid()).sum(),
-    "no activation": lambda m: m[4](m[2](m[0](batch()))).square().sum(),
+    "two activations in a row": lambda m: m[4](m[2](m[0](batch()).tanh().sigmoid())).sum(),
+    "rows of another length": lambda m: (m[:2](batch(4)).reshape(5, 4) @ m[2].weight).sum(),
     "scaled weights": lambda m: F.linear(batch(), 2 * m[0].weight).square().sum(),
 }
 

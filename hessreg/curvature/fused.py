@@ -44,8 +44,8 @@ class FusedHessian:
         params: FlatParameters,
         gauss_newton: bool,
     ) -> None:
-        self._versions = [(p, p._version) for p in params.tensors]
-        self._size = params.size
+        fixed = [*params.tensors, *chains[0].leaves]
+        self._versions = [(t, t._version) for t in fixed]
         self._head = _Head(chains, slopes)
         self._gauss_newton = gauss_newton
         self._network = _network(chains, params)
@@ -79,7 +79,7 @@ class FusedHessian:
         Raises:
             ValueError: a parameter was changed since.
         """
-        if any(p._version != version for p, version in self._versions):
+        if any(t._version != version for t, version in self._versions):
             raise ValueError("params were changed in place since the operator was made of them")
         return self._network.product(vectors, self._head, gauss_newton=self._gauss_newton)
 
@@ -94,15 +94,14 @@ class FusedInputHessian:
     """
 
     def __init__(self, chain: Chain, slope: Tensor, x: Tensor) -> None:
-        fixed = [x, *chain.weights, *(b for b in chain.biases if b is not None)]
-        self._versions = [(t, t._version) for t in fixed]
+        self._versions = [(t, t._version) for t in (x, *chain.leaves)]
         self._shape = chain.input.shape
         self._head = _Head([chain], [slope])
         with torch.no_grad():
             self._network = MLPHessian(
                 [w.detach() for w in chain.weights],
                 [None if b is None else b.detach() for b in chain.biases],
-                chain.activation,
+                chain.activations,
                 chain.input,
             )
             self._network.linearize(slope)
@@ -189,8 +188,8 @@ def _network(chains: Sequence[Chain], params: FlatParameters) -> MLPHessian:
         return MLPHessian(
             [w.detach() for w in first.weights],
             [None if b is None else b.detach() for b in first.biases],
-            first.activation,
+            first.activations,
             torch.cat([chain.input for chain in chains]),
-            weight_offsets=[starts[id(w)] for w in first.weights],
-            bias_offsets=[-1 if b is None else starts[id(b)] for b in first.biases],
+            weight_offsets=[starts.get(id(w), -1) for w in first.weights],
+            bias_offsets=[starts.get(id(b), -1) for b in first.biases],
         )

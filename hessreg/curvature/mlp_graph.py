@@ -1,9 +1,10 @@
 """Finding multilayer perceptrons in the autograd graph of a loss.
 
-A loss of a perceptron leaves a graph of known nodes: a product with a transposed parameter for each
+A loss of a perceptron leaves a graph of known nodes: a product with a transposed weight for each
 layer, an activation between two of them. Where *all* parameters enter the loss through such chains,
 its Hessian can be multiplied by the fused operators, whatever the loss does with the chains'
-outputs. Anything that is not recognised is left to the general way.
+outputs. A chain goes on through layers that have no parameter of the loss, such as those of the
+discriminator that judges a generator. Anything that is not recognised is left to the general way.
 """
 
 from __future__ import annotations
@@ -41,23 +42,28 @@ class Chain:
 
     Attributes:
         input: what the first layer took, [batch, features].
-        weights: parameters [out, in] of the layers.
-        biases: parameters [out] of the layers; None for a layer without.
-        activation: between the layers, as :class:`~hessreg.MLPHessian` takes it.
+        weights: leaves [out, in] of the layers.
+        biases: leaves [out] of the layers; None for a layer without.
+        activations: between the layers, as :class:`~hessreg.MLPHessian` takes them.
         output: the last layer's place in the graph.
     """
 
     input: Tensor
     weights: list[Tensor]
     biases: list[Tensor | None]
-    activation: Activation
+    activations: list[Activation]
     output: GradientEdge
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """All weights and biases."""
+        return [t for t in (*self.weights, *self.biases) if t is not None]
 
     def same_network(self, other: Chain) -> bool:
         """Whether the other is a pass of the same layers."""
         mine, others = ([*c.weights, *c.biases] for c in (self, other))
         same = len(mine) == len(others) and all(a is b for a, b in zip(mine, others, strict=True))
-        return same and self.activation == other.activation
+        return same and self.activations == other.activations
 
 
 @dataclass
@@ -67,13 +73,17 @@ class _Layer:
     bias: Tensor | None
     source: Node | None  # what made its input
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
 
 def find_chains(loss: Tensor, params: Sequence[Tensor]) -> list[Chain] | None:
     """The chains through which all of the parameters enter a loss.
 
     Args:
         loss: scalar with its graph.
-        params: leaf tensors.
+        params: tensors; those that are no leaves are never weights or biases.
 
     Returns:
         The chains, each with different layers; None if a parameter enters in any other way, or
@@ -84,23 +94,24 @@ def find_chains(loss: Tensor, params: Sequence[Tensor]) -> list[Chain] | None:
         >>> from torch import nn
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
         >>> chains = find_chains(net(torch.randn(4, 2)).square().mean(), list(net.parameters()))
-        >>> len(chains), chains[0].activation, [tuple(w.shape) for w in chains[0].weights]
-        (1, 'tanh', [(3, 2), (1, 3)])
+        >>> len(chains), chains[0].activations, [tuple(w.shape) for w in chains[0].weights]
+        (1, ['tanh'], [(3, 2), (1, 3)])
     """
     graph = _Graph(loss, params)
     layers = graph.layers()
-    if layers is None or not layers:
+    if layers is None or not all(p.is_leaf for p in params):
         return None
     chains: list[Chain] = []
     used = 0
-    for first in (layer for layer in layers.values() if not graph.depends(layer.source)):
+    moving = [layer for layer in layers.values() if graph.is_moving(layer)]
+    for first in (layer for layer in moving if not graph.depends(layer.source)):
         path = list(_follow(graph, layers, first))
-        used += len(path)
-        chain = _make_chain(graph, path)
+        used += sum(graph.is_moving(layer) for layer, _ in path)
+        chain = _make_chain(path)
         if chain is None:
             return None
         chains.append(chain)
-    return chains if used == len(layers) else None
+    return chains if chains and used == len(moving) else None
 
 
 def find_input_chain(loss: Tensor, x: Tensor) -> Chain | None:
@@ -132,7 +143,7 @@ def find_input_chain(loss: Tensor, x: Tensor) -> Chain | None:
     if first is None or first.source is not node:
         return None
     path = list(_follow(graph, layers, first))
-    return _make_chain(graph, path) if len(path) == len(layers) else None
+    return _make_chain(path) if len(path) == len(layers) else None
 
 
 class _Graph:
@@ -175,8 +186,12 @@ class _Graph:
 
     def parameter(self, node: Node | None) -> Tensor | None:
         """The parameter that a leaf of the graph stands for."""
-        variable = getattr(node, "variable", None)
-        return None if variable is None else self._params.get(id(variable))
+        leaf = _leaf(node)
+        return None if leaf is None else self._params.get(id(leaf))
+
+    def is_moving(self, layer: _Layer) -> bool:
+        """Whether a layer has a parameter."""
+        return any(id(t) in self._params for t in layer.tensors)
 
     def only_consumer(self, node: Node) -> Node | None:
         """What consumes a node, if one thing does."""
@@ -187,13 +202,10 @@ class _Graph:
         return node in self._dependent
 
     def layers(self) -> dict[Node, _Layer] | None:
-        """All layers, or None if a parameter is used otherwise."""
-        found: dict[Node, _Layer] = {}
-        for node in self._order:
-            layer = self._layer(node)
-            if layer is not None:
-                found[node] = layer
-        seen = {id(p) for layer in found.values() for p in (layer.weight, layer.bias)}
+        """All layers, also those without a parameter; None if one is used otherwise."""
+        layers = {node: _layer(node) for node in self._order}
+        found = {node: layer for node, layer in layers.items() if layer is not None}
+        seen = {id(p) for layer in found.values() for p in layer.tensors}
         for leaf in (node for node in self._order if self.parameter(node) is not None):
             uses = self.consumers.get(leaf, [])
             users = [self._through_transpose(user) for user in uses]
@@ -205,71 +217,82 @@ class _Graph:
         users = self.consumers.get(node, [])
         return users[0] if node.name() == "TBackward0" and len(users) == 1 else node
 
-    def _layer(self, node: Node) -> _Layer | None:
-        inputs = [parent for parent, _ in node.next_functions]
-        if node.name() == "AddmmBackward0" and _saved(node, "alpha", "beta") == [1, 1]:
-            bias, source, transposed = inputs
-        elif node.name() == "MmBackward0":
-            bias, (source, transposed) = None, inputs
-        else:
+
+def _leaf(node: Node | None) -> Tensor | None:
+    return getattr(node, "variable", None)
+
+
+def _layer(node: Node) -> _Layer | None:
+    name = node.name()
+    if name == "AddmmBackward0" and _saved(node, "alpha", "beta") == [1, 1]:
+        before, source, transposed = (parent for parent, _ in node.next_functions)
+        bias = _leaf(before)
+        if bias is None:  # one that requires no gradient leaves no trace of its value
             return None
-        if transposed is None or transposed.name() != "TBackward0":
-            return None
-        weight = self.parameter(transposed.next_functions[0][0])
-        found = self.parameter(bias)
-        # A bias that is no parameter leaves no trace of its value.
-        if weight is None or (node.name() == "AddmmBackward0" and found is None):
-            return None
-        return _Layer(node, weight, found, source)
+    elif name == "MmBackward0":
+        bias, (source, transposed) = None, (parent for parent, _ in node.next_functions)
+    else:
+        return None
+    if transposed is None or transposed.name() != "TBackward0":
+        return None
+    weight = _leaf(transposed.next_functions[0][0])
+    return None if weight is None else _Layer(node, weight, bias, source)
 
 
 def _saved(node: Any, *names: str) -> list[Any]:
     return [getattr(node, f"_saved_{name}", None) for name in names]
 
 
-def _follow(graph: _Graph, layers: Mapping[Node, _Layer], first: _Layer) -> Iterator[_Layer]:
-    """The layers from the first on, as long as each feeds the next one and nothing else."""
-    layer: _Layer | None = first
-    while layer is not None:
-        yield layer
-        layer = _next_layer(graph, layers, layer)
+def _follow(
+    graph: _Graph, layers: Mapping[Node, _Layer], first: _Layer
+) -> Iterator[tuple[_Layer, Activation]]:
+    """The layers from the first on, as long as each feeds the next one and nothing else.
+
+    Each with the activation before it.
+    """
+    following: tuple[_Layer, Activation] | None = (first, "identity")
+    while following is not None:
+        yield following
+        following = _next_layer(graph, layers, following[0])
 
 
-def _next_layer(graph: _Graph, layers: Mapping[Node, _Layer], layer: _Layer) -> _Layer | None:
-    node = layer.node
-    for _ in range(2):  # the activation, then the next layer
-        users = graph.consumers.get(node, [])
-        if len(users) != 1:
+def _next_layer(
+    graph: _Graph, layers: Mapping[Node, _Layer], layer: _Layer
+) -> tuple[_Layer, Activation] | None:
+    node, user = layer.node, graph.only_consumer(layer.node)
+    activation: Activation | None = None
+    while user is not None and user not in layers:
+        is_view = user.name() in _VIEWS
+        if not is_view and (activation or not (activation := _activation(user))):
             return None
-        node = users[0]
-        if node in layers and layers[node].source is not None:
-            return layers[node] if layers[node].source is not layer.node else None
-        if node.name() not in _ACTIVATIONS:
-            return None
-    return None
-
-
-def _make_chain(graph: _Graph, path: Sequence[_Layer]) -> Chain | None:
-    activations = {_activation(layer.source) for layer in path[1:]}
-    tensors = [id(p) for layer in path for p in (layer.weight, layer.bias) if p is not None]
-    if len(activations) > 1 or None in activations or len(set(tensors)) < len(tensors):
+        node, user = user, graph.only_consumer(user)
+    if user is None or layers[user].source is not node:
         return None
-    name = "self" if path[0].node.name() == "MmBackward0" else "mat1"
-    (entered,) = _saved(path[0].node, name)
-    weight = path[0].weight
-    if entered is None or (entered.dtype, entered.device) != (weight.dtype, weight.device):
+    # Views keep the order of the elements: rows of as many are the same rows.
+    fits = layers[user].weight.shape[1] == len(layer.weight)
+    return (layers[user], activation or "identity") if fits else None
+
+
+def _make_chain(path: Sequence[tuple[_Layer, Activation]]) -> Chain | None:
+    layers = [layer for layer, _ in path]
+    first, last = layers[0], layers[-1]
+    tensors = [id(t) for layer in layers for t in layer.tensors]
+    (entered,) = _saved(first.node, "self" if first.node.name() == "MmBackward0" else "mat1")
+    if entered is None or len(set(tensors)) < len(tensors):
+        return None
+    if (entered.dtype, entered.device) != (first.weight.dtype, first.weight.device):
         return None
     return Chain(
         entered.detach(),
-        [layer.weight for layer in path],
-        [layer.bias for layer in path],
-        next(iter(activations), "identity") or "identity",
-        GradientEdge(path[-1].node, 0),
+        [layer.weight for layer in layers],
+        [layer.bias for layer in layers],
+        [activation for _, activation in path[1:]],
+        GradientEdge(last.node, 0),
     )
 
 
-def _activation(node: Node | None) -> Activation | None:
-    if node is None or node.name() not in _ACTIVATIONS:
+def _activation(node: Node) -> Activation | None:
+    if node.name() not in _ACTIVATIONS:
         return None
     name, attribute = _ACTIVATIONS[node.name()]
     if _saved(node, "scale", "input_scale") not in ([None, None], [1, 1]):  # SELU, CELU
