@@ -577,6 +577,66 @@ def test_offsets_choose_the_parameters(device):
     torch.testing.assert_close(curvature.product(v, head, gauss_newton=True), expected)
 
 
+# Which of four layers move: their weights, their biases.
+MOVING = {
+    "the last two": ("  WW", "  bb"),
+    "the first two": ("WW  ", "bb  "),
+    "those in between": (" WW ", " bb "),
+    "every other": ("W W ", "b b "),
+    "one bias": ("    ", " b  "),
+    "the last bias": ("    ", "   b"),
+    "one weight": ("  W ", "    "),
+    "the last weight": ("   W", "    "),
+    "no bias": ("WWWW", "    "),
+    "none": ("    ", "    "),
+}
+
+
+def moving_part(weights, biases, moving):
+    """The offsets of the parameters that move, one after another, and where they lie in all."""
+    offsets, places, start, end = ([], []), [], 0, 0
+    for weight, bias, *moves in zip(weights, biases, *moving, strict=True):
+        for kind, (tensor, letter) in enumerate(zip((weight, bias), moves, strict=True)):
+            offsets[kind].append(-1 if letter == " " else end)
+            if letter != " ":
+                places.append(torch.arange(start, start + tensor.numel(), device=weight.device))
+                end += tensor.numel()
+            start += tensor.numel()
+    return offsets, torch.cat([*places, torch.arange(0, device=weights[0].device)])
+
+
+@pytest.mark.parametrize("moving", MOVING.values(), ids=MOVING)
+def test_products_where_layers_are_fixed(device, moving):
+    weights, biases = network((4, 6, 5, 3, 2), device=device)
+    x = torch.randn(5, 4, dtype=torch.float64, device=device)
+    offsets, chosen = moving_part(weights, biases, moving)
+    curvature, head = curvature_of(
+        weights, biases, "tanh", x, weight_offsets=offsets[0], bias_offsets=offsets[1]
+    )
+    v = torch.randn(3, len(chosen), dtype=torch.float64, device=device)
+    for gauss, matrix in ((False, parameter_hessian), (True, gauss_newton)):
+        dense = matrix(weights, biases, "tanh", x)[chosen][:, chosen]
+        actual = curvature.product(v, head, gauss_newton=gauss)
+        torch.testing.assert_close(actual, v @ dense)
+
+
+def test_nothing_is_read_of_the_layers_before_the_first_that_moves(device):
+    weights, biases = network((4, 6, 5, 3, 2), device=device)
+    x = torch.randn(5, 4, dtype=torch.float64, device=device)
+    offsets, chosen = moving_part(weights, biases, MOVING["the last two"])
+    options = {"weight_offsets": offsets[0], "bias_offsets": offsets[1]}
+    curvature, head = curvature_of(weights, biases, "tanh", x, **options)
+    v = torch.randn(2, len(chosen), dtype=torch.float64, device=device)
+    expected = curvature.product(v, head)
+    for weight in weights[:3]:  # W_3 would take on only what does not move
+        weight.fill_(math.nan)
+    for tensor in (*curvature._a[:1], *curvature._d1[:1], *curvature._s[:2]):
+        tensor.fill_(math.nan)
+    for tensor in curvature._delta[:2]:
+        tensor.fill_(math.nan)
+    torch.testing.assert_close(curvature.product(v, head), expected)
+
+
 def test_layers_without_bias(device):
     weights, biases = network((4, 6, 2), device=device)
     biases[0] = torch.zeros_like(biases[0])

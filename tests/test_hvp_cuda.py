@@ -164,6 +164,10 @@ PROBLEMS = {
     "all fixed": Problem(
         (2, 4, 3), 20, 2, moves_input=True, with_input=True, offsets=([-1] * 2, [-1] * 2, 0)
     ),
+    "the first ones fixed": Problem(
+        (2, 4, 5, 3, 2), 20, 2, offsets=([-1, -1, 0, -1], [-1] * 4, 15)
+    ),
+    "the last ones fixed": Problem((2, 4, 5, 3), 20, 2, offsets=([0, -1, -1], [8, -1, -1], 12)),
     "nothing moves": Problem((2, 4, 3), 20, 2, offsets=([-1, -1], [-1, 5], 9)),
     "activations by layer": Problem(
         (3, 9, 8, 2), 17, 2, ["tanh", ("softplus", 2.0)], with_input=True

@@ -42,6 +42,13 @@ struct Network {
 
   HESSREG_HD int64_t inputs() const { return layers[0].in; }
   HESSREG_HD int64_t outputs() const { return layers[depth - 1].out; }
+
+  // The first layer that directions move; depth + 1: none. What is before it has no derivatives.
+  HESSREG_HD int64_t first_moving() const {
+    int64_t l = 1;
+    while (l <= depth && layers[l - 1].weight_offset < 0 && layers[l - 1].bias_offset < 0) ++l;
+    return l;
+  }
 };
 
 // y and what the other passes need of each hidden layer. The lists hold layers 1 ... L - 1.

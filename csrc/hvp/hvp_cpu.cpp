@@ -9,7 +9,10 @@ template <typename C>
 class Pass {
  protected:
   HESSREG_HD Pass(const Network& network, void* workspace)
-      : network_(network), batch_(network.batch), arena_(workspace) {}
+      : network_(network),
+        batch_(network.batch),
+        first_moving_(network.first_moving()),
+        arena_(workspace) {}
 
   HESSREG_HD int64_t width(int64_t l) const {
     return l == 0 ? network_.inputs() : network_.layers[l - 1].out;
@@ -58,7 +61,7 @@ class Pass {
   }
 
   const Network& network_;
-  int64_t batch_;
+  int64_t batch_, first_moving_;
   Arena arena_;
 };
 
@@ -278,6 +281,7 @@ class TangentPass : Pass<C> {
  private:
   HESSREG_HD int64_t depth() const { return p_.network.depth; }
   HESSREG_HD C* ra(int64_t place) const { return ra_ + place * ra_size_; }
+  HESSREG_HD bool moves(int64_t l) const { return p_.u || l >= this->first_moving_; }
 
   // a_l where a direction in W_{l+1} meets it.
   void prepare(int64_t l) const {
@@ -300,7 +304,7 @@ class TangentPass : Pass<C> {
     this->each_panel([&](int64_t start, int64_t columns) {
       Term<C> terms[2];
       int count = 0;
-      if (l > 1 || p_.u)
+      if (moves(l - 1))
         terms[count++] = rows_of<C>(this->weight(l) + first * in, in,
                                     this->samples(ra, l - 1).data + start * in);
       if (layer.weight_offset >= 0)
@@ -397,6 +401,9 @@ class AdjointPass : Pass<C> {
 
   HESSREG_HD int64_t depth() const { return p_.network.depth; }
   HESSREG_HD bool second() const { return !p_.gauss_newton; }
+  HESSREG_HD bool moves(int64_t l) const { return p_.u || l >= this->first_moving_; }
+  // Whether R delta_l is of use.
+  HESSREG_HD bool wanted(int64_t l) const { return p_.r_input || l >= this->first_moving_; }
   HESSREG_HD Direction direction(int64_t first, int64_t place) const {
     const int64_t index = first + place;
     return {index, r_ + place * r_size_, ra_ + place * units_size_,
@@ -409,7 +416,7 @@ class AdjointPass : Pass<C> {
     return layer.weight_offset >= 0 || layer.bias_offset >= 0 ? this->chunks(l) : 0;
   }
   HESSREG_HD int64_t tasks(int64_t l) const {
-    return result_tasks(l) + (l > 1 || p_.r_input ? this->chunks(l - 1) : 0);
+    return result_tasks(l) + (wanted(l - 1) ? this->chunks(l - 1) : 0);
   }
   HESSREG_HD void run_task(int64_t l, const Direction& direction, int64_t task) const {
     const int64_t results = result_tasks(l);
@@ -419,8 +426,8 @@ class AdjointPass : Pass<C> {
 
   // What all directions share of layer l and of delta_{l+1}.
   void prepare(int64_t l) const {
-    if (second()) this->samples(delta_, l + 1).load_rows(at<C>(p_.delta, l + 1), this->batch_);
     if (this->layer(l + 1).weight_offset < 0) return;
+    if (second()) this->samples(delta_, l + 1).load_rows(at<C>(p_.delta, l + 1), this->batch_);
     const Panels<C> panels = this->unit_panels(a_, l);
     if (l == 0) return panels.load_rows(static_cast<const C*>(p_.x), this->width(0));
     panels.load_columns(at<C>(p_.a, l), this->width(l));
@@ -435,14 +442,14 @@ class AdjointPass : Pass<C> {
           .load_columns(
               static_cast<const C*>(p_.r_delta_out) + j * this->batch_ * this->width(depth()),
               this->batch_);
-    if (!second() || this->layer(l + 1).weight_offset < 0) return;
+    if (!second() || this->layer(l + 1).weight_offset < 0 || !moves(l)) return;
     const Panels<C> panels = this->unit_panels(direction.ra, l);
     if (l > 0) {
       panels.load_columns(at<C>(p_.rz, l) + j * width * this->batch_, width);
       const C* first = this->unit_panels(first_, l).data;
       for (int64_t i = 0; i < round_up(width, kPanel<C>) * this->batch_; i += kLanes<C>)
         store(panels.data + i, load<C, kLanes<C>>(panels.data + i) * load<C, kLanes<C>>(first + i));
-    } else if (p_.u) {
+    } else {
       panels.load_rows(static_cast<const C*>(p_.u) + j * this->batch_ * width, width);
     }
   }
@@ -479,7 +486,7 @@ class AdjointPass : Pass<C> {
       int count = 0;
       terms[count++] =
           samples_of<C>(r, out, batch, this->unit_panels(a_, l - 1).data + start * batch);
-      if (second() && (l > 1 || p_.u))
+      if (second() && moves(l - 1))
         terms[count++] = samples_of<C>(delta, out, batch,
                                        this->unit_panels(direction.ra, l - 1).data + start * batch);
       const int64_t columns = smaller(kPanel<C>, in - start);
@@ -521,7 +528,8 @@ class AdjointPass : Pass<C> {
                          int64_t start, int64_t columns, Block<C>& block) const {
     const int64_t width = this->width(l);
     C* panel = this->samples(direction.r, l).data + start * width + first * kPanel<C>;
-    const C* rz = second() ? at<C>(p_.rz, l) + direction.index * width * this->batch_ : nullptr;
+    const C* rz =
+        second() && moves(l) ? at<C>(p_.rz, l) + direction.index * width * this->batch_ : nullptr;
     this->each_vector(rows, columns, [&](int64_t r, int64_t h, int64_t count) {
       const int64_t place = (first + r) * this->batch_ + start + h;
       Vector<C> moved =

@@ -180,11 +180,16 @@ Operand samples_before(const Problem& p, int64_t l) {
                 : hidden_samples(p.a[l - 1], p.network.batch, 0);
 }
 
+template <typename Problem>
+bool moves(const Problem& p, int64_t l) {
+  return p.u || l >= p.network.first_moving();
+}
+
 // Their derivatives, if they have any.
 template <typename Problem>
 Operand moved_before(const Problem& p, int64_t l) {
   const Network& network = p.network;
-  if (l == 0 && !p.u) return {};
+  if (!moves(p, l)) return {};
   const int64_t stride = network.layers[l].in * network.batch;
   if (l == 0) return given_samples(p.u, network.inputs(), stride);
   Operand moved = hidden_samples(p.rz[l - 1], network.batch, stride);
@@ -223,7 +228,10 @@ void write_given(Product& product, void* out) {
 int64_t num_steps(const Forward& p) { return p.network.depth; }
 int64_t num_steps(const Backward& p) { return p.network.depth - 1; }
 int64_t num_steps(const Tangent& p) { return p.network.depth; }
-int64_t num_steps(const Adjoint& p) { return p.network.depth - (p.r_input ? 0 : 1); }
+int64_t num_steps(const Adjoint& p) {
+  const int64_t steps = p.network.depth - (p.r_input ? 0 : p.network.first_moving());
+  return steps < 0 ? 0 : steps;
+}
 
 Product step_of(const Forward& p, int64_t l, void*) {
   const Network& network = p.network;
@@ -309,7 +317,7 @@ Product step_of(const Adjoint& p, int64_t i, void* scratch) {
   }
   write_hidden(step, Finish::kAdjoint);
   step.epilogue.first = p.first[l - 1];
-  if (!p.gauss_newton) {
+  if (!p.gauss_newton && moves(p, l)) {
     step.epilogue.second = p.s[l - 1];
     step.epilogue.rz = p.rz[l - 1];
   }

@@ -196,7 +196,7 @@ def tangent_reference(
         rz = _total([_product(weight, ra), _product(direction, before), bias])
         shape = (len(v), len(weight), len(x))
         moved.append(x.new_zeros(shape) if rz is None else rz.expand(shape))
-        ra = d1[i] * moved[-1] if i < len(d1) else None
+        ra = d1[i] * moved[-1] if i < len(d1) and rz is not None else None
     return [moved[-1].mT, *moved[:-1]]
 
 
