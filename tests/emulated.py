@@ -112,7 +112,15 @@ class Gaussian:
 class Hvp:
     """The operators of the hvp family as csrc/hvp/hvp_op.cpp does them."""
 
-    operators = ("symmetric_matmul", "mlp_forward", "mlp_backward", "mlp_tangent", "mlp_adjoint")
+    operators = (
+        "symmetric_matmul",
+        "mlp_forward",
+        "mlp_backward",
+        "mlp_tangent",
+        "mlp_adjoint",
+        "mlp_second_tangent",
+        "mlp_second_adjoint",
+    )
 
     def __init__(self, module: ModuleType) -> None:
         self.module = module
@@ -129,23 +137,32 @@ class Hvp:
         biases: Sequence[Tensor],
         activations: Sequence[int],
         parameters: Sequence[float],
+        with_third: bool,
     ) -> list[Tensor]:
         y = x.new_empty(len(x), len(weights[-1]))
-        kept = [_hidden(x, weights[:-1], len(x)) for _ in range(3)]
+        kept = [_hidden(x, weights[:-1], len(x)) for _ in range(3 + with_third)]
         given = [to_numpy(b) if b.numel() else None for b in biases]
         arrays = to_numpy(x), to_numpy_list(weights), given
         out = [to_numpy_list(tensors) for tensors in kept]
-        self.module.forward(*arrays, activations, parameters, to_numpy(y), *out)
+        self.module.forward(
+            *arrays, activations, parameters, to_numpy(y), *out, *[[]] * (not with_third)
+        )
         return [y, *(t for tensors in kept for t in tensors)]
 
     def mlp_backward(
-        self, delta: Tensor, weights: Sequence[Tensor], d1: Sequence[Tensor], d2: Sequence[Tensor]
+        self,
+        delta: Tensor,
+        weights: Sequence[Tensor],
+        d1: Sequence[Tensor],
+        d2: Sequence[Tensor],
+        d3: Sequence[Tensor],
     ) -> list[Tensor]:
         deltas = _hidden(delta, weights, len(delta))
         s = _hidden(delta, weights[:-1], len(delta))
-        lists = map(to_numpy_list, (weights, d1, d2, deltas, s))
+        t = _hidden(delta, weights[:-1], len(delta)) if d3 else []
+        lists = map(to_numpy_list, (weights, d1, d2, d3, deltas, s, t))
         self.module.backward(to_numpy(delta), *lists)
-        return [*deltas, *s]
+        return [*deltas, *s, *t]
 
     def mlp_tangent(
         self,
@@ -184,11 +201,7 @@ class Hvp:
         gauss_newton: bool,
         with_input: bool,
     ) -> list[Tensor]:
-        result = v.new_zeros(v.shape)
-        for i, weight in enumerate(weights):  # what must be written
-            for start, size in (weight_offsets[i], weight.numel()), (bias_offsets[i], len(weight)):
-                if start >= 0:
-                    result[:, start : start + size] = torch.nan
+        result = _result(v, weights, weight_offsets, bias_offsets)
         r_input = x.new_empty(len(v), *x.shape) if with_input else None
         lists = map(to_numpy_list, (weights, a, d1, delta, s, rz))
         directions = to_numpy(direction_x) if direction_x.numel() else None, to_numpy(v)
@@ -197,6 +210,63 @@ class Hvp:
             to_numpy(x), *lists, *directions, *rest, None if r_input is None else to_numpy(r_input)
         )
         return [result] if r_input is None else [result, r_input]
+
+    def mlp_second_tangent(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        a: Sequence[Tensor],
+        d1: Sequence[Tensor],
+        d2: Sequence[Tensor],
+        v: Tensor,
+        weight_offsets: Sequence[int],
+        bias_offsets: Sequence[int],
+    ) -> list[Tensor]:
+        ry = x.new_empty(3, len(x), len(weights[-1]))
+        rz, ra = (_hidden(x, weights[:-1], 3, len(x)) for _ in range(2))
+        lists = map(to_numpy_list, (weights, a, d1, d2))
+        out = to_numpy(ry), to_numpy_list(rz), to_numpy_list(ra)
+        offsets = weight_offsets, bias_offsets
+        self.module.second_tangent(to_numpy(x), *lists, to_numpy(v), *offsets, *out)
+        return [ry, *rz, *ra]
+
+    def mlp_second_adjoint(
+        self,
+        x: Tensor,
+        weights: Sequence[Tensor],
+        a: Sequence[Tensor],
+        d1: Sequence[Tensor],
+        d2: Sequence[Tensor],
+        delta: Sequence[Tensor],
+        s: Sequence[Tensor],
+        t: Sequence[Tensor],
+        rz: Sequence[Tensor],
+        ra: Sequence[Tensor],
+        v: Tensor,
+        r_delta: Tensor,
+        weight_offsets: Sequence[int],
+        bias_offsets: Sequence[int],
+    ) -> Tensor:
+        result = _result(v[:1], weights, weight_offsets, bias_offsets)[0]
+        lists = map(to_numpy_list, (weights, a, d1, d2, delta, s, t, rz, ra))
+        rest = to_numpy(r_delta), weight_offsets, bias_offsets, to_numpy(result)
+        self.module.second_adjoint(to_numpy(x), *lists, to_numpy(v), *rest)
+        return result
+
+
+def _result(
+    v: Tensor,
+    weights: Sequence[Tensor],
+    weight_offsets: Sequence[int],
+    bias_offsets: Sequence[int],
+) -> Tensor:
+    """NaN where something must be written, and zeros elsewhere."""
+    result = v.new_zeros(v.shape)
+    for i, weight in enumerate(weights):
+        for start, size in (weight_offsets[i], weight.numel()), (bias_offsets[i], len(weight)):
+            if start >= 0:
+                result[:, start : start + size] = torch.nan
+    return result
 
 
 def _hidden(like: Tensor, weights: Sequence[Tensor], *sizes: int) -> list[Tensor]:

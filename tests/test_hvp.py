@@ -17,7 +17,11 @@ from hessreg.ops.hvp import (
     mlp_adjoint,
     mlp_backward,
     mlp_forward,
+    mlp_second_adjoint,
+    mlp_second_tangent,
     mlp_tangent,
+    second_adjoint_reference,
+    second_tangent_reference,
     symmetric_matmul_reference,
     symmetric_product,
     tangent_reference,
@@ -157,25 +161,33 @@ def test_mlp_parameter_hvp_passes_every_check(device, gauss):
 
 
 def raw_arguments(widths=(2, 4, 3, 2), batch=3, directions=2, dtype=torch.float64, device="cpu"):
-    """The arguments of the four operators, consistent with each other."""
+    """The arguments of the operators, consistent with each other."""
     weights, biases = network(widths, dtype, device)
     x = torch.randn(batch, widths[0], dtype=torch.float64).to(device, dtype)
     hidden = len(weights) - 1
     activations = [1 + i % 3 for i in range(hidden)], [2.0] * hidden
-    _, *jets = forward_reference(x, weights, biases, *activations)
-    a, d1, d2 = (jets[i * hidden : (i + 1) * hidden] for i in range(3))
+    _, *jets = forward_reference(x, weights, biases, *activations, True)
+    a, d1, d2, d3 = (jets[i * hidden : (i + 1) * hidden] for i in range(4))
     delta = torch.randn(batch, widths[-1], dtype=torch.float64).to(device, dtype)
-    found = backward_reference(delta, weights, d1, d2)
+    found = backward_reference(delta, weights, d1, d2, d3)
     length = sum(t.numel() for t in weights + biases) + 5
     u = torch.randn(directions, batch, widths[0], dtype=torch.float64).to(device, dtype)
     v = torch.randn(directions, length, dtype=torch.float64).to(device, dtype)
     offsets = scattered_offsets(weights, biases)
     _, *rz = tangent_reference(x, weights, a, d1, u, v, *offsets)
     r_delta = torch.randn(directions, batch, widths[-1], dtype=torch.float64).to(device, dtype)
-    deltas = found[: hidden + 1], found[hidden + 1 :], rz
+    kept = found[: hidden + 1], found[hidden + 1 : 2 * hidden + 1]
+    deltas = *kept, rz
+    pair = torch.randn(2, length, dtype=torch.float64).to(device, dtype)
+    ry, *both = second_tangent_reference(x, weights, a, d1, d2, pair, *offsets)
+    second = *kept, found[2 * hidden + 1 :], both[:hidden], both[hidden:]
     return {
-        "mlp_forward": (x, weights, biases, *activations),
-        "mlp_backward": (delta, weights, d1, d2),
+        "mlp_forward": (x, weights, biases, *activations, False),
+        "mlp_forward with third": (x, weights, biases, *activations, True),
+        "mlp_backward": (delta, weights, d1, d2, []),
+        "mlp_backward with third": (delta, weights, d1, d2, d3),
+        "mlp_second_tangent": (x, weights, a, d1, d2, pair, *offsets),
+        "mlp_second_adjoint": (x, weights, a, d1, d2, *second, pair, ry.cos(), *offsets),
         "mlp_tangent": (x, weights, a, d1, u, v, *offsets),
         "mlp_adjoint": (x, weights, a, d1, *deltas, u, v, r_delta, *offsets, False, True),
     }
@@ -193,7 +205,11 @@ def scattered_offsets(weights, biases):
 
 OPERATORS = {
     "mlp_forward": (mlp_forward, forward_reference),
+    "mlp_forward with third": (mlp_forward, forward_reference),
     "mlp_backward": (mlp_backward, backward_reference),
+    "mlp_backward with third": (mlp_backward, backward_reference),
+    "mlp_second_tangent": (mlp_second_tangent, second_tangent_reference),
+    "mlp_second_adjoint": (mlp_second_adjoint, second_adjoint_reference),
     "mlp_tangent": (mlp_tangent, tangent_reference),
     "mlp_adjoint": (mlp_adjoint, adjoint_reference),
 }
@@ -210,7 +226,7 @@ def require_grad(argument):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_registration(name):
     arguments = tuple(require_grad(argument) for argument in raw_arguments()[name])
-    operator = getattr(torch.ops.hessreg, name).default
+    operator = getattr(torch.ops.hessreg, name.split()[0]).default
     assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
 
 
@@ -314,29 +330,31 @@ def test_kinks_are_as_in_torch(device, activation):
     (moved,) = torch.autograd.grad(bent(outputs), flat, create_graph=True)
     (expected,) = torch.autograd.grad(moved, flat, v)
     actual = mlp_parameter_hvp(weights, biases, activation, x, bent, v)
-    if activation[0] == "elu":  # torch bends on the kink already
-        assert actual.isfinite().all()
-    else:
-        torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(actual, expected)
+    w = torch.randn(12, dtype=torch.float64, device=device)
+    third = fused_third(weights, biases, activation, x, w, v)
+    expected = third_derivative(weights, biases, activation, x, w, v)
+    torch.testing.assert_close(third, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_activations_are_as_exact_as_those_of_torch(device, dtype, activation):
-    """Values and both derivatives from the tiniest numbers to where they saturate."""
+    """Values and three derivatives from the tiniest numbers to where they saturate."""
     size = torch.logspace(-30, 2, 400, dtype=torch.float64)
     z = torch.cat([-size, size, torch.linspace(-12, 12, 401, dtype=torch.float64)])
     z = z.to(device, dtype)[:, None]
     one = torch.ones(1, 1, dtype=dtype, device=device)
     activations = hessreg.ops.hvp._checked_activations(activation, 1)
     nothing = [torch.zeros(0, dtype=dtype, device=device)] * 2
-    _, *jet = mlp_forward(z, [one, one], nothing, *activations)
+    _, *jet = mlp_forward(z, [one, one], nothing, *activations, True)
     exact = forward_reference(
-        z.double(), [one.double()] * 2, [n.double() for n in nothing], *activations
+        z.double(), [one.double()] * 2, [n.double() for n in nothing], *activations, True
     )[1:]
     rounding = torch.finfo(dtype).eps
-    for ours, truth in zip(jet, exact, strict=True):
-        torch.testing.assert_close(ours.double(), truth, rtol=16 * rounding, atol=4 * rounding)
+    # A third derivative magnifies the rounding of f': by 4 - 12 f' for tanh, more with beta.
+    for ours, truth, slack in zip(jet, exact, (4, 4, 4, 16), strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=16 * rounding, atol=slack * rounding)
     small = z[:, 0].abs() < 1e-3
     value, truth = jet[0][0, small].double(), exact[0][0, small]
     torch.testing.assert_close(value, truth, rtol=16 * rounding, atol=0)
@@ -577,6 +595,66 @@ def test_offsets_choose_the_parameters(device):
     torch.testing.assert_close(curvature.product(v, head, gauss_newton=True), expected)
 
 
+# Which of four layers move: their weights, their biases.
+MOVING = {
+    "the last two": ("  WW", "  bb"),
+    "the first two": ("WW  ", "bb  "),
+    "those in between": (" WW ", " bb "),
+    "every other": ("W W ", "b b "),
+    "one bias": ("    ", " b  "),
+    "the last bias": ("    ", "   b"),
+    "one weight": ("  W ", "    "),
+    "the last weight": ("   W", "    "),
+    "no bias": ("WWWW", "    "),
+    "none": ("    ", "    "),
+}
+
+
+def moving_part(weights, biases, moving):
+    """The offsets of the parameters that move, one after another, and where they lie in all."""
+    offsets, places, start, end = ([], []), [], 0, 0
+    for weight, bias, *moves in zip(weights, biases, *moving, strict=True):
+        for kind, (tensor, letter) in enumerate(zip((weight, bias), moves, strict=True)):
+            offsets[kind].append(-1 if letter == " " else end)
+            if letter != " ":
+                places.append(torch.arange(start, start + tensor.numel(), device=weight.device))
+                end += tensor.numel()
+            start += tensor.numel()
+    return offsets, torch.cat([*places, torch.arange(0, device=weights[0].device)])
+
+
+@pytest.mark.parametrize("moving", MOVING.values(), ids=MOVING)
+def test_products_where_layers_are_fixed(device, moving):
+    weights, biases = network((4, 6, 5, 3, 2), device=device)
+    x = torch.randn(5, 4, dtype=torch.float64, device=device)
+    offsets, chosen = moving_part(weights, biases, moving)
+    curvature, head = curvature_of(
+        weights, biases, "tanh", x, weight_offsets=offsets[0], bias_offsets=offsets[1]
+    )
+    v = torch.randn(3, len(chosen), dtype=torch.float64, device=device)
+    for gauss, matrix in ((False, parameter_hessian), (True, gauss_newton)):
+        dense = matrix(weights, biases, "tanh", x)[chosen][:, chosen]
+        actual = curvature.product(v, head, gauss_newton=gauss)
+        torch.testing.assert_close(actual, v @ dense)
+
+
+def test_nothing_is_read_of_the_layers_before_the_first_that_moves(device):
+    weights, biases = network((4, 6, 5, 3, 2), device=device)
+    x = torch.randn(5, 4, dtype=torch.float64, device=device)
+    offsets, chosen = moving_part(weights, biases, MOVING["the last two"])
+    options = {"weight_offsets": offsets[0], "bias_offsets": offsets[1]}
+    curvature, head = curvature_of(weights, biases, "tanh", x, **options)
+    v = torch.randn(2, len(chosen), dtype=torch.float64, device=device)
+    expected = curvature.product(v, head)
+    for weight in weights[:3]:  # W_3 would take on only what does not move
+        weight.fill_(math.nan)
+    for tensor in (*curvature._a[:1], *curvature._d1[:1], *curvature._s[:2]):
+        tensor.fill_(math.nan)
+    for tensor in curvature._delta[:2]:
+        tensor.fill_(math.nan)
+    torch.testing.assert_close(curvature.product(v, head), expected)
+
+
 def test_layers_without_bias(device):
     weights, biases = network((4, 6, 2), device=device)
     biases[0] = torch.zeros_like(biases[0])
@@ -612,6 +690,221 @@ def test_large_shapes(device):
             *wide, "tanh", x.double(), lambda y: y.square().mean(), v.double()
         )
     assert (actual - expected).norm() <= 1e-6 * expected.norm()
+
+
+# ---- third derivatives ---------------------------------------------------------------------------
+
+
+def third_derivative(weights, biases, activation, x, w, z, loss=bent):
+    """The gradient of w' H z, by autograd."""
+    flat = flatten(weights, biases).requires_grad_()
+    value = loss(apply(*unflatten(flat, weights, biases), activation, x))
+    (gradient,) = torch.autograd.grad(value, flat, create_graph=True)
+    (product,) = torch.autograd.grad(gradient, flat, z, create_graph=True)
+    (third,) = torch.autograd.grad(product, flat, w)
+    return third
+
+
+def third_head(loss, y):
+    """What `third` must know of a loss."""
+
+    def head(y_w, y_z, y_wz):
+        def form(y, y_w, y_z):
+            slope, along_z = torch.func.jvp(torch.func.grad(loss), (y,), (y_z,))
+            return (along_z * y_w).sum() + (slope * y_wz).sum()
+
+        return torch.func.grad(form, argnums=(0, 1, 2))(y, y_w, y_z)
+
+    return head
+
+
+def fused_third(weights, biases, activation, x, w, z, loss=bent, **offsets):
+    curvature = MLPHessian(weights, biases, activation, x, with_third=True, **offsets)
+    curvature.linearize(torch.func.grad(loss)(curvature.outputs))
+    return curvature.third(w, z, third_head(loss, curvature.outputs))
+
+
+def mean_of_softplus(y):
+    return F.softplus(y).mean()
+
+
+def pair_of(weights, biases):
+    length = sum(t.numel() for t in weights + biases)
+    return torch.randn(2, length, dtype=torch.float64).to(weights[0])
+
+
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, *BY_LAYER], ids=str)
+@pytest.mark.parametrize("widths", [(3, 8, 1), (5, 7, 19, 2), (3, 2)])
+def test_third_derivatives_equal_those_of_autograd(device, activation, widths):
+    if isinstance(activation, list):
+        activation = activation[: len(widths) - 2]
+    weights, biases = network(widths, device=device)
+    x = torch.randn(6, widths[0], dtype=torch.float64, device=device)
+    w, z = pair_of(weights, biases)
+    expected = third_derivative(weights, biases, activation, x, w, z)
+    actual = fused_third(weights, biases, activation, x, w, z)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("widths", [(16, 128, 33, 1), (64, 300, 1), (8, *[6] * 5, 1)])
+def test_third_derivatives_of_larger_networks(device, widths):
+    weights, biases = network(widths, device=device)
+    x = torch.randn(70, widths[0], dtype=torch.float64, device=device)
+    w, z = pair_of(weights, biases)
+    expected = third_derivative(weights, biases, "silu", x, w, z, mean_of_softplus)
+    actual = fused_third(weights, biases, "silu", x, w, z, mean_of_softplus)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("activation", ["tanh", "silu", "gelu_tanh", ("elu", 0.7)])
+@pytest.mark.parametrize("widths", [(40, 50, 30, 1), (20, 300, 1)])
+def test_error_of_third_derivatives_is_at_most_twice_that_of_torch(device, activation, widths):
+    weights, biases = network(widths)
+    x = torch.randn(64, widths[0], dtype=torch.float64)
+    w, z = pair_of(weights, biases)
+
+    def op(x, w, z, *tensors):
+        ours = parts(len(weights), tensors)
+        return fused_third(*ours, activation, x, w, z, mean_of_softplus)
+
+    def plain(x, w, z, *tensors):
+        ours = parts(len(weights), tensors)
+        return third_derivative(*ours, activation, x, w, z, mean_of_softplus)
+
+    tensors = [t for pair in zip(weights, biases, strict=True) for t in pair]
+    inputs = [t.to(device) for t in [x, w, z, *tensors]]
+    check_accuracy(op, inputs, plain, torch.float32)
+
+
+@pytest.mark.parametrize("activation", SMOOTH, ids=str)
+def test_third_derivatives_of_activations_are_those_of_autograd(activation):
+    z = torch.linspace(-15, 15, 1001, dtype=torch.float64).requires_grad_()
+    number, parameter = hessreg.ops.hvp._checked_activation(activation)
+    *_, second, third = hessreg.ops.hvp._JETS[number](z, parameter)
+    (expected,) = torch.autograd.grad(second.sum(), z)
+    torch.testing.assert_close(third, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("moving", MOVING.values(), ids=MOVING)
+def test_third_derivatives_where_layers_are_fixed(device, moving):
+    weights, biases = network((4, 6, 5, 3, 2), device=device)
+    x = torch.randn(5, 4, dtype=torch.float64, device=device)
+    offsets, chosen = moving_part(weights, biases, moving)
+    options = {"weight_offsets": offsets[0], "bias_offsets": offsets[1]}
+    w, z = torch.randn(2, len(chosen), dtype=torch.float64, device=device)
+    whole = torch.zeros(2, sum(t.numel() for t in weights + biases)).to(w)
+    whole[:, chosen] = torch.stack([w, z])
+    expected = third_derivative(weights, biases, "tanh", x, *whole)[chosen]
+    actual = fused_third(weights, biases, "tanh", x, w, z, **options)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_third_derivatives_leave_gaps_at_zero(device):
+    weights, biases = network((4, 6, 2), device=device)
+    x = torch.randn(5, 4, dtype=torch.float64, device=device)
+    offsets = {"weight_offsets": [3, -1], "bias_offsets": [30, 38]}
+    w, z = torch.randn(2, 44, dtype=torch.float64, device=device)
+    actual = fused_third(weights, biases, "tanh", x, w, z, **offsets)
+    gaps = [0, 1, 2, 27, 28, 29, 36, 37, 40, 41, 42, 43]
+    assert not actual[gaps].any()
+    rest = [i for i in range(44) if i not in gaps]
+    assert actual[rest].all()
+
+
+def test_the_third_derivative_is_symmetric(device):
+    """In all three directions."""
+    weights, biases = network((4, 6, 5, 2), device=device)
+    x = torch.randn(5, 4, dtype=torch.float64, device=device)
+    w, z = pair_of(weights, biases)
+    u, _ = pair_of(weights, biases)
+    values = [
+        fused_third(weights, biases, "gelu", x, *pair) @ rest
+        for *pair, rest in ((w, z, u), (z, w, u), (u, z, w), (w, u, z))
+    ]
+    torch.testing.assert_close(values[1:], values[:1] * 3)
+
+
+def test_the_third_derivative_is_what_the_hessian_changes_by(device):
+    """Against differences of products, of an error of fourth order."""
+    weights, biases = network((4, 6, 5, 2), device=device)
+    x = torch.randn(5, 4, dtype=torch.float64, device=device)
+    w, z = pair_of(weights, biases)
+    step, flat = 1e-3, flatten(weights, biases)
+
+    def product(shift):
+        moved = unflatten(flat + shift * step * w, weights, biases)
+        return mlp_parameter_hvp(*moved, "silu", x, bent, z)
+
+    differences = 8 * (product(1) - product(-1)) - (product(2) - product(-2))
+    expected = differences / (12 * step)
+    actual = fused_third(weights, biases, "silu", x, w, z)
+    assert (actual - expected).norm() <= 1e-7 * expected.norm()
+
+
+@pytest.mark.slow
+def test_third_passes_every_check(device):
+    tensors, x = small((1, 2, 1), device)
+    w, z = torch.randn(2, sum(t.numel() for t in tensors), dtype=torch.float64, device=device)
+
+    def loss(y):
+        return (y.sin() * y).sum()
+
+    def op(w, x, z, *tensors):
+        return fused_third(*parts(2, tensors), "tanh", x, w, z, loss)
+
+    def reference(w, x, z, *tensors):
+        weights, biases = parts(2, tensors)
+
+        def value(flat):
+            return loss(apply(*unflatten(flat, weights, biases), "tanh", x))
+
+        def form(flat):
+            return hessian(value)(flat) @ z @ w
+
+        return torch.func.grad(form)(flatten(weights, biases))
+
+    check_op(op, reference, [w, x, z, *tensors])
+
+
+def test_third_derivatives_do_not_depend_on_the_number_of_threads():
+    weights, biases = network((200, 150, 70, 1), torch.float32)
+    x = torch.randn(100, 200)
+    w, z = pair_of(weights, biases)
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(fused_third(weights, biases, "tanh", x, w, z, mean_of_softplus))
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("widths", [(3, 1), (5, 7, 1)])
+def test_third_derivatives_of_empty_batches(device, widths):
+    weights, biases = network(widths, device=device)
+    x = torch.zeros(0, widths[0], dtype=torch.float64, device=device)
+    w, z = pair_of(weights, biases)
+    actual = fused_third(weights, biases, "tanh", x, w, z, torch.sum)
+    assert torch.equal(actual, torch.zeros_like(w))
+
+
+def test_third_refuses_what_it_cannot_use():
+    def head(*moved):
+        return moved
+
+    curvature = MLPHessian([W], [B], "tanh", X)
+    curvature.linearize(torch.ones(2, 4))
+    with pytest.raises(RuntimeError, match=r"third needs MLPHessian\(\.\.\., with_third=True\)"):
+        curvature.third(torch.ones(16), torch.ones(16), head)
+    curvature = MLPHessian([W], [B], "tanh", X, with_third=True)
+    with pytest.raises(RuntimeError, match="and linearize first"):
+        curvature.third(torch.ones(16), torch.ones(16), head)
+    curvature.linearize(torch.ones(2, 4))
+    with pytest.raises(ValueError, match=r"w and z must be \[p\] both, .*\(16,\) and \(1, 16\)"):
+        curvature.third(torch.ones(16), torch.ones(1, 16), head)
+    with pytest.raises(RuntimeError, match="offsets must point to parts of a vector"):
+        curvature.third(torch.ones(15), torch.ones(15), head)
 
 
 # ---- symmetric matrices ------------------------------------------------------------------------

@@ -77,10 +77,11 @@ class Problem:
         biases = [normal(o if self.bias else 0, seed=o) for _, o in pairs]
         x, hidden = normal(self.batch, self.widths[0]), len(pairs) - 1
         forward = x, weights, biases, *hvp._checked_activations(self.activation, hidden)
-        _, *kept = hvp.forward_reference(*forward)
-        a, d1, d2 = (kept[i * hidden : (i + 1) * hidden] for i in range(3))
+        _, *kept = hvp.forward_reference(*forward, True)
+        a, d1, d2, d3 = (kept[i * hidden : (i + 1) * hidden] for i in range(4))
         backward = normal(self.batch, self.widths[-1], seed=1), weights, d1, d2
-        bent = hvp.backward_reference(*backward)
+        bent = hvp.backward_reference(*backward, d3)
+        delta, s, t = bent[: hidden + 1], bent[hidden + 1 : 2 * hidden + 1], bent[2 * hidden + 1 :]
         in_order = hvp._offsets_in_order(weights, biases)
         *offsets, length = self.offsets or (
             *in_order,
@@ -91,29 +92,45 @@ class Problem:
         u = normal(*moved, seed=3) if self.moves_input else x.new_empty(0)
         tangent = x, weights, a, d1, u, v, *offsets
         ry, *rz = hvp.tangent_reference(*tangent)
-        second = ([], [], []) if self.gauss_newton else (bent[: hidden + 1], bent[hidden + 1 :], rz)
+        second = ([], [], []) if self.gauss_newton else (delta, s, rz)
         adjoint = x, weights, a, d1, *second, u, v, normal(*ry.shape, seed=4), *offsets
+        pair = x, weights, a, d1, d2, normal(2, length, seed=5), *offsets
+        _, *both = hvp.second_tangent_reference(*pair)
+        last = delta, s, t, both[:hidden], both[hidden:], pair[5], normal(3, *ry.shape[1:], seed=6)
         return {
-            "mlp_forward": forward,
-            "mlp_backward": backward,
+            "mlp_forward": (*forward, False),
+            "mlp_forward with third": (*forward, True),
+            "mlp_backward": (*backward, []),
+            "mlp_backward with third": (*backward, d3),
             "mlp_tangent": tangent,
             "mlp_adjoint": (*adjoint, self.gauss_newton, self.with_input),
+            "mlp_second_tangent": pair,
+            "mlp_second_adjoint": (*pair[:5], *last, *offsets),
         }
 
     def run(self, module: ModuleType, path: str, dtype: torch.dtype) -> dict[str, list[Tensor]]:
         operators = emulated.Hvp(module)
         with configured(module, shared=PATHS[path]):
             return {
-                name: getattr(operators, name)(*converted(arguments, dtype))
+                name: run(operators, name, converted(arguments, dtype))
                 for name, arguments in self.arguments().items()
             }
 
 
+def run(operators: emulated.Hvp, name: str, arguments: Any) -> list[Tensor]:
+    outputs = getattr(operators, name.split()[0])(*arguments)
+    return [outputs] if isinstance(outputs, Tensor) else outputs
+
+
 REFERENCES = {
     "mlp_forward": hvp.forward_reference,
+    "mlp_forward with third": hvp.forward_reference,
     "mlp_backward": hvp.backward_reference,
+    "mlp_backward with third": hvp.backward_reference,
     "mlp_tangent": hvp.tangent_reference,
     "mlp_adjoint": hvp.adjoint_reference,
+    "mlp_second_tangent": hvp.second_tangent_reference,
+    "mlp_second_adjoint": lambda *arguments: [hvp.second_adjoint_reference(*arguments)],
 }
 
 
@@ -164,6 +181,10 @@ PROBLEMS = {
     "all fixed": Problem(
         (2, 4, 3), 20, 2, moves_input=True, with_input=True, offsets=([-1] * 2, [-1] * 2, 0)
     ),
+    "the first ones fixed": Problem(
+        (2, 4, 5, 3, 2), 20, 2, offsets=([-1, -1, 0, -1], [-1] * 4, 15)
+    ),
+    "the last ones fixed": Problem((2, 4, 5, 3), 20, 2, offsets=([0, -1, -1], [8, -1, -1], 12)),
     "nothing moves": Problem((2, 4, 3), 20, 2, offsets=([-1, -1], [-1, 5], 9)),
     "activations by layer": Problem(
         (3, 9, 8, 2), 17, 2, ["tanh", ("softplus", 2.0)], with_input=True
@@ -370,7 +391,7 @@ def test_shared_memory_has_no_bank_conflicts(checked, problem, path, dtype):
     checked.emulator.take_profile()
     with configured(checked, **options, shared=PATHS[path]):
         for name in names:
-            getattr(operators, name)(*converted(arguments[name], dtype))
+            run(operators, name, converted(arguments[name], dtype))
     loads = [
         entry
         for entry in checked.emulator.take_profile()

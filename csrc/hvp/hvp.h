@@ -42,6 +42,13 @@ struct Network {
 
   HESSREG_HD int64_t inputs() const { return layers[0].in; }
   HESSREG_HD int64_t outputs() const { return layers[depth - 1].out; }
+
+  // The first layer that directions move; depth + 1: none. What is before it has no derivatives.
+  HESSREG_HD int64_t first_moving() const {
+    int64_t l = 1;
+    while (l <= depth && layers[l - 1].weight_offset < 0 && layers[l - 1].bias_offset < 0) ++l;
+    return l;
+  }
 };
 
 // y and what the other passes need of each hidden layer. The lists hold layers 1 ... L - 1.
@@ -54,16 +61,19 @@ struct Forward {
   void* const* a;       // [n_l, batch]: f(z_l)
   void* const* first;   // [n_l, batch]: f'(z_l)
   void* const* second;  // [n_l, batch]: f''(z_l)
+  void* const* third;   // [n_l, batch]: f'''(z_l); or null: not wanted
 };
 
-// delta_l for layers 1 ... L and s_l for 1 ... L - 1.
+// delta_l for layers 1 ... L; s_l, and t_l = f'''(z_l) o g_l if f''' is there, for 1 ... L - 1.
 struct Backward {
   Network network;
   const void* const* first;
   const void* const* second;
-  const void* delta_out;  // [batch, n_L]
-  void* const* delta;     // [n_l, batch]
-  void* const* s;         // [n_l, batch]
+  const void* const* third;  // or null
+  const void* delta_out;     // [batch, n_L]
+  void* const* delta;        // [n_l, batch]
+  void* const* s;            // [n_l, batch]
+  void* const* t;            // [n_l, batch]
 };
 
 // Rz_l = W_l Ra_{l-1} + V_l a_{l-1} + c_l with Ra_l = f'(z_l) o Rz_l, for several directions.
@@ -100,6 +110,46 @@ struct Adjoint {
   void* r_input;  // [directions, batch, n_0], or null: not wanted
 };
 
+// For two directions, R_1 and R_2 and both of them, R_12 = R_1 R_2, of z_l and a_l:
+// R_12 z_l = W_l R_12 a_{l-1} + V_1l R_2 a_{l-1} + V_2l R_1 a_{l-1},
+// R_12 a_l = f''(z_l) o R_1 z_l o R_2 z_l + f'(z_l) o R_12 z_l. x stays.
+struct SecondTangent {
+  Network network;
+  const void* x;
+  const void* const* a;
+  const void* const* first;
+  const void* const* second;
+  const void* v;  // [2, length]
+  int64_t length;
+  void* ry;         // [3, batch, n_L]: R_1, R_2, R_12
+  void* const* rz;  // [3, n_l, batch], layers 1 ... L - 1
+  void* const* ra;  // likewise
+};
+
+// R_j g_l and R_j delta_l as for a product, j = 1, 2, and
+// R_12 g_l = W_{l+1}' R_12 delta_{l+1} + V_1' R_2 delta_{l+1} + V_2' R_1 delta_{l+1},
+// R_12 delta_l = f'(z_l) o R_12 g_l + f''(z_l) o (R_1 z_l o R_2 g_l + R_2 z_l o R_1 g_l)
+//                + s_l o R_12 z_l + t_l o R_1 z_l o R_2 z_l.
+// The results are R_12 of the gradient: R_12 delta_l a_{l-1}' + R_1 delta_l R_2 a_{l-1}'
+// + R_2 delta_l R_1 a_{l-1}' + delta_l R_12 a_{l-1}' for W_l, and the sum of R_12 delta_l over the
+// batch for b_l.
+struct SecondAdjoint {
+  Network network;
+  const void* x;
+  const void* const* a;
+  const void* const* first;
+  const void* const* second;
+  const void* const* delta;  // layers 1 ... L
+  const void* const* s;
+  const void* const* t;
+  const void* const* rz;
+  const void* const* ra;
+  const void* v;
+  int64_t length;
+  const void* r_delta_out;  // [3, batch, n_L]
+  void* result;             // [length]; written where an offset points, and only there
+};
+
 // out = A v for symmetric A, of which the lower triangle is read.
 struct SymmetricProduct {
   const void* a;  // [batch, n, n]
@@ -113,7 +163,7 @@ struct SymmetricProduct {
 
 template <typename V>
 struct Jet {
-  V value, first, second;
+  V value, first, second, third;
 };
 
 // The functions that activations are made of, of one number.
@@ -135,7 +185,7 @@ HESSREG_HD V magnitude(V z) {
 template <typename Math, typename V>
 HESSREG_HD Jet<V> tanh_jet(V z) {
   const V t = Math::tanh(z), first = 1 - t * t;
-  return {t, first, -2 * t * first};
+  return {t, first, -2 * t * first, first * (4 - 6 * first)};
 }
 
 // From exp(-|z|), so that the derivatives keep their digits where the value is next to 1.
@@ -143,7 +193,7 @@ template <typename Math, typename V>
 HESSREG_HD Jet<V> sigmoid_jet(V z) {
   const V e = Math::exp(-magnitude<Math>(z)), q = 1 / (1 + e);
   const V first = e * q * q, fall = (1 - e) * q;
-  return {z < 0 ? e * q : q, first, first * (z < 0 ? fall : -fall)};
+  return {z < 0 ? e * q : q, first, first * (z < 0 ? fall : -fall), first * (1 - 6 * first)};
 }
 
 template <typename Math, typename V>
@@ -151,13 +201,14 @@ HESSREG_HD Jet<V> softplus_jet(V z, typename Math::Scalar beta) {
   const V t = z * beta, zero = t - t;
   const Jet<V> slope = sigmoid_jet<Math>(t);
   const V value = (t < 0 ? zero : t) + Math::log1p(Math::exp(-magnitude<Math>(t)));
-  return {value / beta, slope.value, slope.first * beta};
+  return {value / beta, slope.value, slope.first * beta, slope.second * (beta * beta)};
 }
 
 template <typename Math, typename V>
 HESSREG_HD Jet<V> silu_jet(V z) {
   const Jet<V> gate = sigmoid_jet<Math>(z);
-  return {z * gate.value, gate.value + z * gate.first, 2 * gate.first + z * gate.second};
+  return {z * gate.value, gate.value + z * gate.first, 2 * gate.first + z * gate.second,
+          3 * gate.second + z * gate.third};
 }
 
 template <typename Math, typename V>
@@ -165,7 +216,7 @@ HESSREG_HD Jet<V> gelu_jet(V z) {
   using T = typename Math::Scalar;
   const V share = T(0.5) * (1 + Math::erf(z * T(0.70710678118654752)));
   const V density = T(0.39894228040143268) * Math::exp(T(-0.5) * z * z);
-  return {z * share, share + z * density, (2 - z * z) * density};
+  return {z * share, share + z * density, (2 - z * z) * density, z * density * (z * z - 4)};
 }
 
 // z times the sigmoid of an odd cubic: half of 1 + tanh, without cancellation where z is negative.
@@ -176,16 +227,19 @@ HESSREG_HD Jet<V> gelu_tanh_jet(V z) {
   const V slope = kScale * (1 + 3 * kCube * z * z), bend = 6 * kScale * kCube * z;
   const Jet<V> gate = sigmoid_jet<Math>(kScale * (z + kCube * z * z * z));
   const V first = gate.first * slope, second = gate.second * slope * slope + gate.first * bend;
-  return {z * gate.value, gate.value + z * first, 2 * first + z * second};
+  const V third = gate.third * slope * slope * slope + 3 * gate.second * slope * bend +
+                  6 * kScale * kCube * gate.first;
+  return {z * gate.value, gate.value + z * first, 2 * first + z * second, 3 * second + z * third};
 }
 
 template <typename Math, typename V>
 HESSREG_HD Jet<V> elu_jet(V z, typename Math::Scalar alpha) {
   const V zero = z - z, below = z < 0 ? z : zero, e = alpha * Math::exp(below);
-  return {z > 0 ? z : alpha * Math::expm1(below), z > 0 ? zero + 1 : e, z > 0 ? zero : e};
+  const V higher = z < 0 ? e : zero;
+  return {z > 0 ? z : alpha * Math::expm1(below), z > 0 ? zero + 1 : e, higher, higher};
 }
 
-// f, f' and f'' at z; on a kink the derivative that torch takes, with zero for the second.
+// f, f', f'' and f''' at z; on a kink the derivative that torch takes, with zero for the others.
 template <typename Math, typename V>
 HESSREG_HD Jet<V> activate(Activation activation, typename Math::Scalar parameter, V z) {
   const V zero = z - z;
@@ -196,11 +250,11 @@ HESSREG_HD Jet<V> activate(Activation activation, typename Math::Scalar paramete
     case Activation::kSilu: return silu_jet<Math>(z);
     case Activation::kGelu: return gelu_jet<Math>(z);
     case Activation::kGeluTanh: return gelu_tanh_jet<Math>(z);
-    case Activation::kRelu: return {z > 0 ? z : zero, z > 0 ? zero + 1 : zero, zero};
+    case Activation::kRelu: return {z > 0 ? z : zero, z > 0 ? zero + 1 : zero, zero, zero};
     case Activation::kLeakyRelu:
-      return {z > 0 ? z : parameter * z, z > 0 ? zero + 1 : zero + parameter, zero};
+      return {z > 0 ? z : parameter * z, z > 0 ? zero + 1 : zero + parameter, zero, zero};
     case Activation::kElu: return elu_jet<Math>(z, parameter);
-    default: return {z, zero + 1, zero};
+    default: return {z, zero + 1, zero, zero};
   }
 }
 

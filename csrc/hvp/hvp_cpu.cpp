@@ -4,12 +4,22 @@
 namespace hessreg::hvp::HESSREG_ISA {
 namespace {
 
+// A buffer for the products of a chunk with a panel.
+template <typename C>
+struct alignas(64) Block {
+  C data[kRows * kPanel<C>];
+  HESSREG_HD C* row(int64_t r) { return data + r * kPanel<C>; }
+};
+
 // What all passes through a network know of it.
 template <typename C>
 class Pass {
  protected:
   HESSREG_HD Pass(const Network& network, void* workspace)
-      : network_(network), batch_(network.batch), arena_(workspace) {}
+      : network_(network),
+        batch_(network.batch),
+        first_moving_(network.first_moving()),
+        arena_(workspace) {}
 
   HESSREG_HD int64_t width(int64_t l) const {
     return l == 0 ? network_.inputs() : network_.layers[l - 1].out;
@@ -43,6 +53,19 @@ class Pass {
     return {region + unit_panels_size(l), batch_};
   }
 
+  // a_l, with x for a_0, in its panels of samples.
+  HESSREG_HD void load_samples(C* region, int64_t l, const void* x, const void* const* a) const {
+    const Panels<C> panels = samples(region, l);
+    if (l == 0) return panels.load_columns(static_cast<const C*>(x), batch_);
+    panels.load_rows(static_cast<const C*>(a[l - 1]), batch_);
+  }
+  // Likewise in panels of units.
+  HESSREG_HD void load_units(C* region, int64_t l, const void* x, const void* const* a) const {
+    const Panels<C> panels = unit_panels(region, l);
+    if (l == 0) return panels.load_rows(static_cast<const C*>(x), width(0));
+    panels.load_columns(static_cast<const C*>(a[l - 1]), width(l));
+  }
+
   // Calls use(start, columns) for each panel of samples.
   template <typename Use>
   HESSREG_HD void each_panel(const Use& use) const {
@@ -57,8 +80,40 @@ class Pass {
       for (int64_t h = 0; h < columns; h += kLanes<C>) use(r, h, columns - h);
   }
 
+  // The sums of rows of panels over all samples.
+  HESSREG_HD void sum_samples(const Panels<C>& panels, int64_t first, int64_t rows, C* to) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      Vector<C> total = {};
+      each_panel([&](int64_t start, int64_t columns) {
+        const C* from = panels.data + start * panels.rows + (first + r) * kPanel<C>;
+        for (int64_t h = 0; h < columns; h += kLanes<C>) total += load_some(from + h, columns - h);
+      });
+      to[r] = sum_lanes<C>(total);
+    }
+  }
+
+  // The sum of the terms in a part of a matrix, at most a panel wide, whose rows are `stride`
+  // apart.
+  HESSREG_HD void store_products(const Term<C>* terms, int count, int64_t rows, int64_t columns,
+                                 C* to, int64_t stride) const {
+    if (columns >= kPanel<C>) return sum_products(terms, count, rows, kPanel<C>, to, stride);
+    Block<C> block;
+    sum_products(terms, count, rows, columns, block.data, kPanel<C>);
+    each_vector(rows, columns, [&](int64_t i, int64_t h, int64_t some) {
+      store_some<C>(to + i * stride + h, load<C, kLanes<C>>(block.row(i) + h), some);
+    });
+  }
+
+  // Adds a number to each row of a block.
+  HESSREG_HD static void add_to_rows(const C* numbers, int64_t rows, Block<C>& block) {
+    each_vector(rows, kPanel<C>, [&](int64_t r, int64_t h, int64_t) {
+      C* here = block.row(r) + h;
+      store(here, load<C, kLanes<C>>(here) + numbers[r]);
+    });
+  }
+
   const Network& network_;
-  int64_t batch_;
+  int64_t batch_, first_moving_;
   Arena arena_;
 };
 
@@ -70,13 +125,6 @@ template <typename C>
 HESSREG_HD const C* at(const void* const* list, int64_t l) {
   return static_cast<const C*>(list[l - 1]);
 }
-
-// A buffer for the products of a chunk with a panel.
-template <typename C>
-struct alignas(64) Block {
-  C data[kRows * kPanel<C>];
-  HESSREG_HD C* row(int64_t r) { return data + r * kPanel<C>; }
-};
 
 // ---- forward -----------------------------------------------------------------------------------
 
@@ -112,21 +160,13 @@ class ForwardPass : Pass<C> {
       const C* before = this->samples(a_, l - 1).data + start * in;
       const Term<C> term = rows_of(this->weight(l) + first * in, in, before);
       sum_products(&term, 1, rows, columns, block.data, kPanel<C>);
-      add_bias(l, first, rows, block);
+      const C* bias = static_cast<const C*>(this->layer(l).bias);
+      if (bias) this->add_to_rows(bias + first, rows, block);
       if (l == depth())
         transpose_matrix(block.data, kPanel<C>, rows, columns,
                          static_cast<C*>(p_.y) + start * this->width(l) + first, this->width(l));
       else
         finish(l, first, rows, start, columns, block);
-    });
-  }
-
-  HESSREG_HD void add_bias(int64_t l, int64_t first, int64_t rows, Block<C>& block) const {
-    const C* bias = static_cast<const C*>(this->layer(l).bias);
-    if (!bias) return;
-    this->each_vector(rows, kPanel<C>, [&](int64_t r, int64_t h, int64_t) {
-      C* here = block.row(r) + h;
-      store(here, load<C, kLanes<C>>(here) + bias[first + r]);
     });
   }
 
@@ -142,6 +182,7 @@ class ForwardPass : Pass<C> {
       store_some<C>(at<C>(p_.a, l) + place, jet.value, count);
       store_some<C>(at<C>(p_.first, l) + place, jet.first, count);
       store_some<C>(at<C>(p_.second, l) + place, jet.second, count);
+      if (p_.third) store_some<C>(at<C>(p_.third, l) + place, jet.third, count);
     });
   }
 
@@ -206,6 +247,9 @@ class BackwardPass : Pass<C> {
         store_some<C>(at<C>(p_.delta, l) + place, delta, count);
         store_some<C>(at<C>(p_.s, l) + place, g * load_some(at<C>(p_.second, l) + place, count),
                       count);
+        if (p_.third)
+          store_some<C>(at<C>(p_.t, l) + place, g * load_some(at<C>(p_.third, l) + place, count),
+                        count);
       });
     });
   }
@@ -278,13 +322,11 @@ class TangentPass : Pass<C> {
  private:
   HESSREG_HD int64_t depth() const { return p_.network.depth; }
   HESSREG_HD C* ra(int64_t place) const { return ra_ + place * ra_size_; }
+  HESSREG_HD bool moves(int64_t l) const { return p_.u || l >= this->first_moving_; }
 
   // a_l where a direction in W_{l+1} meets it.
   void prepare(int64_t l) const {
-    if (this->layer(l + 1).weight_offset < 0) return;
-    const Panels<C> panels = this->samples(a_, l);
-    if (l == 0) return panels.load_columns(static_cast<const C*>(p_.x), this->batch_);
-    panels.load_rows(at<C>(p_.a, l), this->batch_);
+    if (this->layer(l + 1).weight_offset >= 0) this->load_samples(a_, l, p_.x, p_.a);
   }
 
   void start_from_inputs(int64_t j, C* ra) const {
@@ -300,7 +342,7 @@ class TangentPass : Pass<C> {
     this->each_panel([&](int64_t start, int64_t columns) {
       Term<C> terms[2];
       int count = 0;
-      if (l > 1 || p_.u)
+      if (moves(l - 1))
         terms[count++] = rows_of<C>(this->weight(l) + first * in, in,
                                     this->samples(ra, l - 1).data + start * in);
       if (layer.weight_offset >= 0)
@@ -327,11 +369,7 @@ class TangentPass : Pass<C> {
 
   HESSREG_HD void finish_outputs(int64_t j, int64_t first, int64_t rows, int64_t start,
                                  int64_t columns, const C* c, Block<C>& block) const {
-    if (c)
-      this->each_vector(rows, columns, [&](int64_t r, int64_t h, int64_t) {
-        C* here = block.row(r) + h;
-        store(here, load<C, kLanes<C>>(here) + c[r]);
-      });
+    if (c) this->add_to_rows(c, rows, block);
     const int64_t out = this->width(depth());
     transpose_matrix(block.data, kPanel<C>, rows, columns,
                      static_cast<C*>(p_.ry) + (j * this->batch_ + start) * out + first, out);
@@ -397,6 +435,9 @@ class AdjointPass : Pass<C> {
 
   HESSREG_HD int64_t depth() const { return p_.network.depth; }
   HESSREG_HD bool second() const { return !p_.gauss_newton; }
+  HESSREG_HD bool moves(int64_t l) const { return p_.u || l >= this->first_moving_; }
+  // Whether R delta_l is of use.
+  HESSREG_HD bool wanted(int64_t l) const { return p_.r_input || l >= this->first_moving_; }
   HESSREG_HD Direction direction(int64_t first, int64_t place) const {
     const int64_t index = first + place;
     return {index, r_ + place * r_size_, ra_ + place * units_size_,
@@ -409,7 +450,7 @@ class AdjointPass : Pass<C> {
     return layer.weight_offset >= 0 || layer.bias_offset >= 0 ? this->chunks(l) : 0;
   }
   HESSREG_HD int64_t tasks(int64_t l) const {
-    return result_tasks(l) + (l > 1 || p_.r_input ? this->chunks(l - 1) : 0);
+    return result_tasks(l) + (wanted(l - 1) ? this->chunks(l - 1) : 0);
   }
   HESSREG_HD void run_task(int64_t l, const Direction& direction, int64_t task) const {
     const int64_t results = result_tasks(l);
@@ -419,12 +460,11 @@ class AdjointPass : Pass<C> {
 
   // What all directions share of layer l and of delta_{l+1}.
   void prepare(int64_t l) const {
-    if (second()) this->samples(delta_, l + 1).load_rows(at<C>(p_.delta, l + 1), this->batch_);
     if (this->layer(l + 1).weight_offset < 0) return;
-    const Panels<C> panels = this->unit_panels(a_, l);
-    if (l == 0) return panels.load_rows(static_cast<const C*>(p_.x), this->width(0));
-    panels.load_columns(at<C>(p_.a, l), this->width(l));
-    if (second()) this->unit_panels(first_, l).load_columns(at<C>(p_.first, l), this->width(l));
+    if (second()) this->samples(delta_, l + 1).load_rows(at<C>(p_.delta, l + 1), this->batch_);
+    this->load_units(a_, l, p_.x, p_.a);
+    if (second() && l > 0)
+      this->unit_panels(first_, l).load_columns(at<C>(p_.first, l), this->width(l));
   }
 
   // R delta_L, and Ra_l where delta_{l+1} meets it.
@@ -435,14 +475,14 @@ class AdjointPass : Pass<C> {
           .load_columns(
               static_cast<const C*>(p_.r_delta_out) + j * this->batch_ * this->width(depth()),
               this->batch_);
-    if (!second() || this->layer(l + 1).weight_offset < 0) return;
+    if (!second() || this->layer(l + 1).weight_offset < 0 || !moves(l)) return;
     const Panels<C> panels = this->unit_panels(direction.ra, l);
     if (l > 0) {
       panels.load_columns(at<C>(p_.rz, l) + j * width * this->batch_, width);
       const C* first = this->unit_panels(first_, l).data;
       for (int64_t i = 0; i < round_up(width, kPanel<C>) * this->batch_; i += kLanes<C>)
         store(panels.data + i, load<C, kLanes<C>>(panels.data + i) * load<C, kLanes<C>>(first + i));
-    } else if (p_.u) {
+    } else {
       panels.load_rows(static_cast<const C*>(p_.u) + j * this->batch_ * width, width);
     }
   }
@@ -452,20 +492,10 @@ class AdjointPass : Pass<C> {
     const int64_t rows = smaller(kRows, layer.out - first);
     C* result = static_cast<C*>(p_.result) + direction.index * p_.length;
     if (layer.bias_offset >= 0)
-      sum_samples(this->samples(direction.r, l), first, rows, result + layer.bias_offset + first);
+      this->sum_samples(this->samples(direction.r, l), first, rows,
+                        result + layer.bias_offset + first);
     if (layer.weight_offset >= 0)
       weight_chunk(l, direction, first, rows, result + layer.weight_offset + first * layer.in);
-  }
-
-  HESSREG_HD void sum_samples(const Panels<C>& panels, int64_t first, int64_t rows, C* to) const {
-    for (int64_t r = 0; r < rows; ++r) {
-      Vector<C> total = {};
-      this->each_panel([&](int64_t start, int64_t columns) {
-        const C* from = panels.data + start * panels.rows + (first + r) * kPanel<C>;
-        for (int64_t h = 0; h < columns; h += kLanes<C>) total += load_some(from + h, columns - h);
-      });
-      to[r] = sum_lanes<C>(total);
-    }
   }
 
   void weight_chunk(int64_t l, const Direction& direction, int64_t first, int64_t rows,
@@ -473,24 +503,15 @@ class AdjointPass : Pass<C> {
     const int64_t out = this->width(l), in = this->width(l - 1), batch = this->batch_;
     const C* r = this->samples(direction.r, l).data + first * kPanel<C>;
     const C* delta = this->samples(delta_, l).data + first * kPanel<C>;
-    Block<C> block;
     for (int64_t start = 0; start < in; start += kPanel<C>) {
       Term<C> terms[2];
       int count = 0;
       terms[count++] =
           samples_of<C>(r, out, batch, this->unit_panels(a_, l - 1).data + start * batch);
-      if (second() && (l > 1 || p_.u))
+      if (second() && moves(l - 1))
         terms[count++] = samples_of<C>(delta, out, batch,
                                        this->unit_panels(direction.ra, l - 1).data + start * batch);
-      const int64_t columns = smaller(kPanel<C>, in - start);
-      if (columns == kPanel<C>) {
-        sum_products(terms, count, rows, columns, to + start, in);
-        continue;
-      }
-      sum_products(terms, count, rows, columns, block.data, kPanel<C>);
-      this->each_vector(rows, columns, [&](int64_t i, int64_t h, int64_t some) {
-        store_some<C>(to + i * in + start + h, load<C, kLanes<C>>(block.row(i) + h), some);
-      });
+      this->store_products(terms, count, rows, in - start, to + start, in);
     }
   }
 
@@ -521,7 +542,8 @@ class AdjointPass : Pass<C> {
                          int64_t start, int64_t columns, Block<C>& block) const {
     const int64_t width = this->width(l);
     C* panel = this->samples(direction.r, l).data + start * width + first * kPanel<C>;
-    const C* rz = second() ? at<C>(p_.rz, l) + direction.index * width * this->batch_ : nullptr;
+    const C* rz =
+        second() && moves(l) ? at<C>(p_.rz, l) + direction.index * width * this->batch_ : nullptr;
     this->each_vector(rows, columns, [&](int64_t r, int64_t h, int64_t count) {
       const int64_t place = (first + r) * this->batch_ + start + h;
       Vector<C> moved =
@@ -537,6 +559,265 @@ class AdjointPass : Pass<C> {
   C* delta_;       // panels of samples, layers 0 ... L
   C *a_, *first_;  // panels of units, layers 0 ... L - 1
   C *r_, *ra_;     // likewise of each direction of a group
+};
+
+// ---- tangent of second order -------------------------------------------------------------------
+
+// R_1, R_2 and R_12 stand side by side everywhere, numbered 0, 1, 2.
+template <typename C>
+class SecondTangentPass : Pass<C> {
+  using Base = Pass<C>;
+
+ public:
+  HESSREG_HD SecondTangentPass(const SecondTangent& problem, void* workspace)
+      : Base(problem.network, workspace),
+        p_(problem),
+        size_(this->sample_panels_size(depth())),
+        a_(this->arena_.template take<C>(size_)),
+        ra_(this->arena_.template take<C>(3 * size_)) {}
+
+  HESSREG_HD int64_t bytes() const { return this->arena_.used(); }
+  HESSREG_HD int64_t stages() const { return depth() + 1; }
+  HESSREG_HD Stage stage(int64_t l) const {
+    if (l == 0) return {depth(), this->batch_ * this->units(depth())};
+    return {this->chunks(l), 14 * this->multiplications(l)};
+  }
+
+  void run(int64_t l, int64_t begin, int64_t end) const {
+    for (int64_t task = begin; task < end; ++task) {
+      if (l > 0)
+        run_chunk(l, task * kRows);
+      else if (this->layer(task + 1).weight_offset >= 0)
+        this->load_samples(a_, task, p_.x, p_.a);
+    }
+  }
+
+ private:
+  HESSREG_HD int64_t depth() const { return p_.network.depth; }
+  HESSREG_HD bool moves(int64_t l) const { return l >= this->first_moving_; }
+  HESSREG_HD const C* v(int64_t j) const { return static_cast<const C*>(p_.v) + j * p_.length; }
+  HESSREG_HD C* panel(C* region, int64_t l, int64_t start) const {
+    return this->samples(region, l).data + start * this->width(l);
+  }
+  HESSREG_HD C* ra(int64_t j, int64_t l, int64_t start) const {
+    return panel(ra_ + j * size_, l, start);
+  }
+
+  void run_chunk(int64_t l, int64_t first) const {
+    const Layer& layer = this->layer(l);
+    const int64_t rows = smaller(kRows, layer.out - first);
+    Block<C> blocks[3];
+    this->each_panel([&](int64_t start, int64_t columns) {
+      for (int64_t j = 0; j < 3; ++j) {
+        Term<C> terms[3];
+        const int count = find_terms(l, j, first, start, terms);
+        sum_products(terms, count, rows, columns, blocks[j].data, kPanel<C>);
+        if (j < 2 && layer.bias_offset >= 0)
+          this->add_to_rows(v(j) + layer.bias_offset + first, rows, blocks[j]);
+      }
+      l == depth() ? finish_outputs(first, rows, start, columns, blocks)
+                   : finish(l, first, rows, start, columns, blocks);
+    });
+  }
+
+  // What R_j z_l consists of, but for the bias.
+  HESSREG_HD int find_terms(int64_t l, int64_t j, int64_t first, int64_t start,
+                            Term<C>* terms) const {
+    const Layer& layer = this->layer(l);
+    const int64_t in = layer.in, place = layer.weight_offset + first * in;
+    int count = 0;
+    if (moves(l - 1))
+      terms[count++] = rows_of<C>(this->weight(l) + first * in, in, ra(j, l - 1, start));
+    if (layer.weight_offset < 0) return count;
+    if (j < 2) {
+      terms[count++] = rows_of<C>(v(j) + place, in, panel(a_, l - 1, start));
+    } else if (moves(l - 1)) {
+      for (int64_t i = 0; i < 2; ++i)
+        terms[count++] = rows_of<C>(v(i) + place, in, ra(1 - i, l - 1, start));
+    }
+    return count;
+  }
+
+  HESSREG_HD void finish(int64_t l, int64_t first, int64_t rows, int64_t start, int64_t columns,
+                         Block<C>* blocks) const {
+    const int64_t size = this->width(l) * this->batch_;
+    this->each_vector(rows, columns, [&](int64_t r, int64_t h, int64_t count) {
+      const int64_t place = (first + r) * this->batch_ + start + h;
+      const Vector<C> slope = load_some(at<C>(p_.first, l) + place, count);
+      Vector<C> z[3], a[3];
+      for (int j = 0; j < 3; ++j) {
+        z[j] = load<C, kLanes<C>>(blocks[j].row(r) + h);
+        a[j] = slope * z[j];
+      }
+      a[2] += load_some(at<C>(p_.second, l) + place, count) * z[0] * z[1];
+      for (int64_t j = 0; j < 3; ++j) {
+        store(ra(j, l, start) + (first + r) * kPanel<C> + h, a[j]);
+        store_some<C>(at<C>(p_.rz, l) + j * size + place, z[j], count);
+        store_some<C>(at<C>(p_.ra, l) + j * size + place, a[j], count);
+      }
+    });
+  }
+
+  HESSREG_HD void finish_outputs(int64_t first, int64_t rows, int64_t start, int64_t columns,
+                                 Block<C>* blocks) const {
+    const int64_t out = this->width(depth());
+    for (int64_t j = 0; j < 3; ++j)
+      transpose_matrix(blocks[j].data, kPanel<C>, rows, columns,
+                       static_cast<C*>(p_.ry) + (j * this->batch_ + start) * out + first, out);
+  }
+
+  const SecondTangent& p_;
+  int64_t size_;
+  C *a_, *ra_;  // panels of samples, layers 0 ... L - 1
+};
+
+// ---- adjoint of second order -------------------------------------------------------------------
+
+template <typename C>
+class SecondAdjointPass : Pass<C> {
+  using Base = Pass<C>;
+
+ public:
+  HESSREG_HD SecondAdjointPass(const SecondAdjoint& problem, void* workspace)
+      : Base(problem.network, workspace),
+        p_(problem),
+        r_size_(this->sample_panels_size(depth() + 1)),
+        units_size_(this->unit_panels_size(depth())),
+        delta_(this->arena_.template take<C>(r_size_)),
+        r_(this->arena_.template take<C>(3 * r_size_)),
+        a_(this->arena_.template take<C>(units_size_)),
+        ra_(this->arena_.template take<C>(3 * units_size_)) {}
+
+  HESSREG_HD int64_t bytes() const { return this->arena_.used(); }
+  HESSREG_HD int64_t stages() const { return depth() + 1; }
+  HESSREG_HD Stage stage(int64_t index) const {
+    if (index == 0) return {depth(), 5 * this->batch_ * this->units(depth() + 1)};
+    const int64_t l = depth() + 1 - index;
+    return {tasks(l), 22 * this->multiplications(l)};
+  }
+
+  void run(int64_t index, int64_t begin, int64_t end) const {
+    const int64_t l = depth() + 1 - index;
+    for (int64_t task = begin; task < end; ++task) index == 0 ? prepare(task) : run_task(l, task);
+  }
+
+ private:
+  HESSREG_HD int64_t depth() const { return p_.network.depth; }
+  HESSREG_HD bool moves(int64_t l) const { return l >= this->first_moving_; }
+  HESSREG_HD const C* v(int64_t j) const { return static_cast<const C*>(p_.v) + j * p_.length; }
+  HESSREG_HD Panels<C> r(int64_t j, int64_t l) const { return this->samples(r_ + j * r_size_, l); }
+  HESSREG_HD Panels<C> ra(int64_t j, int64_t l) const {
+    return this->unit_panels(ra_ + j * units_size_, l);
+  }
+
+  // Chunks of rows of the result for W_l and b_l, then chunks of layer l - 1.
+  HESSREG_HD int64_t result_tasks(int64_t l) const {
+    const Layer& layer = this->layer(l);
+    return layer.weight_offset >= 0 || layer.bias_offset >= 0 ? this->chunks(l) : 0;
+  }
+  HESSREG_HD int64_t tasks(int64_t l) const {
+    return result_tasks(l) + (moves(l - 1) ? this->chunks(l - 1) : 0);
+  }
+  HESSREG_HD void run_task(int64_t l, int64_t task) const {
+    const int64_t results = result_tasks(l);
+    task < results ? result_chunk(l, task * kRows) : adjoint_chunk(l, (task - results) * kRows);
+  }
+
+  // What layer l and delta_{l+1} are multiplied as, and R delta_L.
+  void prepare(int64_t l) const {
+    if (l == 0)
+      for (int64_t j = 0; j < 3; ++j)
+        r(j, depth())
+            .load_columns(
+                static_cast<const C*>(p_.r_delta_out) + j * this->batch_ * this->width(depth()),
+                this->batch_);
+    if (this->layer(l + 1).weight_offset < 0) return;
+    this->load_units(a_, l, p_.x, p_.a);
+    this->samples(delta_, l + 1).load_rows(at<C>(p_.delta, l + 1), this->batch_);
+    for (int64_t j = 0; moves(l) && j < 3; ++j)
+      ra(j, l).load_columns(at<C>(p_.ra, l) + j * this->width(l) * this->batch_, this->width(l));
+  }
+
+  void result_chunk(int64_t l, int64_t first) const {
+    const Layer& layer = this->layer(l);
+    const int64_t rows = smaller(kRows, layer.out - first);
+    C* result = static_cast<C*>(p_.result);
+    if (layer.bias_offset >= 0)
+      this->sum_samples(r(2, l), first, rows, result + layer.bias_offset + first);
+    if (layer.weight_offset >= 0)
+      weight_chunk(l, first, rows, result + layer.weight_offset + first * layer.in);
+  }
+
+  void weight_chunk(int64_t l, int64_t first, int64_t rows, C* to) const {
+    const int64_t in = this->width(l - 1), batch = this->batch_;
+    const C* left[] = {r(2, l).data, r(1, l).data, r(0, l).data, this->samples(delta_, l).data};
+    const C* right[] = {this->unit_panels(a_, l - 1).data, ra(0, l - 1).data, ra(1, l - 1).data,
+                        ra(2, l - 1).data};
+    const int count = moves(l - 1) ? 4 : 1;
+    for (int64_t start = 0; start < in; start += kPanel<C>) {
+      Term<C> terms[4];
+      for (int i = 0; i < count; ++i)
+        terms[i] = samples_of<C>(left[i] + first * kPanel<C>, this->width(l), batch,
+                                 right[i] + start * batch);
+      this->store_products(terms, count, rows, in - start, to + start, in);
+    }
+  }
+
+  // R g_{l-1} and R delta_{l-1}.
+  void adjoint_chunk(int64_t l, int64_t first) const {
+    const int64_t rows = smaller(kRows, this->layer(l).in - first);
+    Block<C> blocks[3];
+    this->each_panel([&](int64_t start, int64_t columns) {
+      for (int64_t j = 0; j < 3; ++j) {
+        Term<C> terms[3];
+        const int count = find_terms(l, j, first, start, terms);
+        sum_products(terms, count, rows, columns, blocks[j].data, kPanel<C>);
+      }
+      finish(l - 1, first, rows, start, columns, blocks);
+    });
+  }
+
+  HESSREG_HD int find_terms(int64_t l, int64_t j, int64_t first, int64_t start,
+                            Term<C>* terms) const {
+    const int64_t in = this->layer(l).in, out = this->layer(l).out, place = start * out;
+    const int64_t offset = this->layer(l).weight_offset;
+    int count = 0;
+    terms[count++] = columns_of<C>(this->weight(l) + first, in, out, r(j, l).data + place);
+    if (offset < 0) return count;
+    if (j < 2) {
+      const C* delta = this->samples(delta_, l).data + place;
+      terms[count++] = columns_of<C>(v(j) + offset + first, in, out, delta);
+    } else {
+      for (int64_t i = 0; i < 2; ++i)
+        terms[count++] = columns_of<C>(v(i) + offset + first, in, out, r(1 - i, l).data + place);
+    }
+    return count;
+  }
+
+  HESSREG_HD void finish(int64_t l, int64_t first, int64_t rows, int64_t start, int64_t columns,
+                         Block<C>* blocks) const {
+    const int64_t width = this->width(l), size = width * this->batch_;
+    this->each_vector(rows, columns, [&](int64_t i, int64_t h, int64_t count) {
+      const int64_t place = (first + i) * this->batch_ + start + h;
+      const Vector<C> slope = load_some(at<C>(p_.first, l) + place, count);
+      const Vector<C> s = load_some(at<C>(p_.s, l) + place, count);
+      Vector<C> z[3], g[3], moved[3];
+      for (int j = 0; j < 3; ++j) {
+        z[j] = load_some(at<C>(p_.rz, l) + j * size + place, count);
+        g[j] = load<C, kLanes<C>>(blocks[j].row(i) + h);
+        moved[j] = slope * g[j] + s * z[j];
+      }
+      moved[2] += load_some(at<C>(p_.second, l) + place, count) * (z[0] * g[1] + z[1] * g[0]) +
+                  load_some(at<C>(p_.t, l) + place, count) * z[0] * z[1];
+      for (int64_t j = 0; j < 3; ++j)
+        store(r(j, l).data + start * width + (first + i) * kPanel<C> + h, moved[j]);
+    });
+  }
+
+  const SecondAdjoint& p_;
+  int64_t r_size_, units_size_;
+  C *delta_, *r_;  // panels of samples, layers 0 ... L
+  C *a_, *ra_;     // panels of units, layers 0 ... L - 1
 };
 
 // ---- symmetric product -------------------------------------------------------------------------
@@ -745,6 +1026,8 @@ const CpuKernels kernels = {
     staged<BackwardPass, Backward>(),
     staged<TangentPass, Tangent>(),
     staged<AdjointPass, Adjoint>(),
+    staged<SecondTangentPass, SecondTangent>(),
+    staged<SecondAdjointPass, SecondAdjoint>(),
     staged<SymmetricPass, SymmetricProduct>(),
 };
 

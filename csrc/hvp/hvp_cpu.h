@@ -25,6 +25,8 @@ struct CpuKernels {
   Staged<Backward> backward;
   Staged<Tangent> tangent;
   Staged<Adjoint> adjoint;
+  Staged<SecondTangent> second_tangent;
+  Staged<SecondAdjoint> second_adjoint;
   Staged<SymmetricProduct> symmetric_product;
 };
 

@@ -11,7 +11,8 @@
 namespace hessreg::hvp::HESSREG_ISA {
 namespace {
 
-constexpr int64_t kDepth = 256;        // terms of a sum at a time: panels stay in cache
+// Terms of a sum at a time: a panel stays in cache, and a sum of sums is more exact.
+constexpr int64_t kDepth = 64;
 constexpr int64_t kRows = 4 * kGroup;  // rows that go through a panel while it is there
 
 HESSREG_HD int64_t ceil_div(int64_t n, int64_t step) { return (n + step - 1) / step; }

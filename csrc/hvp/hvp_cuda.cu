@@ -180,11 +180,16 @@ Operand samples_before(const Problem& p, int64_t l) {
                 : hidden_samples(p.a[l - 1], p.network.batch, 0);
 }
 
+template <typename Problem>
+bool moves(const Problem& p, int64_t l) {
+  return p.u || l >= p.network.first_moving();
+}
+
 // Their derivatives, if they have any.
 template <typename Problem>
 Operand moved_before(const Problem& p, int64_t l) {
   const Network& network = p.network;
-  if (l == 0 && !p.u) return {};
+  if (!moves(p, l)) return {};
   const int64_t stride = network.layers[l].in * network.batch;
   if (l == 0) return given_samples(p.u, network.inputs(), stride);
   Operand moved = hidden_samples(p.rz[l - 1], network.batch, stride);
@@ -223,7 +228,10 @@ void write_given(Product& product, void* out) {
 int64_t num_steps(const Forward& p) { return p.network.depth; }
 int64_t num_steps(const Backward& p) { return p.network.depth - 1; }
 int64_t num_steps(const Tangent& p) { return p.network.depth; }
-int64_t num_steps(const Adjoint& p) { return p.network.depth - (p.r_input ? 0 : 1); }
+int64_t num_steps(const Adjoint& p) {
+  const int64_t steps = p.network.depth - (p.r_input ? 0 : p.network.first_moving());
+  return steps < 0 ? 0 : steps;
+}
 
 Product step_of(const Forward& p, int64_t l, void*) {
   const Network& network = p.network;
@@ -241,6 +249,7 @@ Product step_of(const Forward& p, int64_t l, void*) {
   step.epilogue.out[0] = p.a[l];
   step.epilogue.out[1] = p.first[l];
   step.epilogue.out[2] = p.second[l];
+  step.epilogue.out[3] = p.third ? p.third[l] : nullptr;
   return step;
 }
 
@@ -257,6 +266,10 @@ Product step_of(const Backward& p, int64_t i, void*) {
   step.epilogue.second = p.second[l - 1];
   step.epilogue.out[0] = p.delta[l - 1];
   step.epilogue.out[1] = p.s[l - 1];
+  if (p.third) {
+    step.epilogue.third = p.third[l - 1];
+    step.epilogue.out[2] = p.t[l - 1];
+  }
   return step;
 }
 
@@ -309,14 +322,145 @@ Product step_of(const Adjoint& p, int64_t i, void* scratch) {
   }
   write_hidden(step, Finish::kAdjoint);
   step.epilogue.first = p.first[l - 1];
-  if (!p.gauss_newton) {
-    step.epilogue.second = p.s[l - 1];
+  if (!p.gauss_newton && moves(p, l)) {
+    step.epilogue.s = p.s[l - 1];
     step.epilogue.rz = p.rz[l - 1];
   }
   step.epilogue.out[0] = r_delta(p, l - 1, scratch);
   return step;
 }
 
+// ---- Two directions at once, and the second derivative along both
+
+Tangent first_order(const SecondTangent& p) {
+  return {p.network, p.x, p.a, p.first, nullptr, p.v, 2, p.length, p.ry, p.rz};
+}
+
+Adjoint first_order(const SecondAdjoint& p) {
+  return {p.network, p.x, p.a,      p.first,       p.delta, p.s,     p.rz,   nullptr,
+          p.v,       2,   p.length, p.r_delta_out, false,   nullptr, nullptr};
+}
+
+// What belongs to one direction of an operand.
+Operand of_direction(const Operand& x, int64_t j, At at) {
+  return {at(x.data, j * x.direction_stride), x.scale, x.row_stride, x.depth_stride, 0};
+}
+
+// Whether both directions meet in a layer.
+template <typename Problem>
+bool meets(const Problem& p, int64_t l) {
+  return p.network.layers[l].weight_offset >= 0 && moves(first_order(p), l);
+}
+
+// The elements of one direction of what belongs to layers before the l-th.
+int64_t elements_before(const Network& network, int64_t l) {
+  int64_t widths = 0;
+  for (int64_t i = 0; i < l; ++i) widths += network.layers[i].out;
+  return network.batch * widths;
+}
+
+// R a before a layer that is not the first.
+template <typename Problem>
+Operand second_before(const Problem& p, int64_t l, int64_t j) {
+  const int64_t batch = p.network.batch, size = p.network.layers[l].in * batch;
+  return of_direction(hidden_samples(p.ra[l - 1], batch, size), j, At(p.network.element));
+}
+
+// V_1 R_2 a + V_2 R_1 a.
+Product crossed_step(const SecondTangent& p, int64_t l) {
+  const Layer& layer = p.network.layers[l];
+  const At at(p.network.element);
+  const Operand v = direction_weight(layer, p.v, p.length, at);
+  Product step = product_of(layer.out, p.network.batch, layer.in);
+  for (int64_t j = 0; j < 2; ++j)
+    step.terms[j] = {of_direction(v, j, at), second_before(p, l, 1 - j)};
+  return step;
+}
+
+Product second_step(const SecondTangent& p, int64_t l) {
+  const Layer& layer = p.network.layers[l];
+  Product step = product_of(layer.out, p.network.batch, layer.in);
+  if (moves(first_order(p), l))
+    step.terms[0] = {by_rows(layer.weight, layer, 0), second_before(p, l, 2)};
+  if (l + 1 == p.network.depth) return step;
+  step.epilogue.finish = Finish::kSecondTangent;
+  step.epilogue.first = p.first[l];
+  step.epilogue.second = p.second[l];
+  step.epilogue.rz = p.rz[l];
+  step.epilogue.out[1] = p.ra[l];
+  return step;
+}
+
+// Where R_12 of a layer goes: it is the last of three.
+void write_second(const SecondTangent& p, int64_t l, Product& step) {
+  const At at(p.network.element);
+  const int64_t place = 2 * step.rows * step.columns;
+  if (l + 1 == p.network.depth) {
+    write_given(step, at(p.ry, place));
+  } else {
+    write_hidden(step, step.epilogue.finish);
+    step.epilogue.out[0] = at(p.rz[l], place);
+  }
+}
+
+// In the scratch memory: R_j delta and R_j g of all hidden layers, then R_12 delta.
+void* r_g(const SecondAdjoint& p, int64_t l, void* scratch) {
+  const int64_t all = 2 * elements_before(p.network, p.network.depth - 1);
+  return At(p.network.element)(scratch, all + 2 * elements_before(p.network, l));
+}
+void* r_12_delta(const SecondAdjoint& p, int64_t l, void* scratch) {
+  const int64_t all = 4 * elements_before(p.network, p.network.depth - 1);
+  return At(p.network.element)(scratch, all + elements_before(p.network, l));
+}
+
+Operand second_after(const SecondAdjoint& p, int64_t l, int64_t j, void* scratch) {
+  const At at(p.network.element);
+  if (j < 2) return of_direction(r_delta_after(first_order(p), l, scratch), j, at);
+  const int64_t width = p.network.layers[l].out, batch = p.network.batch;
+  return l + 1 == p.network.depth ? given_samples(at(p.r_delta_out, 2 * width * batch), width, 0)
+                                  : hidden_samples(r_12_delta(p, l, scratch), batch, 0);
+}
+
+int64_t num_steps(const SecondAdjoint& p) { return num_steps(first_order(p)); }
+
+// Those of the first order, which leave R_j g too.
+Product step_of(const SecondAdjoint& p, int64_t i, void* scratch) {
+  Product step = step_of(first_order(p), i, scratch);
+  step.epilogue.out[1] = r_g(p, p.network.depth - 2 - i, scratch);
+  return step;
+}
+
+// V_1' R_2 delta + V_2' R_1 delta.
+Product crossed_step(const SecondAdjoint& p, int64_t l, void* scratch) {
+  const Layer& layer = p.network.layers[l];
+  const At at(p.network.element);
+  const Operand v = transposed(direction_weight(layer, p.v, p.length, at));
+  Product step = product_of(layer.in, p.network.batch, layer.out);
+  for (int64_t j = 0; j < 2; ++j)
+    step.terms[j] = {of_direction(v, j, at), second_after(p, l, 1 - j, scratch)};
+  write_hidden(step, Finish::kStore);
+  step.epilogue.out[0] = r_12_delta(p, l - 1, scratch);
+  return step;
+}
+
+Product second_step(const SecondAdjoint& p, int64_t l, void* scratch) {
+  const Layer& layer = p.network.layers[l];
+  Product step = product_of(layer.in, p.network.batch, layer.out);
+  step.terms[0] = {by_columns(layer.weight, layer, 0), second_after(p, l, 2, scratch)};
+  write_hidden(step, Finish::kSecondAdjoint);
+  Epilogue& e = step.epilogue;
+  e.out[0] = r_12_delta(p, l - 1, scratch);
+  if (layer.weight_offset >= 0) e.added = e.out[0];
+  e.first = p.first[l - 1];
+  e.second = p.second[l - 1];
+  e.s = p.s[l - 1];
+  e.t = p.t[l - 1];
+  e.rz = p.rz[l - 1];
+  e.rg = r_g(p, l - 1, scratch);
+  return step;
+}
+
+int64_t directions_of(const SecondAdjoint&) { return 2; }
 int64_t directions_of(const Forward&) { return 1; }
 int64_t directions_of(const Backward&) { return 1; }
 int64_t directions_of(const Tangent& p) { return p.directions; }
@@ -438,6 +582,13 @@ void launch_pass(const Problem& p, void* scratch, void* stream) {
 
 // ---- Derivatives in the weights
 
+void write_weight(const Layer& layer, void* result, int64_t length, At at, Product& product) {
+  product.epilogue.out[0] = at(result, layer.weight_offset);
+  product.epilogue.row_stride = layer.in;
+  product.epilogue.column_stride = 1;
+  product.epilogue.direction_stride = length;
+}
+
 Product gradient_of(const Adjoint& p, int64_t l, void* scratch) {
   const Network& network = p.network;
   const Layer& layer = network.layers[l];
@@ -448,30 +599,82 @@ Product gradient_of(const Adjoint& p, int64_t l, void* scratch) {
   if (!p.gauss_newton && has_weight)
     product.terms[1] = term_of(transposed(hidden_samples(p.delta[l], network.batch, 0)),
                                transposed(moved_before(p, l)));
-  if (has_weight) product.epilogue.out[0] = at(p.result, layer.weight_offset);
+  if (has_weight) write_weight(layer, p.result, p.length, at, product);
   if (layer.bias_offset >= 0) product.row_sums = at(p.result, layer.bias_offset);
-  product.epilogue.row_stride = layer.in;
-  product.epilogue.column_stride = 1;
-  product.epilogue.direction_stride = p.length;
+  product.epilogue.direction_stride = p.length;  // of the sums too
   return product;
 }
 
-// Those of the layers from `next` on that fit in one launch; next becomes the first of the others.
-Group gradients_of(const Adjoint& p, void* scratch, int64_t& next) {
+// R_2 delta R_1 a' + R_1 delta R_2 a'.
+Product crossed_gradient(const SecondAdjoint& p, int64_t l, void* scratch) {
+  const Layer& layer = p.network.layers[l];
+  Product product = product_of(layer.out, layer.in, p.network.batch);
+  for (int64_t j = 0; j < 2; ++j)
+    product.terms[j] = {transposed(second_after(p, l, 1 - j, scratch)),
+                        transposed(second_before(p, l, j))};
+  write_weight(layer, p.result, p.length, At(p.network.element), product);
+  return product;
+}
+
+// R_12 delta a' + delta R_12 a', and what is there already.
+Product second_gradient(const SecondAdjoint& p, int64_t l, void* scratch) {
+  const Layer& layer = p.network.layers[l];
+  const At at(p.network.element);
+  const bool has_weight = layer.weight_offset >= 0;
+  Product product = product_of(layer.out, has_weight ? layer.in : 0, p.network.batch);
+  product.terms[0] = {transposed(second_after(p, l, 2, scratch)), transposed(samples_before(p, l))};
+  if (meets(p, l))
+    product.terms[1] = {transposed(hidden_samples(p.delta[l], p.network.batch, 0)),
+                        transposed(second_before(p, l, 2))};
+  if (has_weight) write_weight(layer, p.result, p.length, at, product);
+  if (meets(p, l)) product.epilogue.added = product.epilogue.out[0];
+  if (layer.bias_offset >= 0) product.row_sums = at(p.result, layer.bias_offset);
+  return product;
+}
+
+// The products of the layers from `next` on that fit in one launch, of those layers that have one;
+// next becomes the first of the others.
+template <typename Has, typename Make>
+Group group_from(const Network& network, int64_t directions, int64_t& next, Has has, Make make) {
   Group group{};
-  group.directions = p.directions;
-  for (; next < p.network.depth && group.count < kMaxProducts; ++next) {
-    const Layer& layer = p.network.layers[next];
-    if (layer.weight_offset >= 0 || layer.bias_offset >= 0)
-      group.products[group.count++] = gradient_of(p, next, scratch);
-  }
+  group.directions = directions;
+  for (; next < network.depth && group.count < kMaxProducts; ++next)
+    if (has(next)) group.products[group.count++] = make(next);
   return group;
 }
 
+template <typename Problem>
+bool has_gradient(const Problem& p, int64_t l) {
+  return p.network.layers[l].weight_offset >= 0 || p.network.layers[l].bias_offset >= 0;
+}
+
+// Calls use(group) for the products that give a result, launch by launch.
+template <typename Use>
+void each_group(const Adjoint& p, void* scratch, Use use) {
+  for (int64_t next = 0; next < p.network.depth;)
+    use(group_from(
+        p.network, p.directions, next, [&](int64_t l) { return has_gradient(p, l); },
+        [&](int64_t l) { return gradient_of(p, l, scratch); }));
+}
+
+template <typename Use>
+void each_group(const SecondAdjoint& p, void* scratch, Use use) {
+  for (int64_t next = 0; next < p.network.depth;)
+    use(group_from(
+        p.network, 1, next, [&](int64_t l) { return meets(p, l); },
+        [&](int64_t l) { return crossed_gradient(p, l, scratch); }));
+  for (int64_t next = 0; next < p.network.depth;)
+    use(group_from(
+        p.network, 1, next, [&](int64_t l) { return has_gradient(p, l); },
+        [&](int64_t l) { return second_gradient(p, l, scratch); }));
+}
+
+// What a pass leaves of hidden layers in the scratch memory.
 int64_t hidden_elements(const Adjoint& p) {
-  int64_t widths = 0;
-  for (int64_t l = 0; l + 1 < p.network.depth; ++l) widths += p.network.layers[l].out;
-  return p.directions * p.network.batch * widths;
+  return p.directions * elements_before(p.network, p.network.depth - 1);
+}
+int64_t hidden_elements(const SecondAdjoint& p) {
+  return 5 * elements_before(p.network, p.network.depth - 1);
 }
 
 Group group_of(const SymmetricProduct& p) {
@@ -495,20 +698,33 @@ int64_t elements_of_sums(Group group) {
   return partial_elements(group);
 }
 
+template <typename Problem>
+int64_t bytes_with_partials(const Problem& p) {
+  int64_t partials = 0;
+  each_group(p, nullptr, [&](const Group& group) {
+    const int64_t elements = elements_of_sums(group);
+    partials = elements > partials ? elements : partials;
+  });
+  return (hidden_elements(p) + partials) * size_of(p.network.element);
+}
+
+template <typename C, typename Problem>
+void launch_gradients(const Problem& p, void* scratch, void* stream) {
+  C* partials = static_cast<C*>(scratch) + hidden_elements(p);
+  each_group(p, scratch, [&](Group group) {
+    launch_sums<C, false>(group, partials, static_cast<cuda_stream>(stream));
+  });
+}
+
 }  // namespace
 
 int64_t scratch_bytes(const Forward&) { return 0; }
 int64_t scratch_bytes(const Backward&) { return 0; }
 int64_t scratch_bytes(const Tangent&) { return 0; }
 
-int64_t scratch_bytes(const Adjoint& p) {
-  int64_t partials = 0;
-  for (int64_t next = 0; next < p.network.depth;) {
-    const int64_t elements = elements_of_sums(gradients_of(p, nullptr, next));
-    partials = elements > partials ? elements : partials;
-  }
-  return (hidden_elements(p) + partials) * size_of(p.network.element);
-}
+int64_t scratch_bytes(const Adjoint& p) { return bytes_with_partials(p); }
+int64_t scratch_bytes(const SecondTangent&) { return 0; }
+int64_t scratch_bytes(const SecondAdjoint& p) { return bytes_with_partials(p); }
 
 int64_t scratch_bytes(const SymmetricProduct& p) {
   return elements_of_sums(group_of(p)) * size_of(p.element);
@@ -528,13 +744,39 @@ void tangent(const Tangent& problem, void* scratch, void* stream) {
 
 void adjoint(const Adjoint& problem, void* scratch, void* stream) {
   launch_pass(problem, scratch, stream);
+  dispatch(problem.network.element,
+           [&](auto zero) { launch_gradients<decltype(zero)>(problem, scratch, stream); });
+}
+
+void second_tangent(const SecondTangent& problem, void* scratch, void* stream) {
+  launch_pass(first_order(problem), scratch, stream);
+  dispatch(problem.network.element, [&](auto zero) {
+    for (int64_t l = 0; l < problem.network.depth; ++l) {
+      Product last = second_step(problem, l);
+      write_second(problem, l, last);
+      if (meets(problem, l)) {
+        Product crossed = crossed_step(problem, l);
+        write_second(problem, l, crossed);
+        launch_step<decltype(zero)>(crossed, 1, static_cast<cuda_stream>(stream));
+        last.epilogue.added = last.epilogue.out[0];
+      }
+      launch_step<decltype(zero)>(last, 1, static_cast<cuda_stream>(stream));
+    }
+  });
+}
+
+void second_adjoint(const SecondAdjoint& problem, void* scratch, void* stream) {
+  launch_pass(problem, scratch, stream);
   dispatch(problem.network.element, [&](auto zero) {
     using C = decltype(zero);
-    C* partials = static_cast<C*>(scratch) + hidden_elements(problem);
-    for (int64_t next = 0; next < problem.network.depth;) {
-      Group group = gradients_of(problem, scratch, next);
-      launch_sums<C, false>(group, partials, static_cast<cuda_stream>(stream));
+    const auto on = static_cast<cuda_stream>(stream);
+    for (int64_t i = 0; i < num_steps(problem); ++i) {
+      const int64_t l = problem.network.depth - 1 - i;
+      if (problem.network.layers[l].weight_offset >= 0)
+        launch_step<C>(crossed_step(problem, l, scratch), 1, on);
+      launch_step<C>(second_step(problem, l, scratch), 1, on);
     }
+    launch_gradients<C>(problem, scratch, stream);
   });
 }
 

@@ -17,7 +17,11 @@
 //   tangent    2 k p n          (k + 1) p + (2 k + 2) w n     L         1
 //   adjoint    4 k p n          (2 k + 1) p + (5 k + 6) w n   L or L+1  2
 //   symmetric  n^2 columns      n^2 / 2 + 2 n columns         1
+//   second t.  7 p n            7 p + 30 w n                  3 L - 1   2 L
+//   second a.  11 p n           12 p + 40 w n                 3 L       2 L + 2
 //
+// (the tangent and the adjoint of second order begin with those of two directions, which may go at
+// once; what follows needs a launch for each two of its products, and goes by layer),
 // and one launch more where a long depth with few tiles is summed in parts. What several tiles
 // share, the weights among it, comes from the L2 cache: one element for 32 or 64 multiplications.
 // From shared memory, a thread multiplies and adds 32 times for three loads of 16 bytes in tiles of
@@ -33,6 +37,8 @@ int64_t scratch_bytes(const Forward& problem);
 int64_t scratch_bytes(const Backward& problem);
 int64_t scratch_bytes(const Tangent& problem);
 int64_t scratch_bytes(const Adjoint& problem);
+int64_t scratch_bytes(const SecondTangent& problem);
+int64_t scratch_bytes(const SecondAdjoint& problem);
 int64_t scratch_bytes(const SymmetricProduct& problem);
 
 // The calls of hvp.h. Lists are host arrays of device pointers. float32 keeps float32 accuracy.
@@ -41,6 +47,8 @@ void forward(const Forward& problem, void* scratch, void* stream);
 void backward(const Backward& problem, void* scratch, void* stream);
 void tangent(const Tangent& problem, void* scratch, void* stream);
 void adjoint(const Adjoint& problem, void* scratch, void* stream);
+void second_tangent(const SecondTangent& problem, void* scratch, void* stream);
+void second_adjoint(const SecondAdjoint& problem, void* scratch, void* stream);
 void symmetric_product(const SymmetricProduct& problem, void* scratch, void* stream);
 
 }  // namespace hessreg::hvp::cuda

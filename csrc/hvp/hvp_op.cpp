@@ -160,6 +160,12 @@ void run(const Forward& problem, const Tensor& like) { run(cuda::forward, proble
 void run(const Backward& problem, const Tensor& like) { run(cuda::backward, problem, like); }
 void run(const Tangent& problem, const Tensor& like) { run(cuda::tangent, problem, like); }
 void run(const Adjoint& problem, const Tensor& like) { run(cuda::adjoint, problem, like); }
+void run(const SecondTangent& problem, const Tensor& like) {
+  run(cuda::second_tangent, problem, like);
+}
+void run(const SecondAdjoint& problem, const Tensor& like) {
+  run(cuda::second_adjoint, problem, like);
+}
 void run(const SymmetricProduct& problem, const Tensor& like) {
   run(cuda::symmetric_product, problem, like);
 }
@@ -207,6 +213,8 @@ void run(const Forward& problem, const Tensor&) { run(kernels().forward, problem
 void run(const Backward& problem, const Tensor&) { run(kernels().backward, problem); }
 void run(const Tangent& problem, const Tensor&) { run(kernels().tangent, problem); }
 void run(const Adjoint& problem, const Tensor&) { run(kernels().adjoint, problem); }
+void run(const SecondTangent& problem, const Tensor&) { run(kernels().second_tangent, problem); }
+void run(const SecondAdjoint& problem, const Tensor&) { run(kernels().second_adjoint, problem); }
 void run(const SymmetricProduct& problem, const Tensor&) {
   run(kernels().symmetric_product, problem);
 }
@@ -237,7 +245,8 @@ std::vector<Activation> checked_activations(const std::vector<int64_t>& numbers,
 }
 
 std::vector<Tensor> forward_op(Tensor x_, std::vector<Tensor> weights, std::vector<Tensor> biases,
-                               std::vector<int64_t> activations_, std::vector<double> parameters) {
+                               std::vector<int64_t> activations_, std::vector<double> parameters,
+                               bool with_third) {
   Arguments arguments(x_, weights);
   const auto activations = checked_activations(activations_, arguments.hidden());
   STD_TORCH_CHECK(parameters.size() == activations.size(), "hvp: ", parameters.size(),
@@ -249,24 +258,30 @@ std::vector<Tensor> forward_op(Tensor x_, std::vector<Tensor> weights, std::vect
   const auto a = append_hidden(out, x_, network, arguments.hidden());
   const auto first = append_hidden(out, x_, network, arguments.hidden());
   const auto second = append_hidden(out, x_, network, arguments.hidden());
+  const auto third = append_hidden(out, x_, network, with_third ? arguments.hidden() : 0);
   run(Forward{network, x, activations.data(), parameters.data(), out[0].mutable_data_ptr(),
-              a.data(), first.data(), second.data()},
+              a.data(), first.data(), second.data(), with_third ? third.data() : nullptr},
       x_);
   return out;
 }
 
 std::vector<Tensor> backward_op(Tensor delta_, std::vector<Tensor> weights, std::vector<Tensor> d1,
-                                std::vector<Tensor> d2) {
+                                std::vector<Tensor> d2, std::vector<Tensor> d3) {
   Arguments arguments(delta_, weights);
   const Network& network = arguments.network();
   const auto first = arguments.take_hidden(d1, "d1", arguments.hidden());
   const auto second = arguments.take_hidden(d2, "d2", arguments.hidden());
+  const bool with_third = !d3.empty();
+  const auto third = arguments.take_hidden(d3, "d3", with_third ? arguments.hidden() : 0);
   const void* delta_out =
       arguments.inputs().take(delta_, "delta", {network.batch, network.outputs()});
   std::vector<Tensor> out;
   const auto delta = append_hidden(out, delta_, network, network.depth);
   const auto s = append_hidden(out, delta_, network, arguments.hidden());
-  run(Backward{network, first.data(), second.data(), delta_out, delta.data(), s.data()}, delta_);
+  const auto t = append_hidden(out, delta_, network, with_third ? arguments.hidden() : 0);
+  run(Backward{network, first.data(), second.data(), with_third ? third.data() : nullptr, delta_out,
+               delta.data(), s.data(), t.data()},
+      delta_);
   return out;
 }
 
@@ -337,6 +352,59 @@ std::vector<Tensor> adjoint_op(Tensor x_, std::vector<Tensor> weights, std::vect
   return out;
 }
 
+std::vector<Tensor> second_tangent_op(Tensor x_, std::vector<Tensor> weights,
+                                      std::vector<Tensor> a_, std::vector<Tensor> d1,
+                                      std::vector<Tensor> d2, Tensor v_, Offsets weight_offsets,
+                                      Offsets bias_offsets) {
+  STD_TORCH_CHECK(v_.dim() == 2, "hvp: v must have 2 dimensions, got ", v_.dim());
+  Arguments arguments(x_, weights);
+  const Network& network = arguments.network();
+  const int64_t length = v_.size(1), hidden = arguments.hidden();
+  arguments.set_offsets(weight_offsets, bias_offsets, length);
+  const void* x = arguments.inputs().take(x_, "x", {network.batch, network.inputs()});
+  const void* v = arguments.inputs().take(v_, "v", {2, length});
+  const auto a = arguments.take_hidden(a_, "a", hidden);
+  const auto first = arguments.take_hidden(d1, "d1", hidden);
+  const auto second = arguments.take_hidden(d2, "d2", hidden);
+  std::vector<Tensor> out{torch::stable::new_empty(x_, {3, network.batch, network.outputs()})};
+  const auto rz = append_hidden(out, x_, network, hidden, 3);
+  const auto ra = append_hidden(out, x_, network, hidden, 3);
+  run(SecondTangent{network, x, a.data(), first.data(), second.data(), v, length,
+                    out[0].mutable_data_ptr(), rz.data(), ra.data()},
+      x_);
+  return out;
+}
+
+Tensor second_adjoint_op(Tensor x_, std::vector<Tensor> weights, std::vector<Tensor> a_,
+                         std::vector<Tensor> d1, std::vector<Tensor> d2, std::vector<Tensor> delta_,
+                         std::vector<Tensor> s_, std::vector<Tensor> t_, std::vector<Tensor> rz_,
+                         std::vector<Tensor> ra_, Tensor v_, Tensor r_delta_,
+                         Offsets weight_offsets, Offsets bias_offsets) {
+  STD_TORCH_CHECK(v_.dim() == 2, "hvp: v must have 2 dimensions, got ", v_.dim());
+  Arguments arguments(x_, weights);
+  const Network& network = arguments.network();
+  const int64_t length = v_.size(1), hidden = arguments.hidden();
+  arguments.set_offsets(weight_offsets, bias_offsets, length);
+  Inputs& inputs = arguments.inputs();
+  const auto a = arguments.take_hidden(a_, "a", hidden);
+  const auto first = arguments.take_hidden(d1, "d1", hidden);
+  const auto second = arguments.take_hidden(d2, "d2", hidden);
+  const auto delta = arguments.take_hidden(delta_, "delta", network.depth);
+  const auto s = arguments.take_hidden(s_, "s", hidden);
+  const auto t = arguments.take_hidden(t_, "t", hidden);
+  const auto rz = arguments.take_hidden(rz_, "rz", hidden, 3);
+  const auto ra = arguments.take_hidden(ra_, "ra", hidden, 3);
+  Tensor out = torch::stable::new_empty(x_, {length});
+  if (!arguments.covers_all()) torch::stable::zero_(out);
+  run(SecondAdjoint{network, inputs.take(x_, "x", {network.batch, network.inputs()}), a.data(),
+                    first.data(), second.data(), delta.data(), s.data(), t.data(), rz.data(),
+                    ra.data(), inputs.take(v_, "v", {2, length}), length,
+                    inputs.take(r_delta_, "r_delta", {3, network.batch, network.outputs()}),
+                    out.mutable_data_ptr()},
+      x_);
+  return out;
+}
+
 }  // namespace
 
 #ifndef HESSREG_CUDA
@@ -344,8 +412,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hessreg, m) {
   m.def("symmetric_matmul(Tensor a, Tensor v) -> Tensor");
   m.def(
       "mlp_forward(Tensor x, Tensor[] weights, Tensor[] biases, int[] activations,"
-      " float[] parameters) -> Tensor[]");
-  m.def("mlp_backward(Tensor delta, Tensor[] weights, Tensor[] d1, Tensor[] d2) -> Tensor[]");
+      " float[] parameters, bool with_third) -> Tensor[]");
+  m.def(
+      "mlp_backward(Tensor delta, Tensor[] weights, Tensor[] d1, Tensor[] d2, Tensor[] d3)"
+      " -> Tensor[]");
   m.def(
       "mlp_tangent(Tensor x, Tensor[] weights, Tensor[] a, Tensor[] d1, Tensor direction_x,"
       " Tensor v, int[] weight_offsets, int[] bias_offsets) -> Tensor[]");
@@ -354,6 +424,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hessreg, m) {
       " Tensor[] s, Tensor[] rz, Tensor direction_x, Tensor v, Tensor r_delta,"
       " int[] weight_offsets, int[] bias_offsets, bool gauss_newton, bool with_input)"
       " -> Tensor[]");
+  m.def(
+      "mlp_second_tangent(Tensor x, Tensor[] weights, Tensor[] a, Tensor[] d1, Tensor[] d2,"
+      " Tensor v, int[] weight_offsets, int[] bias_offsets) -> Tensor[]");
+  m.def(
+      "mlp_second_adjoint(Tensor x, Tensor[] weights, Tensor[] a, Tensor[] d1, Tensor[] d2,"
+      " Tensor[] delta, Tensor[] s, Tensor[] t, Tensor[] rz, Tensor[] ra, Tensor v, Tensor r_delta,"
+      " int[] weight_offsets, int[] bias_offsets) -> Tensor");
 }
 #endif
 
@@ -363,6 +440,8 @@ STABLE_TORCH_LIBRARY_IMPL(hessreg, HESSREG_DISPATCH_KEY, m) {
   m.impl("mlp_backward", TORCH_BOX(&backward_op));
   m.impl("mlp_tangent", TORCH_BOX(&tangent_op));
   m.impl("mlp_adjoint", TORCH_BOX(&adjoint_op));
+  m.impl("mlp_second_tangent", TORCH_BOX(&second_tangent_op));
+  m.impl("mlp_second_adjoint", TORCH_BOX(&second_adjoint_op));
 }
 
 }  // namespace hessreg::hvp

@@ -34,10 +34,13 @@ struct Term {
 // What becomes of an element. Where the next layer is computed by the same block, it is given on.
 enum class Finish {
   kStore,
-  kActivate,  // out: f, f', f'', which is given on: f
+  kActivate,  // out: f, f', f'', f''' if there is room for it; which is given on: f
   kTangent,   // given on: first o value
-  kBackward,  // out: first o value, given on; second o value
-  kAdjoint,   // first o value + second o rz
+  kBackward,  // out: first o value, given on; second o value; third o value if there is third
+  kAdjoint,   // first o value + s o rz, given on; out: that; value if there is room for it
+  // Of two directions and both, 0, 1, 2, side by side in rz, rg and what is written:
+  kSecondTangent,  // out: value, which is R z of 2; R a of 0, 1, 2
+  kSecondAdjoint,  // R delta of 2, from R g of 0 and 1 and the value, which is that of 2
 };
 
 struct Epilogue {
@@ -46,10 +49,11 @@ struct Epilogue {
   double parameter;
   const void* bias;     // [rows], or null
   int64_t bias_stride;  // from direction to direction
-  void* out[3];
+  void* out[4];
   int64_t row_stride, column_stride, direction_stride;
-  // As the output for one direction, and rz for all. Without second, it is zero.
-  const void *first, *second, *rz;
+  const void* added;  // to what is stored, as the output; or null
+  // As the output for one direction, and rz and rg for all. Without s, it is zero.
+  const void *first, *second, *third, *s, *t, *rz, *rg;
 };
 
 struct Product {
@@ -87,6 +91,28 @@ __device__ __forceinline__ void put(void* out, int64_t index, C value) {
   static_cast<C*>(out)[index] = value;
 }
 
+// f'' o R_1 z o R_2 z + f' o R_12 z, the last of them the value; writes R a.
+template <typename C>
+__device__ __forceinline__ void finish_second_tangent(const Epilogue& e, int64_t index, C value) {
+  const int64_t step = e.direction_stride;
+  const C first = element<C>(e.first, index);
+  const C z0 = element<C>(e.rz, index), z1 = element<C>(e.rz, step + index);
+  put(e.out[1], index, first * z0);
+  put(e.out[1], step + index, first * z1);
+  put(e.out[1], 2 * step + index, element<C>(e.second, index) * z0 * z1 + first * value);
+}
+
+// R_12 delta, from R_12 g.
+template <typename C>
+__device__ __forceinline__ C second_adjoint(const Epilogue& e, int64_t index, C value) {
+  const int64_t step = e.direction_stride;
+  const C z0 = element<C>(e.rz, index), z1 = element<C>(e.rz, step + index);
+  const C crossed = z0 * element<C>(e.rg, step + index) + z1 * element<C>(e.rg, index);
+  return element<C>(e.first, index) * value + element<C>(e.second, index) * crossed +
+         element<C>(e.s, index) * element<C>(e.rz, 2 * step + index) +
+         element<C>(e.t, index) * z0 * z1;
+}
+
 // Stores what becomes of an element, and returns what is given on.
 template <typename C>
 __device__ __forceinline__ C finish(const Epilogue& e, int64_t direction, int64_t row,
@@ -94,17 +120,28 @@ __device__ __forceinline__ C finish(const Epilogue& e, int64_t direction, int64_
   const int64_t index = row * e.row_stride + column * e.column_stride;
   const int64_t own = direction * e.direction_stride + index;
   if (e.bias) value += element<C>(e.bias, direction * e.bias_stride + row);
+  if (e.added) value += element<C>(e.added, own);
   C next = value;
   if (e.finish == Finish::kActivate) {
     const Jet<C> jet = activate<ScalarMath<C>>(e.activation, static_cast<C>(e.parameter), value);
     put(e.out[1], own, jet.first);
     put(e.out[2], own, jet.second);
+    if (e.out[3]) put(e.out[3], own, jet.third);
     value = next = jet.value;
+  } else if (e.finish == Finish::kSecondTangent) {
+    finish_second_tangent(e, index, value);
+  } else if (e.finish == Finish::kSecondAdjoint) {
+    value = second_adjoint(e, index, value);
   } else if (e.finish != Finish::kStore) {
     next *= element<C>(e.first, index);
-    if (e.finish == Finish::kBackward) put(e.out[1], own, element<C>(e.second, index) * value);
-    if (e.finish == Finish::kAdjoint && e.second)
-      next += element<C>(e.second, index) * element<C>(e.rz, own);
+    if (e.finish == Finish::kBackward) {
+      put(e.out[1], own, element<C>(e.second, index) * value);
+      if (e.third) put(e.out[2], own, element<C>(e.third, index) * value);
+    }
+    if (e.finish == Finish::kAdjoint) {
+      if (e.s) next += element<C>(e.s, index) * element<C>(e.rz, own);
+      if (e.out[1]) put(e.out[1], own, value);
+    }
     if (e.finish != Finish::kTangent) value = next;
   }
   put(e.out[0], own, value);
@@ -453,8 +490,9 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const Group __grid_co
       sum += element<C>(p.partials, split * group.directions * size + i);
     if (e < matrix) {
       const Epilogue& to = p.epilogue;
-      const int64_t at = e / p.columns * to.row_stride + e % p.columns * to.column_stride;
-      put(to.out[0], direction * to.direction_stride + at, sum);
+      const int64_t at = direction * to.direction_stride + e / p.columns * to.row_stride +
+                         e % p.columns * to.column_stride;
+      put(to.out[0], at, to.added ? sum + element<C>(to.added, at) : sum);
     } else {
       put(p.row_sums, direction * p.epilogue.direction_stride + e - matrix, sum);
     }

@@ -3,15 +3,23 @@ r"""Hessian-vector products: symmetric matrices, and multilayer perceptrons by t
 A network has layers ``z_l = W_l a_{l-1} + b_l``, ``a_l = f(z_l)``, ``a_0 = x``, and the output
 ``y = z_L``. With ``delta_L`` the gradient of the loss in ``y``: ``g_l = W_{l+1}' delta_{l+1}``,
 ``delta_l = f'(z_l) o g_l``, ``s_l = f''(z_l) o g_l``. ``R`` is the derivative along a direction,
-``V_l`` in ``W_l``, ``c_l`` in ``b_l``, ``u`` in ``x`` (Pearlmutter 1994). Four operators go through
-the layers, the first two once for any number of products, the others for several directions:
+``V_l`` in ``W_l``, ``c_l`` in ``b_l``, ``u`` in ``x`` (Pearlmutter 1994). Six operators go through
+the layers, the first two once for any number of products, the next two for several directions:
 
-- ``mlp_forward``: ``y``, ``a_l``, ``d1_l = f'(z_l)``, ``d2_l = f''(z_l)``.
-- ``mlp_backward``: ``delta_l``, ``s_l``.
+- ``mlp_forward``: ``y``, ``a_l``, ``d1_l = f'(z_l)``, ``d2_l = f''(z_l)``, ``d3_l = f'''(z_l)``.
+- ``mlp_backward``: ``delta_l``, ``s_l``, ``t_l = d3_l o g_l``.
 - ``mlp_tangent``: ``R y``, ``Rz_l = W_l Ra_{l-1} + V_l a_{l-1} + c_l``, ``Ra_l = d1_l o Rz_l``.
 - ``mlp_adjoint``: ``Rg_l = W_{l+1}' R delta_{l+1} + V_{l+1}' delta_{l+1}``,
   ``R delta_l = d1_l o Rg_l + s_l o Rz_l``, and the product: ``R delta_l a_{l-1}' + delta_l
   Ra_{l-1}'`` for ``W_l``, the sum of ``R delta_l`` over the batch for ``b_l``, ``Rg_0`` for ``x``.
+
+For third derivatives, along two directions and with ``R_12 = R_1 R_2``:
+
+- ``mlp_second_tangent``: ``R_j y``, ``R_j z_l``, ``R_j a_l`` for j = 1, 2, 12, with ``R_12 z_l =
+  W_l R_12 a_{l-1} + V_1l R_2 a_{l-1} + V_2l R_1 a_{l-1}`` and ``R_12 a_l = d2_l o R_1 z_l o R_2 z_l
+  + d1_l o R_12 z_l``.
+- ``mlp_second_adjoint``: ``R_12`` of the gradient of the loss, which is the product rule applied
+  twice to ``delta_l a_{l-1}'`` and to ``delta_l = d1_l o W_{l+1}' delta_{l+1}``.
 
 ``x``, ``y`` and ``delta_L`` are ``[batch, width]``; what one operator keeps for another is
 ``[width, batch]``. A direction is one flat vector, ``V_l`` and ``c_l`` at given offsets in it (-1:
@@ -32,6 +40,9 @@ from hessreg.ops._registry import Arguments, Operator, is_tracked, reverse_of, v
 
 Activation = str | tuple[str, float]
 Head = Callable[[Tensor], Tensor]  # R y [k, batch, outputs] -> R delta_L, of the same shape
+# The derivatives of y along w, along z and along both, [batch, outputs] each, to what belongs to
+# y, to that along w and to that along z.
+ThirdHead = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # In the order of hvp.h, with the parameter of each: the one it has unless it is given another.
@@ -49,7 +60,7 @@ _PARAMETERS: dict[str, float | None] = {
 }
 _NAMES = tuple(_PARAMETERS)
 
-Jet = tuple[Tensor, Tensor, Tensor]  # f, f' and f''
+Jet = tuple[Tensor, Tensor, Tensor, Tensor]  # f, f', f'' and f'''
 
 
 # ---- activations -------------------------------------------------------------------------------
@@ -57,52 +68,56 @@ Jet = tuple[Tensor, Tensor, Tensor]  # f, f' and f''
 
 def _tanh(z: Tensor, _: float) -> Jet:
     t = z.tanh()
-    return t, 1 - t * t, -2 * t * (1 - t * t)
+    first = 1 - t * t
+    return t, first, -2 * t * first, first * (4 - 6 * first)
 
 
 def _sigmoid(z: Tensor, _: float) -> Jet:
     s, rest = z.sigmoid(), (-z).sigmoid()
-    return s, s * rest, s * rest * (rest - s)
+    return s, s * rest, s * rest * (rest - s), s * rest * (1 - 6 * s * rest)
 
 
 def _softplus(z: Tensor, beta: float) -> Jet:
-    slope, bend, _ = _sigmoid(beta * z, 0.0)
-    return torch.logaddexp(beta * z, torch.zeros_like(z)) / beta, slope, beta * bend
+    slope, bend, third, _ = _sigmoid(beta * z, 0.0)
+    value = torch.logaddexp(beta * z, torch.zeros_like(z)) / beta
+    return value, slope, beta * bend, beta * beta * third
 
 
 def _silu(z: Tensor, _: float) -> Jet:
-    gate, first, second = _sigmoid(z, 0.0)
-    return z * gate, gate + z * first, 2 * first + z * second
+    gate, first, second, third = _sigmoid(z, 0.0)
+    return z * gate, gate + z * first, 2 * first + z * second, 3 * second + z * third
 
 
 def _gelu(z: Tensor, _: float) -> Jet:
     share = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
     density = torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-    return z * share, share + z * density, (2 - z * z) * density
+    third = z * density * (z * z - 4)
+    return z * share, share + z * density, (2 - z * z) * density, third
 
 
 def _gelu_tanh(z: Tensor, _: float) -> Jet:
     scale, cube = math.sqrt(8 / math.pi), 0.044715
     slope, bend = scale * (1 + 3 * cube * z * z), 6 * scale * cube * z
-    gate, gate1, gate2 = _sigmoid(scale * (z + cube * z * z * z), 0.0)
+    gate, gate1, gate2, gate3 = _sigmoid(scale * (z + cube * z * z * z), 0.0)
     first, second = gate1 * slope, gate2 * slope * slope + gate1 * bend
-    return z * gate, gate + z * first, 2 * first + z * second
+    third = gate3 * slope * slope * slope + 3 * gate2 * slope * bend + 6 * scale * cube * gate1
+    return z * gate, gate + z * first, 2 * first + z * second, 3 * second + z * third
 
 
 def _leaky_relu(z: Tensor, slope: float) -> Jet:
     first = torch.where(z > 0, torch.ones_like(z), slope)
-    return first * z, first, torch.zeros_like(z)
+    return first * z, first, torch.zeros_like(z), torch.zeros_like(z)
 
 
 def _elu(z: Tensor, alpha: float) -> Jet:
     below = z.clamp(max=0)
     slope = alpha * below.exp()
-    first, second = torch.where(z > 0, 1, slope), torch.where(z > 0, 0, slope)
-    return torch.where(z > 0, z, alpha * below.expm1()), first, second
+    first, higher = torch.where(z > 0, 1, slope), torch.where(z < 0, slope, 0)
+    return torch.where(z > 0, z, alpha * below.expm1()), first, higher, higher
 
 
 _JETS: tuple[Callable[[Tensor, float], Jet], ...] = (
-    lambda z, _: (z, torch.ones_like(z), torch.zeros_like(z)),
+    lambda z, _: (z, torch.ones_like(z), torch.zeros_like(z), torch.zeros_like(z)),
     _tanh,
     _sigmoid,
     _softplus,
@@ -133,27 +148,32 @@ def forward_reference(
     biases: Sequence[Tensor],
     activations: Sequence[int],
     parameters: Sequence[float],
+    with_third: bool,
 ) -> list[Tensor]:
-    """``[y, a_1, ..., d1_1, ..., d2_1, ...]`` by definition."""
+    """``[y, a_1, ..., d1_1, ..., d2_1, ...]`` and perhaps ``d3_1, ...`` by definition."""
     a, jets = x.mT, []
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         z = weight @ a + (bias[:, None] if bias.numel() else 0)
         if i < len(activations):
             jets.append(_JETS[activations[i]](z, parameters[i]))
             a = jets[-1][0]
-    return [z.mT, *(jet[i] for i in range(3) for jet in jets)]
+    return [z.mT, *(jet[i] for i in range(3 + with_third) for jet in jets)]
 
 
 def backward_reference(
-    delta: Tensor, weights: Sequence[Tensor], d1: Sequence[Tensor], d2: Sequence[Tensor]
+    delta: Tensor,
+    weights: Sequence[Tensor],
+    d1: Sequence[Tensor],
+    d2: Sequence[Tensor],
+    d3: Sequence[Tensor],
 ) -> list[Tensor]:
-    """``[delta_1, ..., delta_L, s_1, ..., s_{L-1}]`` by definition."""
-    deltas, s = [delta.mT.clone()], []
-    for weight, first, second in zip(weights[:0:-1], d1[::-1], d2[::-1], strict=True):
-        g = weight.mT @ deltas[-1]
-        deltas.append(first * g)
-        s.append(second * g)
-    return [*deltas[::-1], *s[::-1]]
+    """``[delta_1, ..., delta_L, s_1, ...]``, and ``t_1, ...`` where d3 is given, by definition."""
+    deltas, g = [delta.mT.clone()], []
+    for weight, first in zip(weights[:0:-1], d1[::-1], strict=True):
+        g.append(weight.mT @ deltas[-1])
+        deltas.append(first * g[-1])
+    kept = [[d * g_l for d, g_l in zip(jet, g[::-1], strict=True)] for jet in (d2, d3) if jet]
+    return [*deltas[::-1], *(t for part in kept for t in part)]
 
 
 def _weight_part(v: Tensor, weight: Tensor, offset: int) -> Tensor | None:
@@ -196,7 +216,7 @@ def tangent_reference(
         rz = _total([_product(weight, ra), _product(direction, before), bias])
         shape = (len(v), len(weight), len(x))
         moved.append(x.new_zeros(shape) if rz is None else rz.expand(shape))
-        ra = d1[i] * moved[-1] if i < len(d1) else None
+        ra = d1[i] * moved[-1] if i < len(d1) and rz is not None else None
     return [moved[-1].mT, *moved[:-1]]
 
 
@@ -241,6 +261,81 @@ def adjoint_reference(
             r = d1[i - 1] * rg + (0 if gauss_newton else s[i - 1] * rz[i - 1])
     flat = torch.cat(list(_with_gaps(parts, v)), 1)
     return [flat, rg.mT] if with_input else [flat]
+
+
+def second_tangent_reference(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    d1: Sequence[Tensor],
+    d2: Sequence[Tensor],
+    v: Tensor,
+    weight_offsets: Sequence[int],
+    bias_offsets: Sequence[int],
+) -> list[Tensor]:
+    """``[R y, Rz_1, ..., Ra_1, ...]`` for R_1, R_2 and R_12 side by side, by definition."""
+    ra: list[Tensor | None] = [None] * 3
+    moved: list[list[Tensor]] = [[], []]
+    for i, (weight, before) in enumerate(zip(weights, [x.mT, *a], strict=True)):
+        direction = _weight_part(v, weight, weight_offsets[i])
+        parts = [None, None] if direction is None else direction.unbind()
+        start = bias_offsets[i]
+        biases = v[:, start : start + len(weight), None] if start >= 0 else [None, None]
+        own = [[_product(part, before), bias] for part, bias in zip(parts, biases, strict=True)]
+        own += [[_product(parts[0], ra[1]), _product(parts[1], ra[0])]]
+        rz = [_total([_product(weight, r), *rest]) for r, rest in zip(ra, own, strict=True)]
+        shape = len(weight), len(x)
+        moved[0].append(_stacked(rz, x, shape))
+        if i < len(d1):
+            bent = None if rz[0] is None else d2[i] * rz[0] * rz[1]
+            ra = [None if r is None else d1[i] * r for r in rz]
+            ra[2] = _total([ra[2], bent])
+            moved[1].append(_stacked(ra, x, shape))
+    return [moved[0][-1].mT, *moved[0][:-1], *moved[1]]
+
+
+def _stacked(parts: Sequence[Tensor | None], like: Tensor, shape: tuple[int, int]) -> Tensor:
+    return torch.stack([like.new_zeros(shape) if p is None else p.expand(shape) for p in parts])
+
+
+def second_adjoint_reference(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    d1: Sequence[Tensor],
+    d2: Sequence[Tensor],
+    delta: Sequence[Tensor],
+    s: Sequence[Tensor],
+    t: Sequence[Tensor],
+    rz: Sequence[Tensor],
+    ra: Sequence[Tensor],
+    v: Tensor,
+    r_delta: Tensor,
+    weight_offsets: Sequence[int],
+    bias_offsets: Sequence[int],
+) -> Tensor:
+    """``R_12`` of the gradient, ``[p]``, by definition."""
+    before = [x.mT, *a]
+    parts: dict[int, Tensor] = {}
+    r = r_delta.mT
+    for i in reversed(range(len(weights))):
+        direction = _weight_part(v, weights[i], weight_offsets[i])
+        if bias_offsets[i] >= 0:
+            parts[bias_offsets[i]] = r[2].sum(-1)[None]
+        if direction is not None:
+            crossed = [r[1] @ ra[i - 1][0].mT, r[0] @ ra[i - 1][1].mT] if i > 0 else []
+            crossed += [delta[i] @ ra[i - 1][2].mT] if i > 0 else []
+            parts[weight_offsets[i]] = _total([r[2] @ before[i].mT, *crossed]).flatten()[None]
+        if i == 0:
+            break
+        g, z = weights[i].mT @ r, rz[i - 1]
+        if direction is not None:
+            both = direction[0].mT @ r[1] + direction[1].mT @ r[0]
+            g = g + torch.cat([direction.mT @ delta[i], both[None]])
+        bent = d2[i - 1] * (z[0] * g[1] + z[1] * g[0]) + t[i - 1] * z[0] * z[1]
+        r = d1[i - 1] * g + s[i - 1] * z
+        r = torch.cat([r[:2], (r[2] + bent)[None]])
+    return torch.cat(list(_with_gaps(parts, v[:1])), 1)[0]
 
 
 def _with_gaps(parts: dict[int, Tensor], v: Tensor) -> Iterator[Tensor]:
@@ -298,16 +393,21 @@ def _forward_fake(
     biases: Sequence[Tensor],
     activations: Sequence[int],
     parameters: Sequence[float],
+    with_third: bool,
 ) -> list[Tensor]:
-    hidden = [t for _ in range(3) for t in _hidden(x, weights[:-1], len(x))]
+    hidden = [t for _ in range(3 + with_third) for t in _hidden(x, weights[:-1], len(x))]
     return [x.new_empty(len(x), len(weights[-1])), *hidden]
 
 
 def _backward_fake(
-    delta: Tensor, weights: Sequence[Tensor], d1: Sequence[Tensor], d2: Sequence[Tensor]
+    delta: Tensor,
+    weights: Sequence[Tensor],
+    d1: Sequence[Tensor],
+    d2: Sequence[Tensor],
+    d3: Sequence[Tensor],
 ) -> list[Tensor]:
-    batch = len(delta)
-    return [*_hidden(delta, weights, batch), *_hidden(delta, weights[:-1], batch)]
+    kept = [t for jet in (d2, d3) if jet for t in _hidden(delta, weights[:-1], len(delta))]
+    return [*_hidden(delta, weights, len(delta)), *kept]
 
 
 def _tangent_fake(
@@ -342,6 +442,39 @@ def _adjoint_fake(
 ) -> list[Tensor]:
     result = v.new_empty(v.shape)
     return [result, x.new_empty(len(v), *x.shape)] if with_input else [result]
+
+
+def _second_tangent_fake(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    d1: Sequence[Tensor],
+    d2: Sequence[Tensor],
+    v: Tensor,
+    weight_offsets: Sequence[int],
+    bias_offsets: Sequence[int],
+) -> list[Tensor]:
+    kept = [t for _ in range(2) for t in _hidden(x, weights[:-1], len(x), 3)]
+    return [x.new_empty(3, len(x), len(weights[-1])), *kept]
+
+
+def _second_adjoint_fake(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    d1: Sequence[Tensor],
+    d2: Sequence[Tensor],
+    delta: Sequence[Tensor],
+    s: Sequence[Tensor],
+    t: Sequence[Tensor],
+    rz: Sequence[Tensor],
+    ra: Sequence[Tensor],
+    v: Tensor,
+    r_delta: Tensor,
+    weight_offsets: Sequence[int],
+    bias_offsets: Sequence[int],
+) -> Tensor:
+    return v.new_empty(v.shape[1])
 
 
 symmetric_product = Operator(
@@ -379,6 +512,20 @@ mlp_adjoint = Operator(
     fake=_adjoint_fake,
     backward=reverse_of(adjoint_reference),
     vmap=vmap_of(adjoint_reference),
+)
+mlp_second_tangent = Operator(
+    "mlp_second_tangent",
+    reference=second_tangent_reference,
+    fake=_second_tangent_fake,
+    backward=reverse_of(second_tangent_reference),
+    vmap=vmap_of(second_tangent_reference),
+)
+mlp_second_adjoint = Operator(
+    "mlp_second_adjoint",
+    reference=second_adjoint_reference,
+    fake=_second_adjoint_fake,
+    backward=reverse_of(second_adjoint_reference),
+    vmap=vmap_of(second_adjoint_reference),
 )
 
 
@@ -443,12 +590,13 @@ class MLPHessian:
             ``"relu"``, ``"leaky_relu"`` or ``"elu"``, or a pair of one of these and its parameter:
             beta of softplus (1), the slope of leaky_relu (0.01), alpha of elu (1). The second
             derivative of relu and leaky_relu is zero almost everywhere, and that of elu jumps at 0:
-            on the kink, products take it to be zero. Or a list with one of these for each hidden
-            layer.
+            on the kink, products take it and the third to be zero. Or a list with one of these for
+            each hidden layer.
         x: inputs ``[batch, n_0]``, like all parameters in dtype (float32 or float64) and device.
         weight_offsets: where W_l lies in the flat vectors, row after row; -1: nowhere, it stays
             fixed. By default W_1, b_1, W_2, b_2, ... follow each other.
         bias_offsets: likewise for b_l.
+        with_third: keep f''' too, which `third` needs.
 
     Raises:
         TypeError: for anything but floating-point tensors.
@@ -478,6 +626,7 @@ class MLPHessian:
         *,
         weight_offsets: Sequence[int] | None = None,
         bias_offsets: Sequence[int] | None = None,
+        with_third: bool = False,
     ) -> None:
         self._weights = _checked_weights(weights, x)
         self._biases = _checked_biases(biases, self._weights)
@@ -489,22 +638,24 @@ class MLPHessian:
         ]
         hidden = len(self._weights) - 1
         activations = _checked_activations(activation, hidden)
-        outputs = mlp_forward(x, self._weights, self._biases, *activations)
+        outputs = mlp_forward(x, self._weights, self._biases, *activations, with_third)
         self.outputs: Tensor = outputs[0]
-        self._a, self._d1, self._d2 = (
-            outputs[1 + i * hidden : 1 + (i + 1) * hidden] for i in range(3)
+        self._a, self._d1, self._d2, self._d3 = (
+            outputs[1 + i * hidden : 1 + (i + 1) * hidden] for i in range(4)
         )
+        self._with_third = with_third
         self._delta: list[Tensor] = []
         self._s: list[Tensor] = []
+        self._t: list[Tensor] = []
 
     def linearize(self, delta: Tensor) -> None:
         """Takes the gradient of the loss in the outputs, ``[batch, outputs]``.
 
         Products need it from then on, but for those of Gauss-Newton.
         """
-        found = mlp_backward(delta, self._weights, self._d1, self._d2)
-        depth = len(self._weights)
-        self._delta, self._s = found[:depth], found[depth:]
+        found = mlp_backward(delta, self._weights, self._d1, self._d2, self._d3)
+        depth, end = len(self._weights), 2 * len(self._weights) - 1
+        self._delta, self._s, self._t = found[:depth], found[depth:end], found[end:]
 
     def product(self, v: Tensor, head: Head, *, gauss_newton: bool = False) -> Tensor:
         """The Hessian in the parameters times k flat vectors.
@@ -531,6 +682,61 @@ class MLPHessian:
             ``[k, batch, n_0]``.
         """
         return self._run(u.new_empty(len(u), 0), u, head or torch.zeros_like, False, True)[1]
+
+    def third(self, w: Tensor, z: Tensor, head: ThirdHead) -> Tensor:
+        r"""The third derivative in the parameters, applied to two flat vectors.
+
+        The gradient of ``w' H z`` in the parameters, where H is the Hessian, w and z stay fixed and
+        the loss is l(y) with y the outputs of the network::
+
+            D^3 l(y)[w, z, .] = R_w R_z (gradient of the loss)
+
+        at the cost of about ten gradients less what the caches hold. `linearize` comes first.
+
+        Args:
+            w: ``[p]``.
+            z: ``[p]``.
+            head: takes the derivatives of the outputs along w, along z and along both, ``y_w``,
+                ``y_z``, ``y_wz``, ``[batch, outputs]`` each. Returns, likewise, the derivatives of
+                ``l''(y)[y_w, y_z] + l'(y) y_wz`` in y, in y_w and in y_z: ``l'''(y)[y_w, y_z, .] +
+                l''(y) y_wz``, ``l''(y) y_z`` and ``l''(y) y_w``.
+
+        Returns:
+            ``[p]``, zero where no offset points.
+
+        Raises:
+            RuntimeError: without ``with_third`` or before `linearize`.
+            ValueError: for shapes that do not match.
+
+        References:
+            Pearlmutter, "Fast exact multiplication by the Hessian", Neural Computation 1994: the
+            R-operator, here twice. Griewank, Walther, "Evaluating Derivatives", 2008, chapter 13.
+
+        Example:
+            >>> import torch
+            >>> from hessreg import MLPHessian
+            >>> x = torch.tensor([[1.0, 2.0]])
+            >>> curvature = MLPHessian([torch.ones(1, 2)], [None], "tanh", x, with_third=True)
+            >>> y = curvature.outputs
+            >>> curvature.linearize(3 * y**2)  # the loss is y^3
+            >>> def head(y_w, y_z, y_wz):
+            ...     return 6 * y_w * y_z + 6 * y * y_wz, 6 * y * y_z, 6 * y * y_w
+            >>> curvature.third(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), head)
+            tensor([12., 24.])
+        """
+        if not self._with_third or not self._delta:
+            raise RuntimeError("third needs MLPHessian(..., with_third=True) and linearize first")
+        if w.dim() != 1 or z.shape != w.shape:
+            raise ValueError(
+                f"w and z must be [p] both, got shapes {tuple(w.shape)} and {tuple(z.shape)}"
+            )
+        v, hidden = torch.stack([w, z]), len(self._a)
+        caches = self._x, self._weights, self._a, self._d1, self._d2
+        ry, *moved = mlp_second_tangent(*caches, v, *self._offsets)
+        slope, by_w, by_z = head(*ry.unbind())
+        r_delta = torch.stack([by_z, by_w, slope])  # the derivative in y_z is that along w
+        second = self._delta, self._s, self._t, moved[:hidden], moved[hidden:]
+        return mlp_second_adjoint(*caches, *second, v, r_delta, *self._offsets)
 
     def _run(
         self, v: Tensor, u: Tensor, head: Head, gauss_newton: bool, of_input: bool

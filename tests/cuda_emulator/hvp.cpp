@@ -76,27 +76,30 @@ class Arguments {
 
 void forward(const py::array& x, const Arrays& weights, const std::vector<AnyArray>& biases,
              const std::vector<int64_t>& activations, const std::vector<double>& parameters,
-             py::array y, Arrays a, Arrays first, Arrays second) {
+             py::array y, Arrays a, Arrays first, Arrays second, Arrays third) {
   Arguments arguments(weights, x.shape(0));
   arguments.set_biases(biases);
   const auto values = arguments.fill("a", a), slopes = arguments.fill("first", first),
-             bends = arguments.fill("second", second);
+             bends = arguments.fill("second", second), thirds = arguments.fill("third", third);
   std::vector<Activation> kinds;
   for (const int64_t activation : activations) kinds.push_back(static_cast<Activation>(activation));
-  arguments.run(
-      cuda::forward,
-      Forward{arguments.network, arguments.memory.input("x", x), kinds.data(), parameters.data(),
-              arguments.memory.output("y", y), values.data(), slopes.data(), bends.data()});
+  arguments.run(cuda::forward,
+                Forward{arguments.network, arguments.memory.input("x", x), kinds.data(),
+                        parameters.data(), arguments.memory.output("y", y), values.data(),
+                        slopes.data(), bends.data(), third.empty() ? nullptr : thirds.data()});
 }
 
 void backward(const py::array& delta_out, const Arrays& weights, const Arrays& first,
-              const Arrays& second, Arrays delta, Arrays s) {
+              const Arrays& second, const Arrays& third, Arrays delta, Arrays s, Arrays t) {
   Arguments arguments(weights, delta_out.shape(0));
-  const auto slopes = arguments.take("first", first), bends = arguments.take("second", second);
-  const auto deltas = arguments.fill("delta", delta), bent = arguments.fill("s", s);
+  const auto slopes = arguments.take("first", first), bends = arguments.take("second", second),
+             thirds = arguments.take("third", third);
+  const auto deltas = arguments.fill("delta", delta), bent = arguments.fill("s", s),
+             last = arguments.fill("t", t);
   arguments.run(cuda::backward, Backward{arguments.network, slopes.data(), bends.data(),
+                                         third.empty() ? nullptr : thirds.data(),
                                          arguments.memory.input("delta_out", delta_out),
-                                         deltas.data(), bent.data()});
+                                         deltas.data(), bent.data(), last.data()});
 }
 
 void tangent(const py::array& x, const Arrays& weights, const Arrays& a, const Arrays& first,
@@ -131,6 +134,41 @@ void adjoint(const py::array& x, const Arrays& weights, const Arrays& a, const A
                         r_input ? arguments.memory.output("r_input", *r_input) : nullptr});
 }
 
+void second_tangent(const py::array& x, const Arrays& weights, const Arrays& a, const Arrays& first,
+                    const Arrays& second, const py::array& v, const Offsets& weight_offsets,
+                    const Offsets& bias_offsets, py::array ry, Arrays rz, Arrays ra) {
+  Arguments arguments(weights, x.shape(0));
+  arguments.set_offsets(weight_offsets, bias_offsets);
+  const auto values = arguments.take("a", a), slopes = arguments.take("first", first),
+             bends = arguments.take("second", second);
+  const auto moved = arguments.fill("rz", rz), after = arguments.fill("ra", ra);
+  arguments.run(
+      cuda::second_tangent,
+      SecondTangent{arguments.network, arguments.memory.input("x", x), values.data(), slopes.data(),
+                    bends.data(), arguments.memory.input("v", v), v.shape(1),
+                    arguments.memory.output("ry", ry), moved.data(), after.data()});
+}
+
+// What the result holds where no offset points stays.
+void second_adjoint(const py::array& x, const Arrays& weights, const Arrays& a, const Arrays& first,
+                    const Arrays& second, const Arrays& delta, const Arrays& s, const Arrays& t,
+                    const Arrays& rz, const Arrays& ra, const py::array& v,
+                    const py::array& r_delta, const Offsets& weight_offsets,
+                    const Offsets& bias_offsets, py::array result) {
+  Arguments arguments(weights, x.shape(0));
+  arguments.set_offsets(weight_offsets, bias_offsets);
+  const auto values = arguments.take("a", a), slopes = arguments.take("first", first),
+             bends = arguments.take("second", second), deltas = arguments.take("delta", delta),
+             bent = arguments.take("s", s), last = arguments.take("t", t),
+             moved = arguments.take("rz", rz), after = arguments.take("ra", ra);
+  arguments.run(cuda::second_adjoint,
+                SecondAdjoint{arguments.network, arguments.memory.input("x", x), values.data(),
+                              slopes.data(), bends.data(), deltas.data(), bent.data(), last.data(),
+                              moved.data(), after.data(), arguments.memory.input("v", v),
+                              v.shape(1), arguments.memory.input("r_delta", r_delta),
+                              arguments.memory.in_out("result", result)});
+}
+
 void symmetric_product(const py::array& a, const py::array& v, py::array out) {
   NumpyArguments memory;
   const SymmetricProduct problem{
@@ -147,5 +185,7 @@ HESSREG_EMULATOR_MODULE(m) {
   m.def("backward", &backward);
   m.def("tangent", &tangent);
   m.def("adjoint", &adjoint);
+  m.def("second_tangent", &second_tangent);
+  m.def("second_adjoint", &second_adjoint);
   m.def("symmetric_product", &symmetric_product);
 }
