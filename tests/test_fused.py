@@ -311,3 +311,122 @@ def test_gauss_newton_matrix(tail):
     torch.testing.assert_close(op.matmat(eye), expected.matmat(eye))
     torch.testing.assert_close(op.matvec(eye[3]), expected.matvec(eye[3]))
     torch.testing.assert_close(op.gradient, expected.gradient)
+
+
+# --- third derivatives
+
+
+def third(loss, params, w, z):
+    """The gradient of w' H z by plain autograd."""
+    flat = FlatParameters(params)
+    grads = flat.flatten(
+        torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
+    )
+    product = torch.autograd.grad(grads @ z, params, create_graph=True, materialize_grads=True)
+    value = flat.flatten(product) @ w
+    found = torch.autograd.grad(value, params, retain_graph=True, materialize_grads=True)
+    return value.detach(), flat.flatten(found)
+
+
+def third_order_losses():
+    heads = {
+        "softplus": lambda y: F.softplus(y).mean(),
+        "coupled": lambda y: torch.logsumexp(y, 0).sum() + (y.tanh().mean(0).exp()).prod(),
+        "square": lambda y: y.square().sum(),
+        "linear": lambda y: y.sum(),
+    }
+    for name, activation in ACTIVATIONS.items():
+        model = perceptron(activation)
+        yield name, heads["softplus"](model(batch())), model
+    for name, head in heads.items():
+        model = perceptron()
+        yield f"{name} head", head(torch.cat([model(batch()), model(batch(4) + 1)])), model
+    model = perceptron()
+    yield "one pass without curvature", model(batch()).sum() + model(batch(4)).exp().sum(), model
+    for player, (loss, network) in gan_losses().items():
+        yield player, loss, network
+
+
+@pytest.mark.parametrize(
+    ("loss", "model"), [pytest.param(*rest, id=name) for name, *rest in third_order_losses()]
+)
+def test_third_derivatives(loss, model):
+    params = list(model.parameters())
+    op = HessianOperator(loss, params, only_params=True)
+    w = torch.linspace(-1, 1, op.shape[0], dtype=DOUBLE)
+    z = torch.randn(op.shape[0], dtype=DOUBLE, generator=torch.Generator().manual_seed(2))
+    value, expected = third(loss, params, w, z)
+    number = op.bilinear(w, z)
+    assert isinstance(op._graph._fused, FusedHessian)
+    torch.testing.assert_close(number.detach(), value)
+    found = torch.autograd.grad(3 * number, params, retain_graph=True)
+    torch.testing.assert_close(FlatParameters(params).flatten(found), 3 * expected)
+    assert op.bilinear(w, z, value).item() == value.item()
+    with torch.no_grad():
+        torch.testing.assert_close(op.bilinear(w, z), value)
+
+
+def test_gradients_of_third_derivatives():
+    """A second differentiation goes through autograd."""
+    model = perceptron(nn.Softplus())
+    params = list(model.parameters())
+    op = HessianOperator(model(batch()).tanh().sum(), params)
+    w = torch.linspace(-1, 1, op.shape[0], dtype=DOUBLE)
+
+    def slope(number):
+        first = torch.autograd.grad(number, params, create_graph=True, materialize_grads=True)
+        total = sum(g.square().sum() for g in first)
+        return torch.autograd.grad(total, params, materialize_grads=True, retain_graph=True)
+
+    assert op._graph._depends_on_params_only
+    expected = slope(w @ op.matvec(w, create_graph=True))
+    torch.testing.assert_close(slope(op.bilinear(w, w)), expected)
+
+
+def test_what_else_a_loss_depends_on_gets_its_gradient():
+    model, x = perceptron(), batch().requires_grad_()
+    params = list(model.parameters())
+    loss = model(x).tanh().sum()
+    w = torch.linspace(-1, 1, sum(p.numel() for p in params), dtype=DOUBLE)
+    op = HessianOperator(loss, params)
+    assert op._graph._fused is not None
+    expected = torch.autograd.grad(w @ op.matvec(w, create_graph=True), x, retain_graph=True)
+    found = torch.autograd.grad(op.bilinear(w, w), x, retain_graph=True)
+    torch.testing.assert_close(found, expected)
+    only = HessianOperator(loss, params, only_params=True).bilinear(w, w)
+    assert torch.autograd.grad(only, x, allow_unused=True) == (None,)
+
+
+def test_every_operator_has_the_number():
+    model = perceptron()
+    params = list(model.parameters())
+    loss = model(batch()).tanh().sum()
+    w = torch.linspace(-1, 1, sum(p.numel() for p in params), dtype=DOUBLE)
+    z = w.flip(0)
+    H = HessianOperator(loss, params)
+    G = GaussNewtonOperator(model(batch()), lambda y: y.exp().sum(), params)
+    for op in (G, 2.0 * H + G, hessreg.curvature.DenseOperator(truth(loss, params))):
+        number = op.bilinear(w, z)
+        torch.testing.assert_close(number.detach(), w @ op.matvec(z))
+        if number.requires_grad:
+            expected = w @ op.matvec(z, create_graph=True)
+            torch.testing.assert_close(
+                torch.autograd.grad(number, params, materialize_grads=True, retain_graph=True),
+                torch.autograd.grad(expected, params, materialize_grads=True, retain_graph=True),
+            )
+    with pytest.raises(ValueError, match="z must have shape"):
+        H.bilinear(w, z[1:])
+
+
+def test_bilinear_is_summed_over_data():
+    model = perceptron()
+    params = list(model.parameters())
+    data = [batch(6), batch(3) + 1]
+    op = HessianOperator(lambda x: model(x).tanh().square().mean(), params, data)
+    w = torch.linspace(-1, 1, op.shape[0], dtype=DOUBLE)
+    expected = w @ op.matvec(w, create_graph=True)
+    number = op.bilinear(w, w)
+    torch.testing.assert_close(number, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(number, params), torch.autograd.grad(expected, params)
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from hessreg.curvature.trace import unit_blocks
 __all__ = [
     "NormEstimate",
     "NormOrder",
+    "bilinear",
     "exact_norm",
     "product",
     "root_of_squares",
@@ -85,7 +86,7 @@ def _spectral(op: LinearOperator) -> NormEstimate:
     with torch.no_grad():
         values, V = torch.linalg.eigh(_symmetric(_columns(op)))
     v = V[:, values.abs().argmax()].to(op.device, op.dtype)
-    value = (v @ product(op, v)).abs()
+    value = bilinear(op, v, v).abs()
     return NormEstimate(value, None, rounding(value), True)
 
 
@@ -146,6 +147,14 @@ def root_of_squares(H: Tensor) -> Tensor:
 def product(op: LinearOperator, z: Tensor) -> Tensor:
     """H z [n], with its graph if gradients are enabled."""
     return op.matvec(z, create_graph=torch.is_grad_enabled())
+
+
+def bilinear(op: LinearOperator, w: Tensor, z: Tensor, value: Tensor | None = None) -> Tensor:
+    """The number w' H z [], with its graph if gradients are enabled; the value may be known."""
+    fast = getattr(op, "bilinear", None)
+    if fast is not None:
+        return cast(Tensor, fast(w, z, value))
+    return w @ product(op, z)
 
 
 def rounding(value: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -79,9 +79,22 @@ class FusedHessian:
         Raises:
             ValueError: a parameter was changed since.
         """
+        self._check_versions()
+        return self._network.product(vectors, self._head, gauss_newton=self._gauss_newton)
+
+    @torch.no_grad()
+    def third_derivative(self, w: Tensor, z: Tensor) -> Tensor:
+        """The gradient of w' H z in the parameters, for vectors [n]: [n].
+
+        Raises:
+            ValueError: a parameter was changed since.
+        """
+        self._check_versions()
+        return self._network.third(w, z, self._head.third_derivative)
+
+    def _check_versions(self) -> None:
         if any(t._version != version for t, version in self._versions):
             raise ValueError("params were changed in place since the operator was made of them")
-        return self._network.product(vectors, self._head, gauss_newton=self._gauss_newton)
 
 
 class FusedInputHessian:
@@ -154,9 +167,30 @@ class _Head:
         if not self._slopes:
             return torch.zeros_like(moved)
         parts = moved.split(self._lengths, 1)
-        found = self._curves([parts[i] for i in self._live])
-        pairs = zip(found, parts, strict=True)
-        return torch.cat([torch.zeros_like(p) if f is None else f for f, p in pairs], 1)
+        return _joined(self._curves([parts[i] for i in self._live]), parts, dim=1)
+
+    def third_derivative(
+        self, y_w: Tensor, y_z: Tensor, y_wz: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`MLPHessian.third` takes it: [rows, outputs] each, and returned likewise."""
+        if not self._slopes:
+            return torch.zeros_like(y_w), torch.zeros_like(y_w), torch.zeros_like(y_w)
+        along_w, along_z, along_wz = (y.split(self._lengths) for y in (y_w, y_z, y_wz))
+        with torch.enable_grad():
+            moving = [along_z[i].detach().requires_grad_() for i in self._live]
+            bent = self._gradients(self._slopes, self._edges, moving, create_graph=True)
+        pairs = [(b, w) for b, w in zip(bent, along_w, strict=True) if b is not None]
+        cotangents = [w for _, w in pairs] + [along_wz[i] for i in self._live]
+        outputs = [b for b, _ in pairs] + self._slopes
+        found = self._gradients(outputs, [*self._edges, *moving], cotangents)
+        of_moving: list[Tensor | None] = [None] * len(along_z)
+        for i, gradient in zip(self._live, found[len(self._edges) :], strict=True):
+            of_moving[i] = gradient
+        return (
+            _joined(found[: len(self._edges)], along_w),
+            _joined([None if b is None else b.detach() for b in bent], along_w),
+            _joined(of_moving, along_w),
+        )
 
     def _curves(self, parts: Sequence[Tensor]) -> list[Tensor | None]:
         """That of k vectors in front of each part."""
@@ -169,16 +203,25 @@ class _Head:
         return [None if c[0] is None else torch.stack(c) for c in zip(*rows, strict=True)]
 
     def _curve(self, parts: Sequence[Tensor], batched: bool = False) -> list[Tensor | None]:
-        return list(
-            torch.autograd.grad(
-                self._slopes,
-                self._edges,
-                parts,
-                retain_graph=True,
-                is_grads_batched=batched,
-                allow_unused=True,
-            )
+        return self._gradients(self._slopes, self._edges, parts, is_grads_batched=batched)
+
+    @staticmethod
+    def _gradients(
+        outputs: Sequence[Tensor],
+        inputs: Sequence[Any],
+        cotangents: Sequence[Tensor],
+        **options: bool,
+    ) -> list[Tensor | None]:
+        found = torch.autograd.grad(
+            outputs, inputs, cotangents, retain_graph=True, allow_unused=True, **options
         )
+        return list(found)
+
+
+def _joined(parts: Sequence[Tensor | None], like: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """The parts in one, zero where there is none."""
+    pairs = zip(parts, like, strict=True)
+    return torch.cat([torch.zeros_like(t) if part is None else part for part, t in pairs], dim)
 
 
 def _network(chains: Sequence[Chain], params: FlatParameters) -> MLPHessian:
@@ -192,4 +235,5 @@ def _network(chains: Sequence[Chain], params: FlatParameters) -> MLPHessian:
             torch.cat([chain.input for chain in chains]),
             weight_offsets=[starts.get(id(w), -1) for w in first.weights],
             bias_offsets=[starts.get(id(b), -1) for b in first.biases],
+            with_third=True,
         )

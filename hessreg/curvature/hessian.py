@@ -12,7 +12,12 @@ from torch import Tensor
 
 from hessreg.curvature.evaluation import RandomState, evaluate
 from hessreg.curvature.fused import FusedHessian, FusedInputHessian
-from hessreg.curvature.parameter_operator import CurvatureGraph, ParameterOperator, check_loss
+from hessreg.curvature.parameter_operator import (
+    CurvatureGraph,
+    ParameterOperator,
+    check_loss,
+    graph_nodes,
+)
 from hessreg.curvature.parameters import FlatParameters
 from hessreg.curvature.third_order import refuse_opaque, require_third_order_safe
 
@@ -47,6 +52,10 @@ class HessianOperator(ParameterOperator):
             calls.
         progress: show a bar for each pass over the data.
         max_bytes: memory for several vectors at once, about; more of them are taken in turn.
+        only_params: what comes with its graph from :meth:`bilinear`, and so a norm, need be
+            differentiable in the parameters only, and once or twice. Where the loss is a
+            perceptron's, its gradient is then a fused pass as well, at a third of the cost. Without
+            it that is done where the loss depends on nothing else that requires a gradient.
 
     Attributes:
         loss: the scalar with its graph; None if there is data.
@@ -80,6 +89,7 @@ class HessianOperator(ParameterOperator):
         process_group: dist.ProcessGroup | None = None,
         progress: bool = False,
         max_bytes: int = 1 << 30,
+        only_params: bool = False,
     ) -> None:
         flat = FlatParameters(params)
         state = RandomState(flat.device)
@@ -89,7 +99,7 @@ class HessianOperator(ParameterOperator):
 
         def linearize(*batch: Any) -> HessianGraph:
             value = loss if isinstance(loss, Tensor) else evaluate(loss, *batch, state=state)
-            return HessianGraph(check_loss(value), flat)
+            return HessianGraph(check_loss(value), flat, only_params)
 
         super().__init__(flat, linearize, data, process_group, progress, max_bytes)
 
@@ -100,6 +110,7 @@ class HessianGraph(CurvatureGraph):
     Args:
         loss: scalar with its graph.
         params: what to differentiate by.
+        only_params: see :class:`HessianOperator`.
 
     Raises:
         ValueError: the loss cannot be differentiated twice, or torch would do it wrongly.
@@ -112,11 +123,12 @@ class HessianGraph(CurvatureGraph):
         tensor([ 6., 12.])
     """
 
-    def __init__(self, loss: Tensor, params: FlatParameters) -> None:
+    def __init__(self, loss: Tensor, params: FlatParameters, only_params: bool = False) -> None:
         refuse_opaque(loss, params.tensors)
         require_third_order_safe(loss, derivatives=2, inputs=params.tensors)
         fused = FusedHessian.find(loss, params) or FusedInputHessian.find(loss, params)
         super().__init__(params, loss, fused)
+        self._only_params = only_params
         if self._fused is None:
             _ = self.gradient  # an infinite one is reported here, not at the first product
 
@@ -151,6 +163,47 @@ class HessianGraph(CurvatureGraph):
             materialize_grads=True,
         )
 
+    def bilinear(self, w: Tensor, z: Tensor, value: Tensor | None) -> Tensor:
+        """The number w' H z [], with its graph; the value may be known."""
+        if not (isinstance(self._fused, FusedHessian) and self._depends_on_params_only):
+            return super().bilinear(w, z, value)
+        require_third_order_safe(self.loss)
+        value = w @ self.product(z, create_graph=False) if value is None else value
+        result: Tensor = _Bilinear.apply(self, w, z, value, *self.params.tensors)
+        return result
+
+    @cached_property
+    def _depends_on_params_only(self) -> bool:
+        known = set(map(id, self.params.tensors))
+        leaves = (getattr(node, "variable", None) for node in graph_nodes([self.loss]))
+        return self._only_params or all(leaf is None or id(leaf) in known for leaf in leaves)
+
+    def third_derivative(self, w: Tensor, z: Tensor, create_graph: bool) -> Sequence[Tensor]:
+        """The gradient of w' H z by parameter."""
+        if isinstance(self._fused, FusedHessian) and not create_graph:
+            return self.params.split(self._fused.third_derivative(w, z))
+        params = self.params.tensors
+        value = w @ self.product(z, create_graph=True)
+        return torch.autograd.grad(
+            value, params, create_graph=create_graph, materialize_grads=True, retain_graph=True
+        )
+
     def roots(self) -> Sequence[Tensor]:
         """The gradients."""
         return self._grads
+
+
+class _Bilinear(torch.autograd.Function):
+    """The number w' H z as a function of the parameters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, graph: HessianGraph, w: Tensor, z: Tensor, value: Tensor, *params: Tensor
+    ) -> Tensor:
+        ctx.graph, ctx.vectors = graph, (w, z)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        found = ctx.graph.third_derivative(*ctx.vectors, create_graph=torch.is_grad_enabled())
+        return None, None, None, None, *(cotangent * gradient for gradient in found)

@@ -23,6 +23,7 @@ from hessreg.curvature.eigenvalues import default_tol, eigenvalues
 from hessreg.curvature.exact_norms import (
     NormEstimate,
     NormOrder,
+    bilinear,
     exact_norm,
     product,
     root_of_squares,
@@ -187,7 +188,7 @@ def _automatic(op: LinearOperator, ord: NormOrder, generator: torch.Generator) -
     if ord == "spectral":
         found = eigenvalues(op, 1, "LM", generator=generator)
         v = found.vectors[:, 0]
-        value = (v @ product(op, v)).abs()
+        value = bilinear(op, v, v).abs()
         error = found.residuals[0] + rounding(value)
         return NormEstimate(value, v, error, bool(found.converged))
     if op.shape[0] <= _SMALL:
@@ -238,7 +239,7 @@ def spectral_norm(
     """
     leading = _ritz_pairs(op, num_steps, v0, generator).leading(1)
     v = leading.vectors.squeeze(1)
-    value = (v @ product(op, v)).abs()
+    value = bilinear(op, v, v, scalar(op, leading.values[0])).abs()
     converged = leading.residual <= default_tol(op.dtype) * leading.values.abs().item()
     return NormEstimate(value, v, scalar(op, leading.residual) + rounding(value), converged)
 
@@ -312,8 +313,8 @@ def _nuclear(
 ) -> NormEstimate:
     U = leading.vectors
     value = torch.zeros((), dtype=op.dtype, device=op.device)
-    for sign, u in zip(leading.values.sign().tolist(), U.unbind(1), strict=True):
-        value = value + sign * (u @ product(op, u))
+    for theta, u in zip(leading.values, U.unbind(1), strict=True):
+        value = value + theta.sign().item() * bilinear(op, u, u, scalar(op, theta))
     samples = []
     for _ in range(num_probes):
         z = random_signs(op, 1, generator).squeeze(1)
@@ -322,8 +323,10 @@ def _nuclear(
             samples.append([0.0, 0.0, 0.0])
             continue
         ritz = _ritz_pairs(op, num_steps, z, deflate=U)
-        w = norm_of(z) * ritz.function(_smooth_sign(ritz.values, smoothing))
-        value = value + w @ product(op, z) / num_probes
+        signs = _smooth_sign(ritz.values, smoothing)
+        w = norm_of(z) * ritz.function(signs)
+        known = norm_of(z) ** 2 * scalar(op, ritz.at_start(ritz.values * signs))
+        value = value + bilinear(op, w, z, known) / num_probes
         if num_probes > 1:
             samples.append(_moduli(ritz, smoothing, norm_of(z).item()))
     error = _error_of_probes(samples) + leading.residual if samples else math.inf
@@ -335,10 +338,9 @@ def _moduli(ritz: _RitzPairs, smoothing: float, length: float) -> list[float]:
     """Of z' |H| z: with smoothing; without; and without, from three fifths of the steps."""
     fewer = len(ritz.T) if ritz.is_exact else max(1, 3 * len(ritz.T) // 5)
     theta, S = torch.linalg.eigh(ritz.T[:fewer, :fewer])
-    weights = ritz.coordinates[0].square()
     parts = [
-        (weights * ritz.values * _smooth_sign(ritz.values, smoothing)).sum(),
-        (weights * ritz.values.abs()).sum(),
+        ritz.at_start(ritz.values * _smooth_sign(ritz.values, smoothing)),
+        ritz.at_start(ritz.values.abs()),
         (S[0].square() * theta.abs()).sum(),
     ]
     return [length**2 * part.item() for part in parts]
@@ -476,6 +478,10 @@ class _RitzPairs(NamedTuple):
     def function(self, values: Tensor) -> Tensor:
         """f(A) applied to the unit start vector [n], f given by its values [m] on the spectrum."""
         return self.basis @ (self.coordinates @ (values * self.coordinates[0])).to(self.basis)
+
+    def at_start(self, values: Tensor) -> Tensor:
+        """The number v' f(A) v [] for the unit start vector v."""
+        return values @ self.coordinates[0].square()
 
 
 def _ritz_pairs(

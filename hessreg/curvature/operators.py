@@ -66,6 +66,10 @@ class SymmetricOperator:
         columns = [self.matvec(v) for v in V.unbind(1)]
         return torch.stack(columns, 1) if columns else torch.empty_like(V)
 
+    def bilinear(self, w: Tensor, z: Tensor, value: Tensor | None = None) -> Tensor:
+        """The number w' A z [], with its graph if gradients are enabled; it may be known."""
+        return w @ self.matvec(z, create_graph=torch.is_grad_enabled())
+
     def shifted(self, shift: float) -> SumOperator:
         """This operator plus ``shift`` times the identity."""
         return SumOperator([self], [1.0], shift)

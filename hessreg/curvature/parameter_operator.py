@@ -18,7 +18,7 @@ from hessreg.curvature.operators import SymmetricOperator
 from hessreg.curvature.parameters import FlatParameters
 from hessreg.curvature.third_order import require_third_order_safe
 
-__all__ = ["CurvatureGraph", "ParameterOperator", "check_loss"]
+__all__ = ["CurvatureGraph", "ParameterOperator", "check_loss", "graph_nodes"]
 
 
 class CurvatureGraph:
@@ -57,6 +57,10 @@ class CurvatureGraph:
             return self._fused.products(v[None])[0]
         return self.params.flatten(self.multiply(self.params.split(v), create_graph=create_graph))
 
+    def bilinear(self, w: Tensor, z: Tensor, value: Tensor | None) -> Tensor:
+        """The number w' H z [], with its graph; the value may be known."""
+        return w @ self.product(z, create_graph=True)
+
     def products(self, vectors: Tensor, max_bytes: int) -> Tensor:
         """Products with k vectors [k, n], several at a time as far as memory goes."""
         if self._batched and len(vectors) > 1:
@@ -77,7 +81,7 @@ class CurvatureGraph:
     @cached_property
     def _bytes_per_vector(self) -> int:
         """About what one vector more takes: its share of every tensor on the way back."""
-        nodes = () if self._fused is not None else _graph_nodes(self.roots())
+        nodes = () if self._fused is not None else graph_nodes(self.roots())
         sizes = [_output_elements(node) for node in nodes]
         return self.params.dtype.itemsize * (2 * self.params.size + sum(sizes))
 
@@ -153,6 +157,26 @@ class ParameterOperator(SymmetricOperator):
             return torch.empty_like(V)
         vectors = V.mT.contiguous()
         return self._checked(self._sum(lambda graph: graph.products(vectors, self._max_bytes))).mT
+
+    def bilinear(self, w: Tensor, z: Tensor, value: Tensor | None = None) -> Tensor:
+        """The number w' H z, with its graph if gradients are enabled.
+
+        Args:
+            w: [n].
+            z: [n].
+            value: the number [] itself, where it is known: only its gradient is computed then.
+
+        Returns:
+            Scalar [].
+
+        Raises:
+            TypeError, ValueError, NonFiniteError: as :meth:`matvec`.
+        """
+        self._check_vectors("w", w, ndim=1)
+        self._check_vectors("z", z, ndim=1)
+        if not torch.is_grad_enabled():
+            return w @ self.matvec(z) if value is None else value
+        return self._sum(lambda graph: graph.bilinear(w, z, value))
 
     def check_finite(self, product: Tensor) -> None:
         """Reports NaN or infinity in a product [n] by parameter and position.
@@ -249,7 +273,8 @@ def _mean_over_processes(mean: Tensor, rows: int, group: dist.ProcessGroup) -> T
     return share + (value - share.detach())
 
 
-def _graph_nodes(roots: Sequence[Tensor]) -> Iterator[Node]:
+def graph_nodes(roots: Sequence[Tensor]) -> Iterator[Node]:
+    """Everything in the graphs behind some tensors, each node once."""
     seen: set[Node] = set()
     pending = [t.grad_fn for t in roots]
     while pending:

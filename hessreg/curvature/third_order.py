@@ -9,6 +9,7 @@ are written in primitive operations, which are right to every order.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -98,13 +99,20 @@ def native_norms(tensor: Tensor, derivatives: int = 3, inputs: Sequence[Tensor] 
     """
     found = set()
     for node in _graph_nodes(tensor, inputs):
-        layer, *passes = node.name().lstrip("_").split("Backward")
+        kind, right = _normalisation(node.name())
         # Forward and first gradient call their mode by different names.
-        training = getattr(node, "_saved_training", getattr(node, "_saved_train", True))
-        kind, right = _NATIVE_NODES.get(layer, ("", 0))
-        if kind and training and len(passes) - 1 + derivatives > right:
-            found.add(kind)
+        if kind and derivatives > right:
+            training = getattr(node, "_saved_training", getattr(node, "_saved_train", True))
+            found.update([kind] if training else [])
     return sorted(found)
+
+
+@functools.cache
+def _normalisation(node_name: str) -> tuple[str, int]:
+    """The kind of normalisation of a node, or none, and how many derivatives of it are right."""
+    layer, *passes = node_name.lstrip("_").split("Backward")
+    kind, right = _NATIVE_NODES.get(layer, ("", 0))
+    return kind, right - len(passes) + 1
 
 
 def require_third_order_safe(
@@ -167,14 +175,16 @@ def _graph_nodes(tensor: Tensor, inputs: Sequence[Tensor]) -> Iterator[Node]:
 
 
 def _refuse_scripted(module: nn.Module) -> None:
-    norms = (nn.modules.batchnorm._NormBase, nn.LayerNorm)
-    kinds = {kind.__name__ for kind in _subclasses(norms)}
     for name, part in module.named_modules():
-        if isinstance(part, torch.jit.ScriptModule) and part.original_name in kinds:
+        if isinstance(part, torch.jit.ScriptModule) and part.original_name in _norm_names():
             raise ValueError(
                 f"{part.original_name} {name!r} is compiled by TorchScript, where its third"
                 " derivative cannot be corrected: pass the module before torch.jit.script"
             )
+
+
+def _norm_names() -> set[str]:
+    return {kind.__name__ for kind in _subclasses((nn.modules.batchnorm._NormBase, nn.LayerNorm))}
 
 
 class _CompositeNorms(TorchFunctionMode):

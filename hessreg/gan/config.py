@@ -145,7 +145,7 @@ class HSN1RConfig:
     weight: float = 1e-4
     discriminator_weight: float = 3e-4
     every: int = 16
-    num_steps: int = 4
+    num_steps: int = 3
     num_probes: int = 1
     target: float = 0.0
 

@@ -146,6 +146,8 @@ class HSN1R(BaseRegularizer):
     def loss_terms(self, ctx: StepContext) -> tuple[Tensor | None, Tensor | None]:
         """The penalty of each network whose loss is in ``ctx``, on the steps that ``every`` picks.
 
+        Its gradient reaches the parameters of that network only.
+
         Raises:
             ValueError: as :meth:`penalty`.
         """
@@ -171,7 +173,7 @@ class HSN1R(BaseRegularizer):
             ValueError: likewise, and a loss tensor that went through a normalisation layer whose
                 third derivative torch gets wrong.
         """
-        return self.weight * self._excess("loss", loss, params)
+        return self.weight * self._excess("loss", HessianOperator(loss, params))
 
     def needs_third_order(self, step: int) -> bool:
         """True on the steps that ``every`` picks: a Hessian norm's gradient is of third order."""
@@ -226,15 +228,9 @@ class HSN1R(BaseRegularizer):
         if loss is None or weight == 0:
             return None
         params = [p for p in network.parameters() if p.requires_grad]
-        return weight * self._excess(name, loss, params)
+        return weight * self._excess(name, HessianOperator(loss, params, only_params=True))
 
-    def _excess(
-        self,
-        name: str,
-        loss: Tensor | Callable[[], Tensor],
-        params: Tensor | Iterable[Tensor],
-    ) -> Tensor:
-        op = HessianOperator(loss, params)
+    def _excess(self, name: str, op: HessianOperator) -> Tensor:
         estimate = self._estimate(op, name)
         self._norms[name] = estimate.value.detach()
         if self.warm_start and estimate.start is not None:
