@@ -93,7 +93,7 @@ class KrylovSpace:
         lengths = [len(result) for result in results]
         for i, row in enumerate(torch.cat(results).cpu().split(lengths)):
             if not torch.isfinite(row).all():
-                report_non_finite(self.op, self.basis[first + i])
+                report_non_finite(self.op, self.op.matvec(self.basis[first + i]))
             self._absorb(*row[:-1].tensor_split([-2]))
             if self.is_invariant:
                 break

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, cast, get_args
 import torch
 from torch import Tensor
 
-from hessreg.curvature._checks import NonFiniteError
+from hessreg.curvature.lanczos import report_non_finite
 from hessreg.curvature.operators import LinearOperator
 from hessreg.curvature.trace import unit_blocks
 
@@ -123,10 +123,7 @@ def _columns(op: LinearOperator) -> Tensor:
 
 def _finite(op: LinearOperator, H: Tensor) -> Tensor:
     if not H.isfinite().all():
-        check_finite = getattr(op, "check_finite", None)
-        if check_finite is not None:
-            check_finite(H.detach().mT.contiguous())
-        raise NonFiniteError("a product of the operator has NaN or infinity")
+        report_non_finite(op, H.detach().mT.contiguous())
     return H
 
 

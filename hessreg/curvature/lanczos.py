@@ -126,7 +126,7 @@ def _truncate(op: LinearOperator, ends: Tensor, basis: Tensor) -> tuple[Tensor, 
     host = ends.cpu()
     bad = ~torch.isfinite(host).all(1)
     if bad.any():
-        report_non_finite(op, basis[int(bad.nonzero()[0])])
+        report_non_finite(op, op.matvec(basis[int(bad.nonzero()[0])]))
     broken = host[:, 2].nonzero()
     m = int(broken[0]) + 1 if len(broken) else len(host)
     alpha, beta, is_invariant = ends[:m].mT
@@ -134,11 +134,16 @@ def _truncate(op: LinearOperator, ends: Tensor, basis: Tensor) -> tuple[Tensor, 
     return alpha.to(op.dtype), beta.to(op.dtype), basis[:m].mT
 
 
-def report_non_finite(op: LinearOperator, vector: Tensor) -> NoReturn:
-    """Raises NonFiniteError that says where the product is not finite, if the operator knows."""
+def report_non_finite(op: LinearOperator, product: Tensor) -> NoReturn:
+    """Raises NonFiniteError that says where a product is not finite, if the operator knows.
+
+    Args:
+        op: symmetric operator, (n, n).
+        product: [n], or several, [k, n].
+    """
     check_finite = getattr(op, "check_finite", None)
     if check_finite is not None:
-        check_finite(op.matvec(vector))
+        check_finite(product)
     raise NonFiniteError("a product of the operator has NaN or infinity")
 
 
