@@ -12,14 +12,13 @@ from torch import Tensor
 
 from hessreg.curvature.evaluation import RandomState, evaluate
 from hessreg.curvature.fused import FusedHessian, FusedInputHessian
-from hessreg.curvature.parameter_operator import (
-    CurvatureGraph,
-    ParameterOperator,
-    check_loss,
-    graph_nodes,
-)
+from hessreg.curvature.parameter_operator import CurvatureGraph, ParameterOperator, check_loss
 from hessreg.curvature.parameters import FlatParameters
-from hessreg.curvature.third_order import refuse_opaque, require_third_order_safe
+from hessreg.curvature.third_order import (
+    graph_nodes,
+    refuse_opaque,
+    require_third_order_safe,
+)
 
 __all__ = ["HessianGraph", "HessianOperator"]
 

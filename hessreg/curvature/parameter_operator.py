@@ -16,9 +16,9 @@ from hessreg.curvature.evaluation import RandomState
 from hessreg.curvature.fused import FusedProducts
 from hessreg.curvature.operators import SymmetricOperator
 from hessreg.curvature.parameters import FlatParameters
-from hessreg.curvature.third_order import require_third_order_safe
+from hessreg.curvature.third_order import graph_nodes, require_third_order_safe
 
-__all__ = ["CurvatureGraph", "ParameterOperator", "check_loss", "graph_nodes"]
+__all__ = ["CurvatureGraph", "ParameterOperator", "check_loss"]
 
 
 class CurvatureGraph:
@@ -271,18 +271,6 @@ def _mean_over_processes(mean: Tensor, rows: int, group: dist.ProcessGroup) -> T
     # The gradients of the processes' means are yet to be averaged, each with the same weight.
     share = mean * (rows * dist.get_world_size(group) / weighted[-1])
     return share + (value - share.detach())
-
-
-def graph_nodes(roots: Sequence[Tensor]) -> Iterator[Node]:
-    """Everything in the graphs behind some tensors, each node once."""
-    seen: set[Node] = set()
-    pending = [t.grad_fn for t in roots]
-    while pending:
-        node = pending.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            pending.extend(parent for parent, _ in node.next_functions)
-            yield node
 
 
 def _output_elements(node: Node) -> int:

@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["native_norms", "refuse_opaque", "require_third_order_safe", "third_order_safe"]
+__all__ = [
+    "graph_nodes",
+    "native_norms",
+    "refuse_opaque",
+    "require_third_order_safe",
+    "third_order_safe",
+]
 
 # What torch calls a layer in its graph: the kind, and how many of its derivatives are right.
 _NATIVE_NODES: dict[str, tuple[str, int]] = {
@@ -98,7 +104,7 @@ def native_norms(tensor: Tensor, derivatives: int = 3, inputs: Sequence[Tensor] 
         (['layer normalisation'], [])
     """
     found = set()
-    for node in _graph_nodes(tensor, inputs):
+    for node in graph_nodes([tensor], inputs):
         kind, right = _normalisation(node.name())
         # Forward and first gradient call their mode by different names.
         if kind and derivatives > right:
@@ -156,16 +162,17 @@ def refuse_opaque(loss: Tensor, inputs: Sequence[Tensor] = ()) -> None:
         >>> x = torch.randn(5, 3, requires_grad=True)
         >>> refuse_opaque(x.square().sum())
     """
-    for node in _graph_nodes(loss, inputs):
+    for node in graph_nodes([loss], inputs):
         if node.name() in _OPAQUE_NODES:
             raise ValueError(
                 f"loss cannot be differentiated twice through {_OPAQUE_NODES[node.name()]}"
             )
 
 
-def _graph_nodes(tensor: Tensor, inputs: Sequence[Tensor]) -> Iterator[Node]:
+def graph_nodes(roots: Sequence[Tensor], inputs: Sequence[Tensor] = ()) -> Iterator[Node]:
+    """Each node of the graphs behind some tensors once, without what is behind the inputs."""
     seen = {x.grad_fn for x in inputs}
-    pending = [tensor.grad_fn]
+    pending = [root.grad_fn for root in roots]
     while pending:
         node = pending.pop()
         if node is not None and node not in seen:
