@@ -710,8 +710,8 @@ def third_head(loss, y):
 
     def head(y_w, y_z, y_wz):
         def form(y, y_w, y_z):
-            slope, along_z = torch.func.jvp(torch.func.grad(loss), (y,), (y_z,))
-            return (along_z * y_w).sum() + (slope * y_wz).sum()
+            slope, pullback = torch.func.vjp(torch.func.grad(loss), y)
+            return (pullback(y_z)[0] * y_w).sum() + (slope * y_wz).sum()
 
         return torch.func.grad(form, argnums=(0, 1, 2))(y, y_w, y_z)
 
@@ -850,7 +850,15 @@ def test_third_passes_every_check(device):
         return (y.sin() * y).sum()
 
     def op(w, x, z, *tensors):
-        return fused_third(*parts(2, tensors), "tanh", x, w, z, loss)
+        curvature = MLPHessian(*parts(2, tensors), "tanh", x, with_third=True)
+        y = curvature.outputs
+        curvature.linearize(y.sin() + y * y.cos())
+        second, third = 2 * y.cos() - y * y.sin(), -3 * y.sin() - y * y.cos()
+
+        def head(y_w, y_z, y_wz):  # without torch.func, which does not nest in everything
+            return third * y_w * y_z + second * y_wz, second * y_z, second * y_w
+
+        return curvature.third(w, z, head)
 
     def reference(w, x, z, *tensors):
         weights, biases = parts(2, tensors)

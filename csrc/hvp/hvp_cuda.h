@@ -17,8 +17,8 @@
 //   tangent    2 k p n          (k + 1) p + (2 k + 2) w n     L         1
 //   adjoint    4 k p n          (2 k + 1) p + (5 k + 6) w n   L or L+1  2
 //   symmetric  n^2 columns      n^2 / 2 + 2 n columns         1
-//   second t.  7 p n            7 p + 30 w n                  3 L - 1   2 L
-//   second a.  11 p n           12 p + 40 w n                 3 L       2 L + 2
+//   second t.  7 p n            6 p + 19 w n                  3 L - 1   2 L
+//   second a.  11 p n           9 p + 34 w n                  3 L - 1   2 L + 1
 //
 // (the tangent and the adjoint of second order begin with those of two directions, which may go at
 // once; what follows needs a launch for each two of its products, and goes by layer),
