@@ -536,8 +536,8 @@ def test_a_deep_network(device):
 # ---- the caches --------------------------------------------------------------------------------
 
 
-def curvature_of(weights, biases, activation, x, loss=bent, **offsets):
-    curvature = MLPHessian(weights, biases, activation, x, **offsets)
+def curvature_of(weights, biases, activation, x, loss=bent, **options):
+    curvature = MLPHessian(weights, biases, activation, x, **options)
     gradient = torch.func.grad(loss)
     y = curvature.outputs
     curvature.linearize(gradient(y))
@@ -643,16 +643,18 @@ def test_nothing_is_read_of_the_layers_before_the_first_that_moves(device):
     x = torch.randn(5, 4, dtype=torch.float64, device=device)
     offsets, chosen = moving_part(weights, biases, MOVING["the last two"])
     options = {"weight_offsets": offsets[0], "bias_offsets": offsets[1]}
-    curvature, head = curvature_of(weights, biases, "tanh", x, **options)
+    curvature, head = curvature_of(weights, biases, "tanh", x, with_third=True, **options)
     v = torch.randn(2, len(chosen), dtype=torch.float64, device=device)
-    expected = curvature.product(v, head)
+    outputs_head = third_head(bent, curvature.outputs)
+    expected = curvature.product(v, head), curvature.third(*v, outputs_head)
     for weight in weights[:3]:  # W_3 would take on only what does not move
         weight.fill_(math.nan)
     for tensor in (*curvature._a[:1], *curvature._d1[:1], *curvature._s[:2]):
         tensor.fill_(math.nan)
     for tensor in curvature._delta[:2]:
         tensor.fill_(math.nan)
-    torch.testing.assert_close(curvature.product(v, head), expected)
+    actual = curvature.product(v, head), curvature.third(*v, outputs_head)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_layers_without_bias(device):
