@@ -536,8 +536,8 @@ def test_a_deep_network(device):
 # ---- the caches --------------------------------------------------------------------------------
 
 
-def curvature_of(weights, biases, activation, x, loss=bent, **offsets):
-    curvature = MLPHessian(weights, biases, activation, x, **offsets)
+def curvature_of(weights, biases, activation, x, loss=bent, **options):
+    curvature = MLPHessian(weights, biases, activation, x, **options)
     gradient = torch.func.grad(loss)
     y = curvature.outputs
     curvature.linearize(gradient(y))
@@ -643,16 +643,18 @@ def test_nothing_is_read_of_the_layers_before_the_first_that_moves(device):
     x = torch.randn(5, 4, dtype=torch.float64, device=device)
     offsets, chosen = moving_part(weights, biases, MOVING["the last two"])
     options = {"weight_offsets": offsets[0], "bias_offsets": offsets[1]}
-    curvature, head = curvature_of(weights, biases, "tanh", x, **options)
+    curvature, head = curvature_of(weights, biases, "tanh", x, with_third=True, **options)
     v = torch.randn(2, len(chosen), dtype=torch.float64, device=device)
-    expected = curvature.product(v, head)
+    outputs_head = third_head(bent, curvature.outputs)
+    expected = curvature.product(v, head), curvature.third(*v, outputs_head)
     for weight in weights[:3]:  # W_3 would take on only what does not move
         weight.fill_(math.nan)
     for tensor in (*curvature._a[:1], *curvature._d1[:1], *curvature._s[:2]):
         tensor.fill_(math.nan)
     for tensor in curvature._delta[:2]:
         tensor.fill_(math.nan)
-    torch.testing.assert_close(curvature.product(v, head), expected)
+    actual = curvature.product(v, head), curvature.third(*v, outputs_head)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_layers_without_bias(device):
@@ -710,8 +712,8 @@ def third_head(loss, y):
 
     def head(y_w, y_z, y_wz):
         def form(y, y_w, y_z):
-            slope, along_z = torch.func.jvp(torch.func.grad(loss), (y,), (y_z,))
-            return (along_z * y_w).sum() + (slope * y_wz).sum()
+            slope, pullback = torch.func.vjp(torch.func.grad(loss), y)
+            return (pullback(y_z)[0] * y_w).sum() + (slope * y_wz).sum()
 
         return torch.func.grad(form, argnums=(0, 1, 2))(y, y_w, y_z)
 
@@ -850,7 +852,15 @@ def test_third_passes_every_check(device):
         return (y.sin() * y).sum()
 
     def op(w, x, z, *tensors):
-        return fused_third(*parts(2, tensors), "tanh", x, w, z, loss)
+        curvature = MLPHessian(*parts(2, tensors), "tanh", x, with_third=True)
+        y = curvature.outputs
+        curvature.linearize(y.sin() + y * y.cos())
+        second, third = 2 * y.cos() - y * y.sin(), -3 * y.sin() - y * y.cos()
+
+        def head(y_w, y_z, y_wz):  # without torch.func, which does not nest in everything
+            return third * y_w * y_z + second * y_wz, second * y_z, second * y_w
+
+        return curvature.third(w, z, head)
 
     def reference(w, x, z, *tensors):
         weights, biases = parts(2, tensors)

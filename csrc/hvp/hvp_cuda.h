@@ -17,12 +17,12 @@
 //   tangent    2 k p n          (k + 1) p + (2 k + 2) w n     L         1
 //   adjoint    4 k p n          (2 k + 1) p + (5 k + 6) w n   L or L+1  2
 //   symmetric  n^2 columns      n^2 / 2 + 2 n columns         1
-//   second t.  7 p n            7 p + 30 w n                  3 L - 1   2 L
-//   second a.  11 p n           12 p + 40 w n                 3 L       2 L + 2
+//   second t.  7 p n            6 p + 19 w n                  3 L - 1   2 L
+//   second a.  11 p n           9 p + 34 w n                  3 L - 1   2 L + 1
 //
-// (the tangent and the adjoint of second order begin with those of two directions, which may go at
-// once; what follows needs a launch for each two of its products, and goes by layer),
-// and one launch more where a long depth with few tiles is summed in parts. What several tiles
+// and one launch more where a long depth with few tiles is summed in parts. The tangent and the
+// adjoint of second order begin with those of two directions, at once if they fit; what comes on
+// top of these goes by layer, with a launch for each two products of a sum. What several tiles
 // share, the weights among it, comes from the L2 cache: one element for 32 or 64 multiplications.
 // From shared memory, a thread multiplies and adds 32 times for three loads of 16 bytes in tiles of
 // 64 x 64; in those of 32 x 32, which are used where others would leave multiprocessors idle, 8
