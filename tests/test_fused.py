@@ -227,6 +227,17 @@ UNKNOWN = {
 }
 
 
+UNKNOWN |= {
+    "softplus that ends early": lambda m: m[4](F.softplus(m[2](batch(6, 5)), 1, 0.3)).sum(),
+    "a bias for each row": lambda m: (
+        torch.addmm(torch.ones(6, 5, dtype=DOUBLE, requires_grad=True), batch(), m[0].weight.t())
+        .square()
+        .sum()
+    ),
+    "sparse input": lambda m: torch.mm(batch().to_sparse(), m[0].weight.t()).square().sum(),
+}
+
+
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_other_losses_are_left_to_autograd(name):
     model = perceptron()
@@ -430,3 +441,54 @@ def test_bilinear_is_summed_over_data():
     torch.testing.assert_close(
         torch.autograd.grad(number, params), torch.autograd.grad(expected, params)
     )
+
+
+class Undefined(torch.autograd.Function):
+    """Zero, with no gradient at all."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+def test_a_pass_whose_gradient_is_undefined_is_left_to_autograd():
+    model = perceptron()
+    params = list(model.parameters())
+    loss = Undefined.apply(model(batch())).sum() + model(batch(4)).square().sum()
+    assert FusedHessian.find(loss, FlatParameters(params)) is None
+    op = HessianOperator(loss, params)
+    v = torch.linspace(-1, 1, op.shape[0], dtype=DOUBLE)
+    torch.testing.assert_close(op.matvec(v), truth(loss, params) @ v)
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh(), nn.Mish()], ids=["fused", "autograd"])
+@pytest.mark.parametrize("head", [F.l1_loss, lambda y, t: (y - t).abs().pow(3).sum()])
+def test_gradients_of_norms_of_losses_with_a_kink(activation, head):
+    model = perceptron(activation)
+    params = list(model.parameters())
+    loss = head(model(batch()), torch.zeros(6, 2, dtype=DOUBLE))
+    op = HessianOperator(loss, params)
+    w = torch.linspace(-1, 1, op.shape[0], dtype=DOUBLE)
+    found = torch.autograd.grad(op.bilinear(w, w), params, retain_graph=True)
+    _, expected = third(loss, params, w, w)
+    torch.testing.assert_close(FlatParameters(params).flatten(found), expected)
+
+
+def test_memory_of_several_vectors_is_limited():
+    model = perceptron()
+    loss = model(batch(500)).square().sum()
+    op = HessianOperator(loss, model.parameters(), max_bytes=1 << 18)
+    assert op._graph._bytes_per_vector >= 2 * 8 * 500 * (3 + 5 + 4 + 2)
+    seen = []
+    products = op._graph._fused.products
+    op._graph._fused.products = lambda vectors: seen.append(len(vectors)) or products(vectors)
+    V = torch.randn(op.shape[0], 9, dtype=DOUBLE)
+    op.matmat(V)
+    assert sum(seen) == 9
+    assert max(seen) == max(1, (1 << 18) // op._graph._bytes_per_vector) < 9
+    with pytest.raises(ValueError, match="max_bytes must be at least 1, got 0"):
+        HessianOperator(loss, model.parameters(), max_bytes=0)

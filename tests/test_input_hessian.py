@@ -509,3 +509,42 @@ def test_inside_no_grad_nothing_is_recorded():
         assert not op.norm("nuclear").requires_grad
         assert not op.eigvalsh().requires_grad
     assert op.norm("nuclear").requires_grad
+
+
+# --- coupled samples, siblings
+
+
+def groups_of(rows):
+    """Minibatch deviation in groups, as StyleGAN has it."""
+
+    def fn(x):
+        y = x.view(rows, -1, x.shape[1])
+        deviation = (y - y.mean(0, keepdim=True)).square().mean(0).sqrt().mean(1)
+        return (x.sum(1) * deviation.repeat(rows)).tanh()
+
+    return fn
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        groups_of(2),
+        groups_of(4),
+        *(lambda x, k=k: (x * x.roll(k, 0)).square().sum(1) for k in range(1, 8)),
+    ],
+)
+def test_coupled_samples_are_refused_whichever_they_are(fn):
+    with pytest.raises(ValueError, match="fn must treat every sample by itself"):
+        InputHessianOperator(fn, samples(8))
+
+
+def test_siblings_are_not_mistaken_for_the_input():
+    net = perceptron()
+    both = samples(4).requires_grad_()
+    for a, b in (both.chunk(2), both.unbind(0)[:2]):
+        rows = b.reshape(-1, 3)
+        op = HessianOperator(net(rows).square().sum(), a)
+        assert op.matmat(torch.eye(a.numel(), dtype=DOUBLE)).norm() == 0
+        same = HessianOperator(net(a.reshape(-1, 3)).square().sum(), a)
+        assert same._graph._fused is not None
+        assert same.matmat(torch.eye(a.numel(), dtype=DOUBLE)).norm() > 0

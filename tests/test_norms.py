@@ -13,12 +13,15 @@ from hessreg.curvature import (
     ConvergenceWarning,
     DenseOperator,
     HessianOperator,
+    eigenvalues,
     estimate_norm,
     frobenius_norm,
+    lanczos,
     norm,
     nuclear_norm,
     one_norm,
     spectral_norm,
+    trace,
 )
 from tests.test_eigenvalues import DTYPES, SCALES, Counting, with_spectrum
 
@@ -271,3 +274,33 @@ def test_a_large_operator_is_differentiable(ord):
     kept = values[values.abs() > 1]
     truth = kept.sign() if ord == "nuclear" else kept / dense(H, "fro")
     torch.testing.assert_close(slope, truth, rtol=0, atol=0.01)
+
+
+# --- surroundings
+
+
+@pytest.mark.parametrize("ord", ["spectral", "nuclear", "one", "fro"])
+def test_a_loss_without_curvature_has_a_norm_with_a_gradient_of_zero(ord):
+    x = torch.ones(3, requires_grad=True)
+    value = norm(HessianOperator((2 * x).sum(), x), ord)
+    assert value == 0
+    assert torch.autograd.grad(value, x)[0].tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("ord", ["spectral", "nuclear", "one", "fro"])
+@pytest.mark.parametrize("activation", [torch.nn.Tanh(), torch.nn.Mish()])
+def test_autocast_is_for_the_loss_only(ord, activation):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), activation, torch.nn.Linear(4, 1))
+    x, w = torch.randn(8, 3), torch.randn(21)
+    op = HessianOperator(net(x).tanh().sum(), net.parameters())
+    expected = [norm(op, ord), norm(op, ord, num_steps=10), op.bilinear(w, w), op.matvec(w).sum()]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [norm(op, ord), norm(op, ord, num_steps=10), op.bilinear(w, w), op.matvec(w).sum()]
+    assert found == expected
+
+
+@pytest.mark.parametrize("function", [norm, estimate_norm, eigenvalues, lanczos, trace])
+def test_a_matrix_is_no_operator(function):
+    with pytest.raises(TypeError, match=r"got a Tensor: pass DenseOperator\(A\)"):
+        function(torch.eye(3))

@@ -1,11 +1,22 @@
-"""Checks of arguments that several functions share, and the error of a computation gone wrong."""
+"""What functions of operators share: checks of arguments, and the error of what went wrong."""
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from numbers import Integral, Real
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar, cast
 
-__all__ = ["NonFiniteError", "check_at_least", "check_not_negative"]
+import torch
+
+if TYPE_CHECKING:
+    from hessreg.curvature.operators import LinearOperator
+
+__all__ = ["NonFiniteError", "check_at_least", "check_not_negative", "of_operator"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class NonFiniteError(ValueError):
@@ -48,3 +59,29 @@ def check_not_negative(**numbers: float) -> None:
             raise TypeError(f"{name} must be a number, got {number!r}")
         if not (math.isfinite(number) and number >= 0):
             raise ValueError(f"{name} must be finite and not negative, got {number}")
+
+
+def of_operator(
+    function: Callable[Concatenate[LinearOperator, P], R],
+) -> Callable[Concatenate[LinearOperator, P], R]:
+    """Refuses a first argument that is no operator, and keeps autocast out of the function.
+
+    Raises:
+        TypeError: no operator.
+
+    Example:
+        >>> of_operator(lambda op: op.shape)(torch.eye(2))
+        Traceback (most recent call last):
+        TypeError: op must be an operator with matvec, got a Tensor: pass DenseOperator(A)
+    """
+
+    @functools.wraps(function)
+    def checked(op: LinearOperator, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not hasattr(op, "matvec"):
+            hint = ": pass DenseOperator(A)" if isinstance(op, torch.Tensor) else ""
+            kind = type(op).__name__
+            raise TypeError(f"op must be an operator with matvec, got a {kind}{hint}")
+        with torch.autocast(op.device.type, enabled=False):
+            return function(op, *args, **kwargs)
+
+    return cast("Callable[Concatenate[LinearOperator, P], R]", checked)

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from hessreg.curvature._checks import check_at_least, check_not_negative
+from hessreg.curvature._checks import check_at_least, check_not_negative, of_operator
 from hessreg.curvature._krylov import KrylovSpace, RitzPairs, orthogonal_part, random_vector
 from hessreg.curvature.lanczos import normalize
 from hessreg.curvature.operators import LinearOperator
@@ -40,6 +40,7 @@ class Eigenvalues(NamedTuple):
     num_products: int
 
 
+@of_operator
 @torch.no_grad()
 def eigenvalues(
     op: LinearOperator,
@@ -113,6 +114,7 @@ def eigenvalues(
     return _Search(space, k, which, tol, max_products, generator).run()
 
 
+@of_operator
 @torch.no_grad()
 def check_symmetric(
     op: LinearOperator, *, num_steps: int = 8, generator: torch.Generator | None = None

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, cast, get_args
 import torch
 from torch import Tensor
 
+from hessreg.curvature._checks import of_operator
 from hessreg.curvature.lanczos import report_non_finite
 from hessreg.curvature.operators import LinearOperator
 from hessreg.curvature.trace import unit_blocks
@@ -44,6 +45,7 @@ class NormEstimate(NamedTuple):
     converged: bool
 
 
+@of_operator
 def exact_norm(op: LinearOperator, ord: NormOrder = "spectral") -> NormEstimate:
     """Norm of a symmetric operator from all its columns, differentiable as :func:`norm` is.
 

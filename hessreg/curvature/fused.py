@@ -23,6 +23,11 @@ class FusedProducts(Protocol):
         """Products with k vectors: [k, n] to [k, n]."""
         ...
 
+    @property
+    def elements_per_vector(self) -> int:
+        """About how many numbers one vector more takes, beside itself and the product."""
+        ...
+
 
 class FusedHessian:
     """The Hessian of a loss whose parameters are all those of one perceptron.
@@ -67,9 +72,9 @@ class FusedHessian:
             return None
         if of_outputs is not None and [c.output.node for c in chains] != [of_outputs.grad_fn]:
             return None
-        slopes = torch.autograd.grad(loss, [c.output for c in chains], create_graph=True)
-        if not all(torch.isfinite(slope).all() for slope in slopes):
-            return None  # the general way says where
+        slopes = _slopes(loss, chains)
+        if slopes is None:
+            return None
         return cls(chains, slopes, params, of_outputs is not None)
 
     @torch.no_grad()
@@ -81,6 +86,11 @@ class FusedHessian:
         """
         self._check_versions()
         return self._network.product(vectors, self._head, gauss_newton=self._gauss_newton)
+
+    @property
+    def elements_per_vector(self) -> int:
+        """About how many numbers one vector more takes, beside itself and the product."""
+        return self._network.elements_per_vector
 
     @torch.no_grad()
     def third_derivative(self, w: Tensor, z: Tensor) -> Tensor:
@@ -127,10 +137,8 @@ class FusedInputHessian:
         chain = find_input_chain(loss, params.tensors[0])
         if chain is None:
             return None
-        (slope,) = torch.autograd.grad(loss, [chain.output], create_graph=True)
-        if not torch.isfinite(slope).all():
-            return None  # the general way says where
-        return cls(chain, slope, params.tensors[0])
+        slopes = _slopes(loss, [chain])
+        return None if slopes is None else cls(chain, slopes[0], params.tensors[0])
 
     @torch.no_grad()
     def products(self, vectors: Tensor) -> Tensor:
@@ -145,6 +153,19 @@ class FusedInputHessian:
             )
         rows = vectors.reshape(-1, *self._shape)
         return self._network.input_product(rows, self._head).reshape(vectors.shape)
+
+    @property
+    def elements_per_vector(self) -> int:
+        """About how many numbers one vector more takes, beside itself and the product."""
+        return self._network.elements_per_vector
+
+
+def _slopes(loss: Tensor, chains: Sequence[Chain]) -> Sequence[Tensor] | None:
+    """The gradients in the outputs of passes, or None where the general way is to say more."""
+    edges = [chain.output for chain in chains]
+    slopes = torch.autograd.grad(loss, edges, create_graph=True, allow_unused=True)
+    undefined = any(slope is None or not torch.isfinite(slope).all() for slope in slopes)
+    return None if undefined else slopes
 
 
 class _Head:
@@ -179,7 +200,9 @@ class _Head:
         with torch.enable_grad():
             moving = [along_z[i].detach().requires_grad_() for i in self._live]
             bent = self._gradients(self._slopes, self._edges, moving, create_graph=True)
-        pairs = [(b, w) for b, w in zip(bent, along_w, strict=True) if b is not None]
+        # A derivative of zero, as of a sign, may have no graph.
+        curved = [None if b is None or not b.requires_grad else b for b in bent]
+        pairs = [(b, w) for b, w in zip(curved, along_w, strict=True) if b is not None]
         cotangents = [w for _, w in pairs] + [along_wz[i] for i in self._live]
         outputs = [b for b, _ in pairs] + self._slopes
         found = self._gradients(outputs, [*self._edges, *moving], cotangents)

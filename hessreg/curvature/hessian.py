@@ -28,10 +28,11 @@ class HessianOperator(ParameterOperator):
 
     The gradient is built once, with its graph; each product is one reverse pass through it, about
     2 gradients. Where all of the parameters are those of one multilayer perceptron, as built of
-    ``nn.Linear`` and one smooth or piecewise linear activation, or is their input, a product is a
-    fused pass forward and back instead, less than one gradient. The operator is the Hessian at the
-    parameters' values when it was made. It leaves ``.grad``, the modules' mode and buffers and the
-    random state as they were; dropout keeps its masks from product to product.
+    ``nn.Linear`` and the usual activations, or are its input, a product is a fused pass forward and
+    back instead, less than one gradient; hooks on tensors between its layers are not called. The
+    operator is the Hessian at the parameters' values when it was made. It leaves ``.grad``, the
+    modules' mode and buffers and the random state as they were; dropout keeps its masks from
+    product to product.
 
     Args:
         loss: a scalar with its graph (kept alive, never freed), or a callable that returns one,

@@ -7,11 +7,12 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from hessreg.curvature._checks import NonFiniteError, check_at_least
+from hessreg.curvature._checks import NonFiniteError, check_at_least, of_operator
 from hessreg.curvature.operators import LinearOperator
 from hessreg.ops.spectral import lanczos_step
 
 __all__ = [
+    "deflated_lanczos",
     "lanczos",
     "norm_of",
     "normalize",
@@ -21,6 +22,7 @@ __all__ = [
 ]
 
 
+@of_operator
 @torch.no_grad()
 def power_iteration(
     op: LinearOperator,
@@ -63,14 +65,13 @@ def power_iteration(
     return eigenvalue, vector
 
 
+@of_operator
 @torch.no_grad()
 def lanczos(
     op: LinearOperator,
     num_steps: int,
     v0: Tensor | None = None,
     generator: torch.Generator | None = None,
-    *,
-    deflate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Lanczos tridiagonalisation with full reorthogonalisation.
 
@@ -81,16 +82,14 @@ def lanczos(
 
     Args:
         op: symmetric operator A, (n, n).
-        num_steps: products to spend, at least 1; no more than n - d are.
+        num_steps: products to spend, at least 1; no more than n are.
         v0: start [n], need not be a unit vector; random if None.
         generator: source of the random start; None is one seeded with 0, so that calls agree and
             the global random state stays as it is.
-        deflate: orthonormal [n, d]: A is taken between vectors orthogonal to these only, and v0
-            must be such a vector.
 
     Returns:
         alpha [m], the diagonal of T; beta [m], the off-diagonal and, last, the norm of the
-        residual (0 at an invariant subspace); Q [n, m]. m <= min(num_steps, n - d).
+        residual (0 at an invariant subspace); Q [n, m]. m <= min(num_steps, n).
 
     Raises:
         TypeError: num_steps is not an int.
@@ -106,12 +105,27 @@ def lanczos(
         [-1.0, 1.0]
     """
     check_at_least(1, num_steps=num_steps)
-    d = 0 if deflate is None else deflate.shape[1]
+    start = start_vector(op, v0, generator)
+    return deflated_lanczos(op, num_steps, start, start.new_empty(len(start), 0))
+
+
+@torch.no_grad()
+def deflated_lanczos(
+    op: LinearOperator, num_steps: int, start: Tensor, deflated: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`lanczos`, of what the operator is between vectors orthogonal to some.
+
+    Args:
+        op: symmetric operator, (n, n).
+        num_steps: products to spend; no more than n - d are.
+        start: unit vector [n], orthogonal to those.
+        deflated: orthonormal [n, d], d < n.
+    """
+    d = deflated.shape[1]
     m = min(num_steps, op.shape[0] - d)
     basis = torch.empty(d + m + 1, op.shape[0], dtype=op.dtype, device=op.device)
-    if deflate is not None:
-        basis[:d] = deflate.mT
-    basis[d] = start_vector(op, v0, generator)
+    basis[:d] = deflated.mT
+    basis[d] = start
     breakdown = 64 * torch.finfo(op.dtype).eps
     largest, ends = basis.new_zeros(1, dtype=torch.float64), []
     for j in range(d, d + m):  # after a breakdown the vectors stay zero: no branch, so no wait
@@ -156,6 +170,8 @@ def start_vector(
         v0 = torch.randn(
             op.shape[0], dtype=op.dtype, device=generator.device, generator=generator
         ).to(op.device)
+    elif not isinstance(v0, Tensor):
+        raise TypeError(f"v0 must be a Tensor, got {type(v0).__name__}")
     elif v0.shape != op.shape[:1]:
         raise ValueError(f"v0 must have shape {op.shape[:1]}, got {tuple(v0.shape)}")
     elif not 0 < v0.abs().max() < float("inf"):

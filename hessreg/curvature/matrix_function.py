@@ -8,7 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hessreg.curvature._checks import NonFiniteError, check_at_least, check_not_negative
+from hessreg.curvature._checks import (
+    NonFiniteError,
+    check_at_least,
+    check_not_negative,
+    of_operator,
+)
 from hessreg.curvature._krylov import KrylovSpace
 from hessreg.curvature.lanczos import norm_of, start_vector
 from hessreg.curvature.operators import LinearOperator
@@ -33,6 +38,7 @@ class FunctionProduct(NamedTuple):
     num_products: int
 
 
+@of_operator
 @torch.no_grad()
 def matrix_function(
     op: LinearOperator,

@@ -33,6 +33,7 @@ _ACTIVATIONS: dict[str, tuple[str, str | None]] = {
 }
 
 # Nodes that keep the order of the elements.
+_SOFTPLUS_THRESHOLD = 20  # above it softplus is the identity: off by 2e-9, which ours is not
 _VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
 
 
@@ -133,10 +134,12 @@ def find_input_chain(loss: Tensor, x: Tensor) -> Chain | None:
         >>> find_input_chain(net(x).sum(), x).input.shape
         torch.Size([5, 4])
     """
-    node = get_gradient_edge(x).node
+    node, output_nr, *_ = get_gradient_edge(x)
     graph = _Graph(loss, entry=node)
     layers = graph.layers() or {}
     user = graph.only_consumer(node)
+    if user is None or (node, output_nr) not in user.next_functions:  # a sibling of x
+        return None
     while user is not None and user.name() in _VIEWS:
         node, user = user, graph.only_consumer(user)
     first = None if user is None else layers.get(user)
@@ -236,7 +239,9 @@ def _layer(node: Node) -> _Layer | None:
     if transposed is None or transposed.name() != "TBackward0":
         return None
     weight = _leaf(transposed.next_functions[0][0])
-    return None if weight is None else _Layer(node, weight, bias, source)
+    if weight is None or (bias is not None and bias.shape != weight.shape[:1]):
+        return None
+    return _Layer(node, weight, bias, source)
 
 
 def _saved(node: Any, *names: str) -> list[Any]:
@@ -280,7 +285,8 @@ def _make_chain(path: Sequence[tuple[_Layer, Activation]]) -> Chain | None:
     (entered,) = _saved(first.node, "self" if first.node.name() == "MmBackward0" else "mat1")
     if entered is None or len(set(tensors)) < len(tensors):
         return None
-    if (entered.dtype, entered.device) != (first.weight.dtype, first.weight.device):
+    kinds = [(t.dtype, t.device, t.layout) for t in (entered, first.weight)]
+    if kinds[0] != kinds[1]:
         return None
     return Chain(
         entered.detach(),
@@ -296,6 +302,8 @@ def _activation(node: Node) -> Activation | None:
         return None
     name, attribute = _ACTIVATIONS[node.name()]
     if _saved(node, "scale", "input_scale") not in ([None, None], [1, 1]):  # SELU, CELU
+        return None
+    if name == "softplus" and getattr(node, "_saved_threshold", 0) < _SOFTPLUS_THRESHOLD:
         return None
     if name == "gelu" and getattr(node, "_saved_approximate", "none") == "tanh":
         name = "gelu_tanh"

@@ -3,8 +3,7 @@
 Every norm is w' H z for some pair of vectors: with w and z held fixed, the gradient of w' H z is
 the gradient of the norm (envelope theorem, or a subgradient where eigenvalues cross), for any H
 that depends smoothly on parameters. Only the product H z carries a graph; for the Hessian of a
-network its gradient is a third derivative. For a multilayer perceptron a product costs about 1.4
-gradients of the loss, and the one with its graph about 5, its differentiation included.
+network its gradient is a third derivative.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from hessreg.curvature._checks import check_at_least, check_not_negative
+from hessreg.curvature._checks import check_at_least, check_not_negative, of_operator
 from hessreg.curvature._krylov import random_signs
 from hessreg.curvature._statistics import half_width
 from hessreg.curvature.eigenvalues import default_tol, eigenvalues
@@ -30,7 +29,7 @@ from hessreg.curvature.exact_norms import (
     rounding,
     scalar,
 )
-from hessreg.curvature.lanczos import lanczos, norm_of
+from hessreg.curvature.lanczos import deflated_lanczos, norm_of, normalize, start_vector
 from hessreg.curvature.operators import LinearOperator
 
 __all__ = [
@@ -53,6 +52,7 @@ class ConvergenceWarning(UserWarning):
     """A number that is not known to be right."""
 
 
+@of_operator
 def norm(
     op: LinearOperator,
     ord: NormOrder = "spectral",
@@ -65,8 +65,9 @@ def norm(
     """Norm of a symmetric operator, differentiable in what the operator depends on.
 
     The gradient is exact where the norm has one; where eigenvalues cross or vanish it is a finite
-    subgradient, and so are its own derivatives: see :func:`estimate_norm`, which returns the error
-    as well and takes the same arguments.
+    subgradient, and so are its own derivatives: second derivatives of "spectral" and "nuclear"
+    leave out how eigenvectors turn. See :func:`estimate_norm`, which returns the error as well and
+    takes the same arguments.
 
     Args:
         op: symmetric operator, (n, n).
@@ -115,6 +116,7 @@ def norm(
     return found.value
 
 
+@of_operator
 def estimate_norm(
     op: LinearOperator,
     ord: NormOrder = "spectral",
@@ -195,7 +197,7 @@ def _automatic(op: LinearOperator, ord: NormOrder, generator: torch.Generator) -
         return exact_norm(op, ord)
     if ord == "one":
         return one_norm(op)
-    ritz = _ritz_pairs(op, _NUM_STEPS, None, generator)
+    ritz = _ritz_pairs(op, _NUM_STEPS, start_vector(op, None, generator))
     accurate = ritz.residuals <= _DEFLATED_RESIDUAL * ritz.values.abs().max()
     leading = ritz.leading(min(_MAX_DEFLATED, int(accurate.sum())), accurate)
     if ord == "fro":
@@ -203,6 +205,7 @@ def _automatic(op: LinearOperator, ord: NormOrder, generator: torch.Generator) -
     return _nuclear(op, leading, _NUM_STEPS, _NUM_PROBES, 1e-3, generator)
 
 
+@of_operator
 def spectral_norm(
     op: LinearOperator,
     *,
@@ -237,13 +240,14 @@ def spectral_norm(
         >>> round(spectral_norm(saddle).value.item(), 4)
         1.0
     """
-    leading = _ritz_pairs(op, num_steps, v0, generator).leading(1)
+    leading = _ritz_pairs(op, num_steps, start_vector(op, v0, generator)).leading(1)
     v = leading.vectors.squeeze(1)
     value = bilinear(op, v, v, scalar(op, leading.values[0])).abs()
     converged = leading.residual <= default_tol(op.dtype) * leading.values.abs().item()
     return NormEstimate(value, v, scalar(op, leading.residual) + rounding(value), converged)
 
 
+@of_operator
 def nuclear_norm(
     op: LinearOperator,
     *,
@@ -299,7 +303,7 @@ def nuclear_norm(
     generator = generator or torch.Generator().manual_seed(0)
     leading = _no_pairs(op)
     if num_deflated:
-        leading = _ritz_pairs(op, num_steps, v0, generator).leading(num_deflated)
+        leading = _ritz_pairs(op, num_steps, start_vector(op, v0, generator)).leading(num_deflated)
     return _nuclear(op, leading, num_steps, num_probes, smoothing, generator)
 
 
@@ -322,7 +326,7 @@ def _nuclear(
         if not z.any() or U.shape[1] == len(z):  # what is left then is rounding error
             samples.append([0.0, 0.0, 0.0])
             continue
-        ritz = _ritz_pairs(op, num_steps, z, deflate=U)
+        ritz = _ritz_pairs(op, num_steps, normalize(z), U)
         signs = _smooth_sign(ritz.values, smoothing)
         w = norm_of(z) * ritz.function(signs)
         known = norm_of(z) ** 2 * scalar(op, ritz.at_start(ritz.values * signs))
@@ -353,6 +357,7 @@ def _error_of_probes(samples: list[list[float]]) -> float:
     return (half_width(smooth) + bias).item()
 
 
+@of_operator
 def one_norm(op: LinearOperator, *, num_steps: int = 20, v0: Tensor | None = None) -> NormEstimate:
     """Largest column sum, max_j sum_i |H_ij|, the norm induced by the vector 1-norm.
 
@@ -384,6 +389,7 @@ def one_norm(op: LinearOperator, *, num_steps: int = 20, v0: Tensor | None = Non
     return NormEstimate(product(op, x).abs().sum(), x, scalar(op, math.inf), False)
 
 
+@of_operator
 def frobenius_norm(
     op: LinearOperator, *, num_probes: int = 1, generator: torch.Generator | None = None
 ) -> NormEstimate:
@@ -485,19 +491,16 @@ class _RitzPairs(NamedTuple):
 
 
 def _ritz_pairs(
-    op: LinearOperator,
-    num_steps: int,
-    v0: Tensor | None,
-    generator: torch.Generator | None = None,
-    deflate: Tensor | None = None,
+    op: LinearOperator, num_steps: int, start: Tensor, deflated: Tensor | None = None
 ) -> _RitzPairs:
-    alpha, beta, Q = lanczos(op, num_steps, v0, generator, deflate=deflate)
+    check_at_least(1, num_steps=num_steps)
+    deflated = _no_pairs(op).vectors if deflated is None else deflated
+    alpha, beta, Q = deflated_lanczos(op, num_steps, start, deflated)
     # A matrix of a few rows: the CPU in float64 is as fast as any device, and more accurate.
     diagonal, off = torch.stack([alpha, beta]).cpu().double()
     T = torch.diag(diagonal) + torch.diag(off[:-1], 1) + torch.diag(off[:-1], -1)
     values, coordinates = torch.linalg.eigh(T)
-    num_deflated = 0 if deflate is None else deflate.shape[1]
-    is_exact = len(T) < num_steps or len(T) == op.shape[0] - num_deflated
+    is_exact = len(T) < num_steps or len(T) == op.shape[0] - deflated.shape[1]
     residuals = 0 * values if is_exact else off[-1] * coordinates[-1].abs()
     return _RitzPairs(T, values, coordinates, residuals, Q, is_exact)
 

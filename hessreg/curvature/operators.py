@@ -67,8 +67,11 @@ class SymmetricOperator:
         return torch.stack(columns, 1) if columns else torch.empty_like(V)
 
     def bilinear(self, w: Tensor, z: Tensor, value: Tensor | None = None) -> Tensor:
-        """The number w' A z [], with its graph if gradients are enabled; it may be known."""
-        return w @ self.matvec(z, create_graph=torch.is_grad_enabled())
+        """The number w' A z [], for constant w and z, with its graph if gradients are enabled.
+
+        The value may be known, which spares some operators a product.
+        """
+        return w.detach() @ self.matvec(z.detach(), create_graph=torch.is_grad_enabled())
 
     def shifted(self, shift: float) -> SumOperator:
         """This operator plus ``shift`` times the identity."""

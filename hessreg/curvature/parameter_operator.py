@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from hessreg.curvature._checks import NonFiniteError
+from hessreg.curvature._checks import NonFiniteError, check_at_least
 from hessreg.curvature.evaluation import RandomState
 from hessreg.curvature.fused import FusedProducts
 from hessreg.curvature.operators import SymmetricOperator
@@ -55,7 +55,14 @@ class CurvatureGraph:
             require_third_order_safe(self.loss, inputs=self.params.tensors)
         elif self._fused is not None:
             return self._fused.products(v[None])[0]
-        return self.params.flatten(self.multiply(self.params.split(v), create_graph=create_graph))
+        parts = self.multiply(self.params.split(v), create_graph=create_graph)
+        product = self.params.flatten(parts)
+        return product + self._zero() if create_graph and not product.requires_grad else product
+
+    def _zero(self) -> Tensor:
+        """With a graph, so that what does not depend on the parameters has a gradient of zero."""
+        p = self.params.tensors[0]
+        return torch.where(torch.zeros_like(p, dtype=torch.bool), p, 0).sum()
 
     def bilinear(self, w: Tensor, z: Tensor, value: Tensor | None) -> Tensor:
         """The number w' H z [], with its graph; the value may be known."""
@@ -81,9 +88,11 @@ class CurvatureGraph:
     @cached_property
     def _bytes_per_vector(self) -> int:
         """About what one vector more takes: its share of every tensor on the way back."""
-        nodes = () if self._fused is not None else graph_nodes(self.roots())
-        sizes = [_output_elements(node) for node in nodes]
-        return self.params.dtype.itemsize * (2 * self.params.size + sum(sizes))
+        if self._fused is not None:
+            elements = self._fused.elements_per_vector
+        else:
+            elements = sum(_output_elements(node) for node in graph_nodes(self.roots()))
+        return self.params.dtype.itemsize * (2 * self.params.size + elements)
 
 
 class ParameterOperator(SymmetricOperator):
@@ -108,6 +117,7 @@ class ParameterOperator(SymmetricOperator):
         max_bytes: int,
     ) -> None:
         _check_data(data)
+        check_at_least(1, max_bytes=max_bytes)
         self._flat, self._linearize, self._data = params, linearize, data
         self._group, self._progress, self._max_bytes = process_group, progress, max_bytes
         self.params = params.tensors
@@ -162,8 +172,8 @@ class ParameterOperator(SymmetricOperator):
         """The number w' H z, with its graph if gradients are enabled.
 
         Args:
-            w: [n].
-            z: [n].
+            w: [n], held constant.
+            z: [n], likewise.
             value: the number [] itself, where it is known: only its gradient is computed then.
 
         Returns:
@@ -176,6 +186,7 @@ class ParameterOperator(SymmetricOperator):
         self._check_vectors("z", z, ndim=1)
         if not torch.is_grad_enabled():
             return w @ self.matvec(z) if value is None else value
+        w, z = w.detach(), z.detach()
         return self._sum(lambda graph: graph.bilinear(w, z, value))
 
     def check_finite(self, product: Tensor) -> None:
@@ -195,17 +206,24 @@ class ParameterOperator(SymmetricOperator):
     def _sum(self, of: Callable[[CurvatureGraph], Tensor]) -> Tensor:
         """The mean over the rows of the data, of all processes."""
         if self._graph is not None:
-            total, rows = of(self._graph), 1
+            with self._full_precision():
+                total, rows = of(self._graph), 1
         else:
             total, rows = self._sum_over_data(of)
         return total if self._group is None else _mean_over_processes(total, rows, self._group)
+
+    def _full_precision(self) -> torch.autocast:
+        """Autocast, where it is on, is for the loss."""
+        return torch.autocast(self.device.type, enabled=False)
 
     def _sum_over_data(self, of: Callable[[CurvatureGraph], Tensor]) -> tuple[Tensor, int]:
         total, rows = torch.zeros((), dtype=self.dtype, device=self.device), 0
         with self._state.restored():  # one order and one set of masks for all products
             for batch in self._batches():
                 count = _count_rows(batch)
-                total = total + count * of(self._linearize(batch))
+                graph = self._linearize(batch)
+                with self._full_precision():
+                    total = total + count * of(graph)
                 rows += count
         if not rows:
             raise ValueError("data has no rows: it is empty, or can be gone through once only")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hessreg.curvature._checks import check_at_least
+from hessreg.curvature._checks import check_at_least, of_operator
 from hessreg.curvature._krylov import random_vector
 from hessreg.curvature._statistics import NORMAL_99
 from hessreg.curvature.lanczos import lanczos
@@ -133,6 +133,7 @@ class SpectralDensity:
         )
 
 
+@of_operator
 @torch.no_grad()
 def spectral_density(
     op: LinearOperator,

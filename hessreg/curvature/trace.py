@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from hessreg.curvature._checks import NonFiniteError, check_at_least
+from hessreg.curvature._checks import NonFiniteError, check_at_least, of_operator
 from hessreg.curvature._krylov import random_signs
 from hessreg.curvature._statistics import Estimate, half_width
 from hessreg.curvature.operators import LinearOperator
@@ -20,6 +20,7 @@ TraceMethod = Literal["hutch++", "hutchinson"]
 _BLOCK = 32  # vectors multiplied at once
 
 
+@of_operator
 @torch.no_grad()
 def trace(
     op: LinearOperator,

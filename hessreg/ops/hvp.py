@@ -648,6 +648,12 @@ class MLPHessian:
         self._s: list[Tensor] = []
         self._t: list[Tensor] = []
 
+    @property
+    def elements_per_vector(self) -> int:
+        """About how many numbers a product takes for each vector, beside it and the result."""
+        widths = [self._x.shape[1], *(len(weight) for weight in self._weights)]
+        return 4 * len(self._x) * sum(widths)  # Rz, Ra and their adjoints, in two layouts
+
     def linearize(self, delta: Tensor) -> None:
         """Takes the gradient of the loss in the outputs, ``[batch, outputs]``.
 

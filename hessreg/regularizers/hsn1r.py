@@ -146,7 +146,7 @@ class HSN1R(BaseRegularizer):
     def loss_terms(self, ctx: StepContext) -> tuple[Tensor | None, Tensor | None]:
         """The penalty of each network whose loss is in ``ctx``, on the steps that ``every`` picks.
 
-        Its gradient reaches the parameters of that network only.
+        Its gradient is meant in the parameters of that network, and may be missing in others.
 
         Raises:
             ValueError: as :meth:`penalty`.
