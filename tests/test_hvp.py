@@ -911,9 +911,11 @@ def test_third_refuses_what_it_cannot_use():
     with pytest.raises(RuntimeError, match="and linearize first"):
         curvature.third(torch.ones(16), torch.ones(16), head)
     curvature.linearize(torch.ones(2, 4))
-    with pytest.raises(ValueError, match=r"w and z must be \[p\] both, .*\(16,\) and \(1, 16\)"):
+    with pytest.raises(ValueError, match=r"z must have shape \(16,\), got \(1, 16\)"):
         curvature.third(torch.ones(16), torch.ones(1, 16), head)
-    with pytest.raises(RuntimeError, match="offsets must point to parts of a vector"):
+    with pytest.raises(
+        ValueError, match=r"w must be \[p\] with p of at least 16, got shape \(15,\)"
+    ):
         curvature.third(torch.ones(15), torch.ones(15), head)
 
 
@@ -1062,14 +1064,29 @@ def test_products_need_a_gradient_first():
 
 
 @pytest.mark.parametrize(
-    ("offsets", "length"), [(([0, 20], [12, -1]), 19), (([0, 10], [12, -1]), 30)]
+    ("second", "length", "error", "message"),
+    [
+        (20, 19, ValueError, r"v must be \[k, p\] with p of at least 24, got shape \(1, 19\)"),
+        (10, 30, RuntimeError, "offsets must point to parts of a vector"),
+    ],
 )
-def test_offsets_that_overlap_or_leave_the_vector_are_refused(offsets, length):
+def test_offsets_that_overlap_or_leave_the_vector_are_refused(second, length, error, message):
     curvature = MLPHessian(
-        [W, LAST], [B, None], "tanh", X, weight_offsets=offsets[0], bias_offsets=offsets[1]
+        [W, LAST], [B, None], "tanh", X, weight_offsets=[0, second], bias_offsets=[12, -1]
     )
-    with pytest.raises(RuntimeError, match="offsets must point to parts of a vector"):
+    with pytest.raises(error, match=message):
         curvature.product(torch.ones(1, length), lambda moved: moved, gauss_newton=True)
+
+
+def test_gradients_and_directions_of_another_shape_or_kind_are_refused():
+    curvature = MLPHessian([W], [B], "tanh", X)
+    with pytest.raises(ValueError, match=r"delta must have shape \(2, 4\), got \(4,\)"):
+        curvature.linearize(torch.ones(4))
+    curvature.linearize(torch.ones(2, 4))
+    with pytest.raises(ValueError, match=r"u must have shape \(1, 2, 3\), got \(1, 3\)"):
+        curvature.input_product(torch.ones(1, 3))
+    with pytest.raises(ValueError, match="v must have the dtype and device of x"):
+        curvature.product(torch.ones(1, 16).double(), lambda moved: moved)
 
 
 def test_operators_refuse_wrong_caches():

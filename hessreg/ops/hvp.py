@@ -636,6 +636,7 @@ class MLPHessian:
             list(default if given is None else given)
             for given, default in zip((weight_offsets, bias_offsets), in_order, strict=True)
         ]
+        self._length = _length(self._weights, self._offsets[0], self._biases, self._offsets[1])
         hidden = len(self._weights) - 1
         activations = _checked_activations(activation, hidden)
         outputs = mlp_forward(x, self._weights, self._biases, *activations, with_third)
@@ -659,6 +660,7 @@ class MLPHessian:
 
         Products need it from then on, but for those of Gauss-Newton.
         """
+        self._check(delta, "delta", self.outputs.shape)
         found = mlp_backward(delta, self._weights, self._d1, self._d2, self._d3)
         depth, end = len(self._weights), 2 * len(self._weights) - 1
         self._delta, self._s, self._t = found[:depth], found[depth:end], found[end:]
@@ -675,6 +677,7 @@ class MLPHessian:
         Returns:
             ``[k, p]``, zero where no offset points.
         """
+        self._check_flat(v, "v", 2)
         return self._run(v, self._x.new_empty(0), head, gauss_newton, False)[0]
 
     def input_product(self, u: Tensor, head: Head | None = None) -> Tensor:
@@ -687,6 +690,7 @@ class MLPHessian:
         Returns:
             ``[k, batch, n_0]``.
         """
+        self._check(u, "u", u.shape[:1] + self._x.shape)
         return self._run(u.new_empty(len(u), 0), u, head or torch.zeros_like, False, True)[1]
 
     def third(self, w: Tensor, z: Tensor, head: ThirdHead) -> Tensor:
@@ -733,10 +737,8 @@ class MLPHessian:
         """
         if not self._with_third or not self._delta:
             raise RuntimeError("third needs MLPHessian(..., with_third=True) and linearize first")
-        if w.dim() != 1 or z.shape != w.shape:
-            raise ValueError(
-                f"w and z must be [p] both, got shapes {tuple(w.shape)} and {tuple(z.shape)}"
-            )
+        self._check_flat(w, "w", 1)
+        self._check(z, "z", w.shape)
         v, hidden = torch.stack([w, z]), len(self._a)
         caches = self._x, self._weights, self._a, self._d1, self._d2
         ry, *moved = mlp_second_tangent(*caches, v, *self._offsets)
@@ -744,6 +746,21 @@ class MLPHessian:
         r_delta = torch.stack([by_z, by_w, slope])  # the derivative in y_z is that along w
         second = self._delta, self._s, self._t, moved[:hidden], moved[hidden:]
         return mlp_second_adjoint(*caches, *second, v, r_delta, *self._offsets)
+
+    def _check(self, t: Tensor, name: str, shape: Sequence[int]) -> None:
+        _check_like(self._x, t, name, "x")
+        if tuple(t.shape) != tuple(shape):
+            raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
+
+    def _check_flat(self, v: Tensor, name: str, ndim: int) -> None:
+        """A flat vector, or k of them, must be long enough for every offset."""
+        _check_like(self._x, v, name, "x")
+        if v.dim() != ndim or v.shape[-1] < self._length:
+            wanted = "[p]" if ndim == 1 else "[k, p]"
+            raise ValueError(
+                f"{name} must be {wanted} with p of at least {self._length},"
+                f" got shape {tuple(v.shape)}"
+            )
 
     def _run(
         self, v: Tensor, u: Tensor, head: Head, gauss_newton: bool, of_input: bool
@@ -989,6 +1006,18 @@ def _checked_biases(biases: Sequence[Tensor | None], weights: list[Tensor]) -> l
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"biases[{i}] must be [{len(weight)}], got shape {tuple(bias.shape)}")
     return [weights[0].new_empty(0) if bias is None else bias for bias in biases]
+
+
+def _length(
+    weights: Sequence[Tensor],
+    weight_offsets: Sequence[int],
+    biases: Sequence[Tensor],
+    bias_offsets: Sequence[int],
+) -> int:
+    """What a flat vector needs to have at least, for all offsets."""
+    tensors, starts = [*weights, *biases], [*weight_offsets, *bias_offsets]
+    ends = [i + t.numel() for t, i in zip(tensors, starts, strict=True) if i >= 0]
+    return max(ends, default=0)
 
 
 def _broadcast(a: torch.Size, b: torch.Size) -> torch.Size:
