@@ -16,12 +16,13 @@ ls -l "$work/dist"
 check() { # check NAME TORCH PACKAGE: installs it in an environment of its own and tests it there
   echo "== $1"
   "$PYTHON" -m venv "$work/$1"
-  "$work/$1/bin/pip" install --quiet "torch==$2" numpy pytest pytest-timeout pybind11
+  "$work/$1/bin/pip" install --quiet "torch==$2" numpy pytest pytest-timeout pytest-xdist pybind11
   "$work/$1/bin/pip" install --quiet "$3"
   mkdir "$work/$1/run"
   cp -r tests "$work/$1/run"
   (cd "$work/$1/run" && "../bin/python" -m pytest -q -c /dev/null --rootdir . -p no:cacheprovider \
-    tests/test_gaussian.py tests/test_hvp.py tests/test_projection.py -k 'not emulated and not every_size')
+    -n 2 -m 'not slow' -k 'not emulated and not reference and not every_size' \
+    tests/test_gaussian.py tests/test_hvp.py tests/test_projection.py tests/test_spectral.py)
 }
 
 check wheel "${TORCH:-2.13.0}" "$(ls "$work"/dist/*.whl)"

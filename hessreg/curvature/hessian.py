@@ -167,7 +167,7 @@ class HessianGraph(CurvatureGraph):
         """The number w' H z [], with its graph; the value may be known."""
         if not (isinstance(self._fused, FusedHessian) and self._depends_on_params_only):
             return super().bilinear(w, z, value)
-        require_third_order_safe(self.loss)
+        require_third_order_safe(self.loss, inputs=self.params.tensors)
         value = w @ self.product(z, create_graph=False) if value is None else value
         result: Tensor = _Bilinear.apply(self, w, z, value, *self.params.tensors)
         return result
