@@ -16,7 +16,7 @@ ls -l "$work/dist"
 check() { # check NAME TORCH PACKAGE: installs it in an environment of its own and tests it there
   echo "== $1"
   "$PYTHON" -m venv "$work/$1"
-  "$work/$1/bin/pip" install --quiet "torch==$2" numpy pytest pytest-timeout pytest-xdist pybind11
+  "$work/$1/bin/pip" install --quiet "torch==$2" numpy scipy pytest pytest-timeout pytest-xdist pybind11
   "$work/$1/bin/pip" install --quiet "$3"
   mkdir "$work/$1/run"
   cp -r tests "$work/$1/run"
