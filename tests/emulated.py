@@ -44,10 +44,6 @@ def kernels(*, check: bool = False) -> Iterator[None]:
         library._destroy()
 
 
-def arrays(tensors: Sequence[Tensor]) -> list[np.ndarray]:
-    return [to_numpy(t) for t in tensors]
-
-
 def to_numpy(tensor: Tensor) -> np.ndarray:
     dense = tensor.detach().contiguous()
     return (dense.view(torch.uint16) if dense.dtype == torch.bfloat16 else dense).numpy()
@@ -366,20 +362,20 @@ class Spectral:
 
     def power_iteration(self, a: Tensor, v0: Tensor, num_iterations: int) -> list[Tensor]:
         out = [a.new_empty(a.shape[0]), a.new_empty(v0.shape), a.new_empty(a.shape[0])]
-        self.module.power_iteration(to_numpy(a), to_numpy(v0), num_iterations, *arrays(out))
+        self.module.power_iteration(to_numpy(a), to_numpy(v0), num_iterations, *to_numpy_list(out))
         return out
 
     def lanczos(self, a: Tensor, v0: Tensor, num_steps: int) -> list[Tensor]:
         batch, n = v0.shape
         m = min(num_steps, n)
         out = [a.new_empty(batch, m), a.new_empty(batch, m), a.new_empty(batch, n, m)]
-        self.module.lanczos(to_numpy(a), to_numpy(v0), *arrays(out))
+        self.module.lanczos(to_numpy(a), to_numpy(v0), *to_numpy_list(out))
         return out
 
     def tridiagonal_eigh(self, alpha: Tensor, beta: Tensor) -> list[Tensor]:
         batch, m = alpha.shape
         out = [alpha.new_empty(batch, m), alpha.new_empty(batch, m, m)]
-        self.module.tridiagonal_eigh(to_numpy(alpha), to_numpy(beta), *arrays(out))
+        self.module.tridiagonal_eigh(to_numpy(alpha), to_numpy(beta), *to_numpy_list(out))
         return out
 
     def symmetric_eigvalsh(self, a: Tensor) -> Tensor:
@@ -389,7 +385,7 @@ class Spectral:
 
     def symmetric_eigh(self, a: Tensor) -> list[Tensor]:
         out = [a.new_empty(a.shape[:2]), a.new_empty(a.shape)]
-        self.module.symmetric_eigh(to_numpy(a), *arrays(out))
+        self.module.symmetric_eigh(to_numpy(a), *to_numpy_list(out))
         return out
 
     def lanczos_step(

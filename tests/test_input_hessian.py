@@ -548,3 +548,21 @@ def test_siblings_are_not_mistaken_for_the_input():
         same = HessianOperator(net(a.reshape(-1, 3)).square().sum(), a)
         assert same._graph._fused is not None
         assert same.matmat(torch.eye(a.numel(), dtype=DOUBLE)).norm() > 0
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh(), nn.Mish()], ids=["fused", "autograd"])
+def test_autocast_is_for_the_function_only(activation):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), activation, nn.Linear(8, 1))
+    op = InputHessianOperator(net, torch.randn(5, 3))
+    assert (op._graph._fused is not None) == isinstance(activation, nn.Tanh)
+
+    def everything():
+        yield from (op.norm(ord) for ord in ("spectral", "nuclear", "one", "fro"))
+        yield op.matmat(torch.ones(5, 3, 4))
+        yield op.leading_eigenpair().values
+
+    expected = list(everything())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = list(everything())
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

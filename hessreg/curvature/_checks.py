@@ -13,7 +13,13 @@ import torch
 if TYPE_CHECKING:
     from hessreg.curvature.operators import LinearOperator
 
-__all__ = ["NonFiniteError", "check_at_least", "check_not_negative", "of_operator"]
+__all__ = [
+    "NonFiniteError",
+    "check_at_least",
+    "check_not_negative",
+    "full_precision",
+    "of_operator",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -61,6 +67,17 @@ def check_not_negative(**numbers: float) -> None:
             raise ValueError(f"{name} must be finite and not negative, got {number}")
 
 
+def full_precision(device: torch.device) -> torch.autocast:
+    """A context without autocast: where that is on, it is for the loss.
+
+    Example:
+        >>> with torch.autocast("cpu", torch.bfloat16), full_precision(torch.device("cpu")):
+        ...     (torch.eye(2) @ torch.eye(2)).dtype
+        torch.float32
+    """
+    return torch.autocast(device.type, enabled=False)
+
+
 def of_operator(
     function: Callable[Concatenate[LinearOperator, P], R],
 ) -> Callable[Concatenate[LinearOperator, P], R]:
@@ -81,7 +98,7 @@ def of_operator(
             hint = ": pass DenseOperator(A)" if isinstance(op, torch.Tensor) else ""
             kind = type(op).__name__
             raise TypeError(f"op must be an operator with matvec, got a {kind}{hint}")
-        with torch.autocast(op.device.type, enabled=False):
+        with full_precision(op.device):
             return function(op, *args, **kwargs)
 
     return cast("Callable[Concatenate[LinearOperator, P], R]", checked)

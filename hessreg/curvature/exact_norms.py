@@ -150,6 +150,8 @@ def product(op: LinearOperator, z: Tensor) -> Tensor:
 
 def bilinear(op: LinearOperator, w: Tensor, z: Tensor, value: Tensor | None = None) -> Tensor:
     """The number w' H z [], with its graph if gradients are enabled; the value may be known."""
+    if value is not None and not torch.is_grad_enabled():
+        return value
     fast = getattr(op, "bilinear", None)
     if fast is not None:
         return cast(Tensor, fast(w, z, value))

@@ -53,7 +53,7 @@ class FusedHessian:
         self._versions = [(t, t._version) for t in fixed]
         self._head = _Head(chains, slopes)
         self._gauss_newton = gauss_newton
-        self._network = _network(chains, params)
+        self._network = _network(chains, params, with_third=not gauss_newton)
         with torch.no_grad():
             self._network.linearize(torch.cat(list(slopes)))
 
@@ -247,7 +247,7 @@ def _joined(parts: Sequence[Tensor | None], like: Sequence[Tensor], dim: int = 0
     return torch.cat([torch.zeros_like(t) if part is None else part for part, t in pairs], dim)
 
 
-def _network(chains: Sequence[Chain], params: FlatParameters) -> MLPHessian:
+def _network(chains: Sequence[Chain], params: FlatParameters, with_third: bool) -> MLPHessian:
     starts = dict(zip(map(id, params.tensors), params.offsets, strict=True))
     first = chains[0]
     with torch.no_grad():
@@ -258,5 +258,5 @@ def _network(chains: Sequence[Chain], params: FlatParameters) -> MLPHessian:
             torch.cat([chain.input for chain in chains]),
             weight_offsets=[starts.get(id(w), -1) for w in first.weights],
             bias_offsets=[starts.get(id(b), -1) for b in first.biases],
-            with_third=True,
+            with_third=with_third,
         )

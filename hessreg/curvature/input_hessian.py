@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from hessreg.curvature._checks import NonFiniteError, check_at_least
+from hessreg.curvature._checks import NonFiniteError, check_at_least, full_precision
 from hessreg.curvature.eigenvalues import default_tol
 from hessreg.curvature.evaluation import RandomState, evaluate
 from hessreg.curvature.exact_norms import NormOrder
@@ -152,7 +152,8 @@ class InputHessianOperator:
         self._check_vectors("v", v, self.shape[:2], self._x.shape)
         if self._graph is None:
             return torch.zeros_like(v)
-        product = self._graph.product(v.reshape(-1), create_graph)
+        with full_precision(self.device):
+            product = self._graph.product(v.reshape(-1), create_graph)
         return self._checked(product).view(v.shape)
 
     def matmat(self, V: Tensor) -> Tensor:
@@ -166,7 +167,8 @@ class InputHessianOperator:
         if self._graph is None or k == 0:
             return torch.zeros_like(V)
         vectors = V.movedim(2, 0).reshape(V.shape[2], -1)
-        products = self._checked(self._graph.products(vectors, self._max_bytes))
+        with full_precision(self.device):
+            products = self._checked(self._graph.products(vectors, self._max_bytes))
         return products.view(-1, *self.shape[:2]).movedim(0, 2)
 
     def dense(self, *, create_graph: bool = False) -> Tensor:

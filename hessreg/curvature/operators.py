@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -41,7 +42,7 @@ class LinearOperator(Protocol):
         ...
 
 
-class SymmetricOperator:
+class SymmetricOperator(ABC):
     """What the operators of this package share: checks, arithmetic and the export to scipy.
 
     Operators of one shape can be added, subtracted, multiplied by numbers and shifted.
@@ -56,9 +57,9 @@ class SymmetricOperator:
     dtype: torch.dtype
     device: torch.device
 
+    @abstractmethod
     def matvec(self, v: Tensor, *, create_graph: bool = False) -> Tensor:
         """Product with v [n]."""
-        raise NotImplementedError
 
     def matmat(self, V: Tensor) -> Tensor:
         """Products with the k columns of V [n, k]: [n, k]."""

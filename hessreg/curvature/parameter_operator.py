@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from hessreg.curvature._checks import NonFiniteError, check_at_least
+from hessreg.curvature._checks import NonFiniteError, check_at_least, full_precision
 from hessreg.curvature.evaluation import RandomState
 from hessreg.curvature.fused import FusedProducts
 from hessreg.curvature.operators import SymmetricOperator
@@ -21,7 +22,7 @@ from hessreg.curvature.third_order import graph_nodes, require_third_order_safe
 __all__ = ["CurvatureGraph", "ParameterOperator", "check_loss"]
 
 
-class CurvatureGraph:
+class CurvatureGraph(ABC):
     """The curvature of one scalar at one point, as an autograd graph that is kept.
 
     Args:
@@ -35,19 +36,19 @@ class CurvatureGraph:
         self._batched = True
 
     @property
+    @abstractmethod
     def gradient(self) -> Tensor:
         """The gradient of the scalar [n], detached."""
-        raise NotImplementedError
 
+    @abstractmethod
     def multiply(
         self, parts: Sequence[Tensor], create_graph: bool = False, batched: bool = False
     ) -> Sequence[Tensor]:
         """Products by parameter; with ``batched``, of k vectors in front of each part."""
-        raise NotImplementedError
 
+    @abstractmethod
     def roots(self) -> Sequence[Tensor]:
         """What products go back through the graphs of."""
-        raise NotImplementedError
 
     def product(self, v: Tensor, create_graph: bool) -> Tensor:
         """Product with v [n]."""
@@ -206,15 +207,11 @@ class ParameterOperator(SymmetricOperator):
     def _sum(self, of: Callable[[CurvatureGraph], Tensor]) -> Tensor:
         """The mean over the rows of the data, of all processes."""
         if self._graph is not None:
-            with self._full_precision():
+            with full_precision(self.device):
                 total, rows = of(self._graph), 1
         else:
             total, rows = self._sum_over_data(of)
         return total if self._group is None else _mean_over_processes(total, rows, self._group)
-
-    def _full_precision(self) -> torch.autocast:
-        """Autocast, where it is on, is for the loss."""
-        return torch.autocast(self.device.type, enabled=False)
 
     def _sum_over_data(self, of: Callable[[CurvatureGraph], Tensor]) -> tuple[Tensor, int]:
         total, rows = torch.zeros((), dtype=self.dtype, device=self.device), 0
@@ -222,7 +219,7 @@ class ParameterOperator(SymmetricOperator):
             for batch in self._batches():
                 count = _count_rows(batch)
                 graph = self._linearize(batch)
-                with self._full_precision():
+                with full_precision(self.device):
                     total = total + count * of(graph)
                 rows += count
         if not rows:
