@@ -253,10 +253,28 @@ def test_two_networks_in_one_loss_are_left_to_autograd():
     a, b = perceptron(), perceptron(nn.SiLU())
     params = [*a.parameters(), *b.parameters()]
     loss = (a(batch()) * b(batch())).sum()
+    check_left_to_autograd(loss, params)
+
+
+def check_left_to_autograd(loss, params):
     assert FusedHessian.find(loss, FlatParameters(params)) is None
     op = HessianOperator(loss, params)
     v = torch.linspace(-1, 1, op.shape[0], dtype=DOUBLE)
     torch.testing.assert_close(op.matvec(v), truth(loss, params) @ v)
+
+
+def test_views_that_make_other_rows_are_left_to_autograd():
+    torch.manual_seed(0)
+    first, second = nn.Linear(3, 4).double(), nn.Linear(2, 1).double()
+    loss = second(first(batch()).tanh().reshape(-1, 2)).square().sum()
+    check_left_to_autograd(loss, [*first.parameters(), *second.parameters()])
+
+
+def test_passes_with_different_activations_are_left_to_autograd():
+    model = perceptron()
+    loss = model(batch()).square().sum()
+    loss = loss + model[4](model[2](model[0](batch(4)).sigmoid()).sigmoid()).square().sum()
+    check_left_to_autograd(loss, list(model.parameters()))
 
 
 def test_detached_weights_are_constants():
@@ -459,10 +477,7 @@ def test_a_pass_whose_gradient_is_undefined_is_left_to_autograd():
     model = perceptron()
     params = list(model.parameters())
     loss = Undefined.apply(model(batch())).sum() + model(batch(4)).square().sum()
-    assert FusedHessian.find(loss, FlatParameters(params)) is None
-    op = HessianOperator(loss, params)
-    v = torch.linspace(-1, 1, op.shape[0], dtype=DOUBLE)
-    torch.testing.assert_close(op.matvec(v), truth(loss, params) @ v)
+    check_left_to_autograd(loss, params)
 
 
 @pytest.mark.parametrize("activation", [nn.Tanh(), nn.Mish()], ids=["fused", "autograd"])

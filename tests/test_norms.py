@@ -15,6 +15,7 @@ from hessreg.curvature import (
     HessianOperator,
     eigenvalues,
     estimate_norm,
+    exact_norm,
     frobenius_norm,
     lanczos,
     norm,
@@ -304,3 +305,12 @@ def test_autocast_is_for_the_loss_only(ord, activation):
 def test_a_matrix_is_no_operator(function):
     with pytest.raises(TypeError, match=r"got a Tensor: pass DenseOperator\(A\)"):
         function(torch.eye(3))
+
+
+def test_eigenvalues_that_are_rounding_errors_get_no_gradient():
+    u = torch.nn.functional.normalize(torch.arange(1.0, 7.0, dtype=torch.float64), dim=0)
+    A = (3 * u[:, None] * u).requires_grad_()
+    found = exact_norm(DenseOperator(A), "nuclear")
+    torch.testing.assert_close(found.value.detach(), torch.tensor(3.0, dtype=torch.float64))
+    (gradient,) = torch.autograd.grad(found.value, A)
+    torch.testing.assert_close(gradient, u[:, None] * u)
