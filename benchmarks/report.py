@@ -19,10 +19,12 @@ quartiles. On the CPU the allocator is told to keep its memory, which makes eage
 faster on large matrices, and the same for all.
 
 **Projection.** Contestants on large vectors start with nothing of theirs in the caches. The floor
-is what the same bytes cost torch's own single passes over flat vectors in the same run: one `dot`,
-and one `sub` into memory that is there already. A loop over tensors is above it by what reading one
-of its vectors again costs, mostly from the caches: where memory is the limit, that is about what
-there is to gain on it.
+is what the same bytes cost torch's own single passes over flat vectors in the same run: half a
+`dot` for each vector read, and one `sub` into memory that is there already. With one direction a
+loop over tensors is above it by what reading one of its vectors again costs, mostly from the
+caches: where memory is the limit, that is about what there is to gain on it. `torchjd`,
+`conflictfree` and `libmtl` start from lists of gradients, as we do, and leave lists, but for
+"already flat".
 
 **Gaussian kernels and MMD.** float32, n points in each sample, sigma = sqrt(d), the unbiased
 estimator. Our milliseconds, then how many times as long each rival takes; "best torch" is the best
