@@ -73,12 +73,13 @@ def runs_compiled(device: torch.device) -> bool:
     """Whether compiled kernels serve tensors on a device now."""
     if _in_reference or not compiled():
         return False
-    if device.type == "cuda":
+    kind = device.type
+    if kind == "cuda":
         if _libraries.get("_cuda") != "loaded":
             _warn_of_reference("_cuda")
             return False
         return True
-    return device.type in ("cpu", "meta")
+    return kind in ("cpu", "meta")
 
 
 @contextlib.contextmanager

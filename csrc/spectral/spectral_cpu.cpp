@@ -432,15 +432,30 @@ void lanczos_groups(const Lanczos& problem, const LanczosGroup<M, T>& group, int
   }
 }
 
+// What as many matrices need as are worked on together.
+template <typename T>
+struct LanczosSpaces {
+  LanczosSpace<T> s0, s1, s2, s3;
+  LanczosSpaces(const Lanczos& problem, Arena& arena)
+      : s0(problem.n, problem.m, arena),
+        s1(problem.n, problem.m, arena),
+        s2(problem.n, problem.m, arena),
+        s3(problem.n, problem.m, arena) {}
+};
+
 template <typename T>
 void lanczos_range(const Lanczos& problem, void* workspace, int64_t begin, int64_t end) {
   Arena arena(workspace);
   const int64_t n = problem.n, m = problem.m;
   if (m == 0) return;
-  LanczosSpace<T> s0(n, m, arena), s1(n, m, arena);
-  if (s0.a.stride <= kMaxWidth / 2 * kLanes<T>)
-    return lanczos_groups<2, T>(problem, {{&s0, &s1}, n, m}, begin, end);
-  lanczos_groups<1, T>(problem, {{&s0}, n, m}, begin, end);
+  LanczosSpaces<T> s(problem, arena);
+  const int64_t width = s.s0.a.stride / kLanes<T>;
+  if (width <= kMaxWidth / 4)
+    lanczos_groups<4, T>(problem, {{&s.s0, &s.s1, &s.s2, &s.s3}, n, m}, begin, end);
+  else if (width <= kMaxWidth / 2)
+    lanczos_groups<2, T>(problem, {{&s.s0, &s.s1}, n, m}, begin, end);
+  else
+    lanczos_groups<1, T>(problem, {{&s.s0}, n, m}, begin, end);
 }
 
 // ---- the kernels -------------------------------------------------------------------------------
@@ -507,8 +522,7 @@ int64_t power_iteration_workspace(const PowerIteration& problem) {
 int64_t lanczos_workspace(const Lanczos& problem) {
   return dispatch(problem.element, [&](auto zero) {
     Arena arena(nullptr);
-    using T = decltype(zero);
-    LanczosSpace<T> first(problem.n, problem.m, arena), second(problem.n, problem.m, arena);
+    LanczosSpaces<decltype(zero)> spaces(problem, arena);
     return arena.used();
   });
 }
