@@ -73,13 +73,11 @@ def runs_compiled(device: torch.device) -> bool:
     """Whether compiled kernels serve tensors on a device now."""
     if _in_reference or not compiled():
         return False
-    kind = device.type
-    if kind == "cuda":
-        if _libraries.get("_cuda") != "loaded":
-            _warn_of_reference("_cuda")
-            return False
-        return True
-    return kind in ("cpu", "meta")
+    kind = device.type  # a new string each time
+    if kind == "cuda" and _libraries.get("_cuda") != "loaded":
+        _warn_of_reference("_cuda")
+        return False
+    return kind in ("cpu", "meta", "cuda")
 
 
 @contextlib.contextmanager
