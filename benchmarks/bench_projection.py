@@ -2,8 +2,8 @@
 
 One direction, eight directions, PCGrad of two losses and OrthoGrad, on lists of tensors. The floor
 is what the same bytes cost torch's own best single passes over flat tensors in the same run: for
-each vector that is read half a ``dot``, and one ``sub`` into memory that is there already (two vectors
-read, one written).
+each vector that is read half a ``dot``, and one ``sub`` into memory that is there already (two
+vectors read, one written).
 """
 
 from __future__ import annotations
