@@ -121,7 +121,7 @@ class R1Config:
         gamma: Its weight; half of it counts.
     """
 
-    gamma: float = 1.0
+    gamma: float = 0.5
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -242,8 +242,8 @@ class DynamicsConfig:
 
     games: str = "all"
     methods: str = "all"
-    eta: float = 0.1
-    steps: int = 400
+    eta: float = 0.3
+    steps: int = 500
     seed: int = 0
     updates: Literal["simultaneous", "alternating"] = "simultaneous"
     bilinear: BilinearConfig = field(default_factory=BilinearConfig)

@@ -53,6 +53,7 @@ class Game(ABC):
 
     def next_batch(self) -> None:
         """Draw what the losses are to be taken on from now on; nothing, unless there are data."""
+        return
 
     def constrain(self, z: Tensor) -> Tensor:
         """The nearest point that the players may choose."""

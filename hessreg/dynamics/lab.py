@@ -29,7 +29,7 @@ __all__ = ["Lab", "Outcome", "Trajectory", "play"]
 Outcome = Literal["converges", "diverges", "cycles", "stalls"]
 
 _SMALL, _LARGE = 1e-12, 1e12  # of the distance at the start: far enough
-_CHANGE = 5e-3  # of the distance in a quarter of the steps: less is none
+_CHANGE = 1e-2  # of the distance in a quarter of the steps: less is none
 _MOVE = 1e-3  # of a step of gradient descent on f = xy: less is none
 
 
