@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -78,7 +79,8 @@ class RingConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _require_positive(self, "seconds", "eta")
+        _require_positive(self, "seconds")
+        _require(0 < self.eta < math.inf, "ring.eta", "positive", self.eta)
         _require(2 <= self.width <= 8192, "width", "in [2, 8192]", self.width)
         _require_at_least(self, 1, "batch_size")
 
@@ -262,7 +264,7 @@ class DynamicsConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         _require_positive(self, "eta")
-        _require(10 <= self.steps <= 10**6, "steps", "in [10, 10**6]", self.steps)
+        _require(10 <= self.steps <= 10**5, "steps", "in [10, 100000]", self.steps)
         _require_at_least(self, 0, "seed")
 
     @classmethod

@@ -118,8 +118,8 @@ class NegativeMomentum(Method):
 
     Args:
         eta: Learning rate of both players.
-        beta: Momentum; below 0 it damps the rotation. On f = xy with -1/2 and eta below 2 or so
-            the method converges, and does not with any beta from 0 on.
+        beta: Momentum; below 0 it damps the rotation. On f = xy the method converges with -1/2
+            and eta < 1; with 0 it is alternating descent, and above it diverges.
     """
 
     beta: float = -0.5
@@ -167,7 +167,7 @@ class AlternatingGradientDescent(Method):
 class Extragradient(Method):
     """The step is taken with the gradient of where it would lead (Korpelevich, 1976).
 
-    On f = xy the factor is sqrt((1 - eta^2)^2 + eta^2).
+    On f = xy the factor is sqrt((1 - eta^2)^2 + eta^2), below 1 for eta < 1.
     """
 
     def step(self, game: Game, z: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
@@ -183,7 +183,8 @@ class Extragradient(Method):
 class OptimisticGradientDescent(Method):
     """z - 2 eta v(z) + eta v(z_prev): extragradient at the cost of one gradient.
 
-    From Daskalakis et al., "Training GANs with optimism", 2018. The first step is plain.
+    From Daskalakis et al., "Training GANs with optimism", 2018. The first step is plain. On f = xy
+    it converges for eta < 1 / sqrt(3).
     """
 
     def step(self, game: Game, z: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
@@ -321,8 +322,8 @@ class PreviousGradientProjection(Method):
 
     - "gradient", on f = xy: the square of the distance changes by 1 + eta^2 (1 - s)(1 - 3s) +
       O(eta^4) per step, so it converges for s between 1/3 and 1 and comes to a stop at s = 1.
-    - "update": for s above 1/2 the updates take turns between two directions; at s = 1 these are
-      orthogonal, the players as good as alternate, and it runs in circles. Nothing above holds.
+    - "update": for s above 1/2 the updates take turns between two directions, and it converges
+      for s < 1; at s = 1 these are orthogonal, and it runs in circles as alternating descent does.
 
     Args:
         eta: Learning rate of both players.
