@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -93,8 +93,7 @@ def _wgan_gp(game: Game, config: DynamicsConfig) -> Game:
 
 
 def _hsn1r(game: Game, config: DynamicsConfig) -> Game:
-    regularizer = HSN1R(norm=config.hsn1r.norm, weight=config.hsn1r.weight, seed=config.seed)
-    return HessianNormPenalty(game, regularizer)
+    return HessianNormPenalty(game, HSN1R(**asdict(config.hsn1r), seed=config.seed))
 
 
 METHODS: dict[str, Entry] = {

@@ -170,14 +170,17 @@ class HSN1RConfig:
         norm: Sum of absolute eigenvalues, largest absolute eigenvalue, largest column sum, or root
             of the sum of squares.
         weight: Its weight for both players.
+        num_steps: Lanczos or power iterations for one norm, where it is estimated.
     """
 
     norm: Literal["nuclear", "spectral", "one", "fro"] = "nuclear"
-    weight: float = 0.1
+    weight: float = 1e-3
+    num_steps: int = 3
 
     def __post_init__(self) -> None:
         _check_types(self)
         _require_at_least(self, 0, "weight")
+        _require_at_least(self, 1, "num_steps")
 
 
 @dataclass

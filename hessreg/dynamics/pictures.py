@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["save_rings", "save_trajectories"]
 
-_COLUMNS, _SIDE = 5, 2.5  # panels in a row; inches
+_COLUMNS = 5  # panels in a row
+_SIDE, _TITLE = 2.5, 0.6  # of a panel, in inches
+_LEGEND = "dot: start, square: end, cross: equilibrium; from dark to light"
 _POINTS = 2000
 
 
@@ -31,31 +33,44 @@ def save_trajectories(path: Path, title: str, found: Sequence[Trajectory]) -> No
     Args:
         path: The PNG file.
         title: Of the figure.
-        found: What to draw, from one game. All panels have the same scale, by the starting point;
-            what leaves it is cut off.
+        found: What to draw, from one game that starts at norm 1. All panels have the same scale;
+            what diverges leaves them.
     """
-    figure, panels = _panels(title, len(found))
+    bounded = [each.points.abs().max().item() for each in found if each.outcome != "diverges"]
+    limit = 1.1 * min(max(bounded, default=1.0), 2.5) + 0.1
+    figure, panels = _panels(f"{title}\n{_LEGEND}", len(found), limit, (-1, 0, 1))
     for axes, each in zip(panels, found, strict=True):
         theory = "" if each.theory is None else f"\ntheory {each.theory:.4f}"
         axes.set_title(f"{each.method}\n{each.outcome}, {each.factor:.4f}{theory}", fontsize=9)
         _draw_path(axes, each.points[:, [0, each.num_x]].numpy())
-        axes.set_xlim(-1.5, 1.5)
-        axes.set_ylim(-1.5, 1.5)
     _save_figure(path, figure)
 
 
-def _panels(title: str, count: int) -> tuple[Figure, list[Axes]]:
+def _panels(
+    title: str, count: int, limit: float, ticks: Sequence[float]
+) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
-    columns = min(count, _COLUMNS)
+    columns = min(max(count, 2), _COLUMNS)
     rows = -(-count // columns)
-    figure = Figure(figsize=(_SIDE * max(columns, 2), (_SIDE + 0.6) * rows), layout="constrained")
-    figure.suptitle(title)
+    width, height = _SIDE * columns, (_SIDE + _TITLE) * rows + _TITLE
+    figure = Figure(figsize=(width, height))
+    figure.suptitle(title, fontsize=11, y=1 - 0.1 / height)
+    # In inches: matplotlib's own layouts take as long as the rest of the picture.
+    figure.subplots_adjust(
+        left=0.3 / width,
+        right=1 - 0.1 / width,
+        bottom=0.25 / height,
+        top=1 - 2 * _TITLE / height,
+        wspace=0.15,
+        hspace=(_TITLE + 0.25) / (_SIDE - 0.25),
+    )
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in panels[count:]:
         axes.set_visible(False)
     for axes in panels[:count]:
-        axes.set_aspect("equal")
+        axes.set(aspect="equal", xlim=(-limit, limit), ylim=(-limit, limit))
+        axes.set(xticks=ticks, yticks=ticks)
         axes.tick_params(labelsize=7)
     return figure, panels[:count]
 
@@ -81,14 +96,12 @@ def save_rings(path: Path, title: str, results: Sequence[RingResult]) -> None:
         title: Of the figure.
         results: What to draw.
     """
-    figure, panels = _panels(title, len(results))
+    figure, panels = _panels(title, len(results), 2.9, (-2, 0, 2))
     real = load_ring().test_samples[:_POINTS]
     for axes, each in zip(panels, results, strict=True):
         axes.set_title(f"{each.method}\n{_judged(each)}", fontsize=9)
         _scatter(axes, real, "tab:blue")
         _scatter(axes, each.points[:_POINTS], "tab:orange")
-        axes.set_xlim(-2.9, 2.9)
-        axes.set_ylim(-2.9, 2.9)
     _save_figure(path, figure)
 
 
