@@ -278,6 +278,13 @@ def test_symplectic_adjustment_leaves_a_game_without_rotation_alone():
     assert (orbit(game, ConsensusOptimization(0.1, 5.0), 1)[1] - plain[1]).norm() > 0.1
 
 
+def test_consensus_goes_to_a_maximum_too_and_symplectic_adjustment_does_not():
+    a, none, c = (torch.tensor([[v]]).double() for v in (-0.5, 0.0, 0.1))
+    game = QuadraticGame(a, none, c)  # 0 is where x's loss is largest
+    assert play("", game, ConsensusOptimization(0.3, 3.0), 300).outcome == "converges"
+    assert play("", game, SymplecticGradientAdjustment(0.3, 3.0), 300).outcome == "diverges"
+
+
 # What does not help
 
 
@@ -364,6 +371,20 @@ def test_weight_clipping_never_reaches_the_equilibrium(method, eta):
     found = points.norm(dim=1)
     assert found.min() > 0.4
     assert found[-steps // 4 :].max() > 0.99 * found[steps // 2 : -steps // 4].max()
+
+
+def test_weight_clipping_takes_nothing_from_a_loss_that_converges_inside_the_bound():
+    game = ClippedCritic(DiracGAN(), 0.5)
+    found = distances(game, AlternatingGradientDescent(0.3), 1600)
+    assert found[1600] == pytest.approx(found[400].item() / 2, rel=0.2)  # like 1 / sqrt(steps)
+    assert found[1600] < 0.15
+
+
+def test_wgan_gp_rests_where_its_gradient_jumps():
+    game = GradientPenalty(DiracGAN(), 2.0, target=0.5)
+    x, y = orbit(game, SimultaneousGradientDescent(0.1), 2000)[-1].abs().tolist()
+    assert x == pytest.approx(2.0 * 0.5 / 0.5, rel=1e-3)
+    assert y < 1e-3
 
 
 def test_without_a_penalty_a_dirac_gan_circles_where_theory_near_the_equilibrium_says_it_grows():

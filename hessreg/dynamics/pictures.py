@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["save_rings", "save_trajectories"]
 
-_COLUMNS = 5  # panels in a row
+_COLUMNS = 5  # panels in a row at most
 _SIDE, _TITLE = 2.5, 0.6  # of a panel, in inches
 _LEGEND = "dot: start, square: end, cross: equilibrium; from dark to light"
 _POINTS = 2000
@@ -51,8 +51,8 @@ def _panels(
 ) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure
 
-    columns = min(max(count, 2), _COLUMNS)
-    rows = -(-count // columns)
+    rows = -(-count // _COLUMNS)
+    columns = max(-(-count // rows), 2)
     width, height = _SIDE * columns, (_SIDE + _TITLE) * rows + _TITLE
     figure = Figure(figsize=(width, height))
     figure.suptitle(title, fontsize=11, y=1 - 0.1 / height)
