@@ -38,7 +38,7 @@ from hessreg.dynamics.calculus import (
     JacobianProducts,
     conjugate_gradients,
 )
-from hessreg.dynamics.catalogue import GAMES, METHODS
+from hessreg.dynamics.catalogue import GAMES, METHODS, chosen_games, chosen_methods
 from hessreg.dynamics.config import DynamicsConfig
 from hessreg.dynamics.lab import play
 from hessreg.dynamics.ring import RingGame, play_ring
@@ -149,6 +149,13 @@ def test_projection_against_the_last_gradient_changes_the_distance_as_derived(st
         excess.append(abs(factor[-1].item() ** 2 - leading) / eta**4)
     assert max(excess) < 1  # so the formula is right to the third order
     assert max(excess) < 1.2 * min(excess) + 1e-9
+
+
+def test_projection_has_no_known_factor_where_several_motions_are_possible():
+    assert PreviousGradientProjection(0.99, 1.0).factor(ROTATION, 1) == pytest.approx(1.0)
+    assert PreviousGradientProjection(1.2, 1.0).factor(ROTATION, 1) is None
+    assert PreviousGradientProjection(0.3, 0.5, "update").factor(ROTATION, 1) is None
+    assert PreviousGradientProjection(0.3, 0.5).factor(ROTATION + torch.eye(2), 1) is None
 
 
 def test_projection_converges_between_a_third_and_one_only():
@@ -491,13 +498,23 @@ def test_a_diverging_network_is_reported(ring):
 # The command
 
 
+def test_all_is_everything_that_applies_but_the_ring():
+    config = DynamicsConfig()
+    assert chosen_games(config) == ["bilinear", "quadratic", "dirac", "dirac_wasserstein"]
+    of_critics = {"r1", "wgan_gp", "weight_clipping"}
+    for game in (*GAMES, "ring"):
+        missing = of_critics if game in ("bilinear", "quadratic") else set()
+        assert set(chosen_methods(config, game)) == METHODS.keys() - missing
+
+
 def test_command_writes_a_table_json_and_pictures(tmp_path, capsys):
     out = tmp_path / "new" / "folder"
-    assert main(["dynamics", "--steps=60", "--methods=all", f"--out={out}"]) == 0
+    games = ["bilinear", "dirac"]
+    assert main(["dynamics", f"--games={','.join(games)}", "--steps=60", f"--out={out}"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        ["dynamics.json", *(f"{game}.png" for game in GAMES)]
+        ["dynamics.json", *(f"{game}.png" for game in games)]
     )
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in out.glob("*.png"))
     content = json.loads((out / "dynamics.json").read_text())
@@ -534,13 +551,16 @@ def test_ring_is_played_for_a_time(tmp_path, capsys):
 
 @pytest.mark.parametrize("eta", ["5", "1e200"])
 def test_divergence_and_overflow_are_results(tmp_path, capsys, eta):
-    methods = "simultaneous,optimistic,symplectic,competitive,hsn1r,r1,orthogonal"
-    args = ["--games=dirac_wasserstein", f"--methods={methods}", f"--eta={eta}"]
-    assert main(["dynamics", *args, "--steps=100", f"--out={tmp_path}"]) == 0
+    args = ["--games=dirac_wasserstein", f"--eta={eta}", "--steps=100", f"--out={tmp_path}"]
+    assert main(["dynamics", *args]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines()[:-1])) <= 72
     rows = json.loads((tmp_path / "dynamics.json").read_text())["games"]["dirac_wasserstein"]
     outcomes = {row["method"]: row["outcome"] for row in rows}
-    assert outcomes.pop("competitive") == "converges" or eta == "1e200"
-    assert set(outcomes.values()) == {"diverges"}
+    assert outcomes.pop("competitive") == ("stalls" if eta == "1e200" else "converges")
+    assert outcomes.pop("hsc") == "stalls"
+    assert len(outcomes) == len(METHODS) - 2
+    bounded = {"wgan_gp", "weight_clipping"} if eta == "5" else set()
+    assert {name for name, outcome in outcomes.items() if outcome != "diverges"} <= bounded
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import torch
 
 from hessreg.dynamics.config import DynamicsConfig
 from hessreg.dynamics.games import (
-    AdversarialGame,
     ClippedCritic,
     DiracGAN,
     Game,
@@ -36,6 +35,7 @@ from hessreg.regularizers import HSN1R
 __all__ = ["GAMES", "METHODS", "RING", "Entry", "chosen_games", "chosen_methods"]
 
 RING = "ring"
+_WITHOUT_DISCRIMINATOR = ("bilinear", "quadratic")
 
 
 def _quadratic(config: DynamicsConfig) -> Game:
@@ -78,16 +78,14 @@ class Entry:
 
     def obstacle(self, game: str) -> str:
         """Why it does not apply to a game; empty if it does."""
-        return self.needs if game in ("bilinear", "quadratic") else ""
+        return self.needs if game in _WITHOUT_DISCRIMINATOR else ""
 
 
 def _r1(game: Game, config: DynamicsConfig) -> Game:
-    assert isinstance(game, AdversarialGame)  # noqa: S101
     return GradientPenalty(game, config.r1.gamma)
 
 
 def _wgan_gp(game: Game, config: DynamicsConfig) -> Game:
-    assert isinstance(game, AdversarialGame)  # noqa: S101
     options = config.wgan_gp
     return GradientPenalty(game, options.gamma, options.target, config.seed)
 

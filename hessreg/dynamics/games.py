@@ -227,15 +227,26 @@ class GradientPenalty(_Modified):
 
     Args:
         game: With a discriminator.
-        gamma: Weight. ``target=None`` is R1 (Mescheder et al., 2018): gamma / 2 E |grad D(real)|^2.
-        target: WGAN-GP (Gulrajani et al., 2017): gamma / 2 E (|grad D(s)| - target)^2 on points s
-            between a real and a generated one. Its gradient jumps where grad D is 0.
+        gamma: Weight.
+        target: None for R1 (Mescheder et al., 2018), gamma / 2 E |grad D(real)|^2; a number for
+            WGAN-GP (Gulrajani et al., 2017), gamma / 2 E (|grad D(s)| - target)^2 on points s
+            between a real and a generated one, whose gradient jumps where grad D is 0.
         seed: Of those points.
+
+    Raises:
+        TypeError: If the game has no discriminator.
+
+    Example:
+        >>> one = torch.ones(1, dtype=torch.float64)
+        >>> GradientPenalty(DiracGAN("wasserstein"), gamma=0.5).loss(1, one, 2 * one).item()
+        3.0
     """
 
     def __init__(
-        self, game: AdversarialGame, gamma: float, target: float | None = None, seed: int = 0
+        self, game: Game, gamma: float, target: float | None = None, seed: int = 0
     ) -> None:
+        if not isinstance(game, AdversarialGame):
+            raise TypeError(f"game must have a discriminator, got a {type(game).__name__}")
         super().__init__(game)
         self._adversarial = game
         self.gamma, self.target = gamma, target

@@ -220,10 +220,15 @@ def _table(found: Sequence[Trajectory]) -> str:
     headings = ("method", "factor per step", "theory", "distance", "")
     rows = []
     for each in found:
-        theory = "-" if each.theory is None else f"{each.theory:.5f}"
-        numbers = (f"{each.factor:.5f}", theory, f"{each.distances[-1]:.2g}")
-        rows.append((each.method, *numbers, each.outcome))
+        factors = (_shown(each.factor), _shown(each.theory))
+        rows.append((each.method, *factors, f"{each.distances[-1]:.2g}", each.outcome))
     return _aligned(headings, rows)
+
+
+def _shown(factor: float | None) -> str:
+    if factor is None:
+        return "-"
+    return f"{factor:.5f}" if factor < 100 else f"{factor:.3g}"
 
 
 def _ring_table(results: Sequence[RingResult]) -> str:

@@ -8,6 +8,7 @@ spectral radius is the factor by which the distance to the equilibrium changes p
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
@@ -341,16 +342,19 @@ class PreviousGradientProjection(Method):
         return z - self.eta * p, g if self.reference == "gradient" else p
 
     def factor(self, J: Tensor, num_x: int) -> float | None:
-        """Exact on f = b x y, b > 0; not known for another game, or another reference.
+        """Exact on f = b x y for eta b < 1; not known for another game, or another reference.
 
         There z is turned by an angle and stretched in every step. With t the tangent of the angle,
         t^3 - e (1 + s) t^2 + t - e (1 - s) = 0 for e = eta b, and the factor is
-        sqrt(1 + t^2) |1 - e s t / (1 + t^2)|.
+        sqrt(1 + t^2) |1 - e s t / (1 + t^2)|. From e = 1 on several such motions are possible.
         """
         rotates = len(J) == 2 and torch.equal(J, -J.mT)
-        if self.reference != "gradient" or not rotates:
+        e, s = self.eta * J.abs().max().item(), self.strength
+        if self.reference != "gradient" or not rotates or e >= 1:
             return None
-        e, s = self.eta * abs(J[0, 1].item()), self.strength
         roots = np.roots([1.0, -e * (1 + s), 1.0, -e * (1 - s)])
-        t = roots[np.argmin(np.abs(roots))].real
-        return float(np.sqrt(1 + t * t) * abs(1 - e * s * t / (1 + t * t)))
+        real = roots[np.abs(roots.imag) < 1e-7].real
+        if len(real) != 1:
+            return None
+        t = float(real[0])
+        return math.hypot(1, t) * abs(1 - e * s * t / (1 + t * t))
