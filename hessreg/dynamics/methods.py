@@ -126,13 +126,12 @@ class NegativeMomentum(Method):
     beta: float = -0.5
 
     def step(self, game: Game, z: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """The next point; remembers this one."""
-        moved = z if memory is None else z + self.beta * (z - memory)
-        half = moved.clone()
-        half[game.num_x :] = z[game.num_x :]
-        half = half - self.eta * player_gradient(game, z, 0)
-        last = moved - self.eta * player_gradient(game, half, 1)
-        return torch.cat([half[: game.num_x], last[game.num_x :]]), z
+        """The next point; remembers the velocity."""
+        velocity = torch.zeros_like(z) if memory is None else self.beta * memory
+        velocity = velocity + player_gradient(game, z, 0)
+        half = torch.cat([(z - self.eta * velocity)[: game.num_x], z[game.num_x :]])
+        velocity = velocity + player_gradient(game, half, 1)
+        return z - self.eta * velocity, velocity
 
     def linear_map(self, J: Tensor, num_x: int) -> Tensor:
         """The matrix of (z, z_prev)."""
