@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+import hessreg
 from hessreg.curvature import NonFiniteError
 from hessreg.dynamics import pictures
 from hessreg.dynamics.calculus import jacobian
@@ -172,7 +173,8 @@ class Lab:
             rows, table = (self._run_ring if game == RING else self._run_small)(game, files[-1])
             content[game] = rows
             tables.append(table)
-        described = {"config": self.config.to_dict(), "games": content}
+        versions = {"hessreg": hessreg.__version__, "torch": torch.__version__}
+        described = {"versions": versions, "config": self.config.to_dict(), "games": content}
         write_atomically(files[0], json.dumps(described, indent=2, allow_nan=False).encode())
         return "\n\n".join([*tables, f"written: {', '.join(map(str, files))}"])
 

@@ -96,7 +96,8 @@ def save_rings(path: Path, title: str, results: Sequence[RingResult]) -> None:
         title: Of the figure.
         results: What to draw.
     """
-    figure, panels = _panels(title, len(results), 2.9, (-2, 0, 2))
+    legend = f"blue: {_POINTS} real points, orange: as many generated ones"
+    figure, panels = _panels(f"{title}\n{legend}", len(results), 2.9, (-2, 0, 2))
     real = load_ring().test_samples[:_POINTS]
     for axes, each in zip(panels, results, strict=True):
         axes.set_title(f"{each.method}\n{_judged(each)}", fontsize=9)
