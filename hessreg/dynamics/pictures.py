@@ -55,7 +55,7 @@ def _panels(
     columns = max(-(-count // rows), 2)
     width, height = _SIDE * columns, (_SIDE + _TITLE) * rows + _TITLE
     figure = Figure(figsize=(width, height))
-    figure.suptitle(title, fontsize=11, y=1 - 0.1 / height)
+    figure.suptitle(title, fontsize=min(11, 4.3 * columns), y=1 - 0.1 / height)
     # In inches: matplotlib's own layouts take as long as the rest of the picture.
     figure.subplots_adjust(
         left=0.3 / width,
