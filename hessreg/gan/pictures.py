@@ -180,8 +180,8 @@ def save_curves(
         headline[1]: headline[:1],
         _ANGLES: ("angle", "angle_after", "angle_g", "angle_after_g", "angle_d", "angle_after_d"),
     }
-    rows = [row for run in runs.values() for row in run]
-    if not any(key in row for key in panels[_ANGLES] for row in rows):
+    logged = {key for rows in runs.values() for row in rows for key in row}
+    if not logged & {*panels[_ANGLES]}:
         del panels[_ANGLES]
     figure = Figure(figsize=(5 * len(panels), 4.2), layout="constrained")
     for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):

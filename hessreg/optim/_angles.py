@@ -17,7 +17,7 @@ def cosine_matrix(gram: Tensor) -> Tensor:
 
 
 def angles_of_terms(gram: Tensor) -> Angles:
-    """Of k terms and what their sum became: gram [..., k + 1, k + 1] of the terms and the result."""
+    """Of k terms and their projected sum, from the inner products [..., k + 1, k + 1] of these."""
     k = gram.shape[-1] - 1
     cosines = cosine_matrix(gram)
     pairs = cosines[..., :k, :k].clone()
