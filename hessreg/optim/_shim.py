@@ -1,47 +1,55 @@
 """TEMPORARY stand-ins."""
 
+# mypy: ignore-errors
+# ruff: noqa
 import torch
-from torch import Tensor
+
+from hessreg.ops.projection import _SCOPES, gram, linear_combination
 
 
-def _seg(lists, scope):
-    """lists of tensors -> list over positions of [k, rows, n] float64, None as zeros."""
-    out = []
-    for pos in zip(*lists, strict=True):
-        model = next((t for t in pos if t is not None), None)
-        if model is None:
-            out.append(None)
-            continue
-        rows = model.shape[0] if scope == "row" and model.dim() >= 2 else 1
-        out.append(
-            torch.stack(
-                [
-                    (torch.zeros_like(model) if t is None else t).double().reshape(rows, -1)
-                    for t in pos
-                ]
-            )
-        )
-    return out
+def _full(lists):
+    models = [next((t for t in pos if t is not None), None) for pos in zip(*lists, strict=True)]
+    where = [i for i, m in enumerate(models) if m is not None]
+    return where, [
+        torch.zeros_like(models[i]) if v[i] is None else v[i].contiguous()
+        for v in lists
+        for i in where
+    ]
+
+
+def _groups(lists):
+    where, tensors = _full(lists)
+    return where, tensors
 
 
 def gram_matrix(gradients, scope="global"):
-    parts = [torch.einsum("arn,crn->rac", x, x) for x in _seg(gradients, scope) if x is not None]
-    if not parts:
-        k = len(gradients)
+    where, tensors = _full(gradients)
+    k = len(gradients)
+    if not where:
         return torch.zeros((k, k) if scope == "global" else (0, k, k), dtype=torch.float64)
-    if scope == "global":
-        return torch.cat([p.sum(0, keepdim=True) for p in parts]).sum(0)
-    return (
-        torch.cat([p.sum(0, keepdim=True) for p in parts])
-        if scope == "tensor"
-        else torch.cat(parts)
-    )
+    if len({t.dtype for t in tensors}) > 1:
+        tensors = [t.float() for t in tensors]
+    G = gram(tensors, k, _SCOPES[scope], False)
+    return G[0] if scope == "global" else G
+
+
+def _combine(lists, W, scope):
+    where, tensors = _full(lists)
+    result = [None] * len(lists[0])
+    if not where:
+        return result
+    dtypes = [t.dtype for t in tensors[: len(where)]]
+    if len(set(dtypes)) > 1:
+        tensors = [t.float() for t in tensors]
+    W = W[None] if scope == "global" else W
+    out = linear_combination(tensors, W, _SCOPES[scope], False)
+    for i, y, d in zip(where, out, dtypes, strict=True):
+        result[i] = y.to(d)
+    return result
 
 
 def pcgrad(gradients, scope="global", reduction="sum", generator=None):
     k = len(gradients)
-    ys = [_seg([g, *gradients], scope) for g in gradients]
-    result = [None] * len(gradients[0])
     G = gram_matrix(gradients, scope)
     W = torch.eye(k, dtype=torch.float64).expand(*G.shape).clone()
     for i in range(k):
@@ -52,25 +60,11 @@ def pcgrad(gradients, scope="global", reduction="sum", generator=None):
             vv = G[..., j, j]
             ok = (vv > 0) & vv.isfinite() & (ip < 0)
             W[..., i, j] -= torch.where(ok, ip, 0) / torch.where(ok, vv, 1)
-    w = W.sum(-2)
-    seg = 0
-    for pos, x in enumerate(_seg(gradients, scope)):
-        if x is None:
-            if scope == "row":
-                pass
-            continue
-        rows = x.shape[1]
-        here = w.expand(rows, k) if scope == "global" else w[seg : seg + rows]
-        seg += rows
-        y = torch.einsum("rk,krn->rn", here, x)
-        model = next(g[pos] for g in gradients if g[pos] is not None)
-        result[pos] = y.reshape(model.shape).to(model.dtype)
-    return result
+    return _combine(gradients, W.sum(-2, keepdim=True), scope)
 
 
 def project_orthogonal_(g, against, mode="always", scope="global", strength=1.0, rescale=False):
-    against = [b if a is not None else None for a, b in zip(g, against, strict=True)]
-    kept = [i for i, a in enumerate(g) if a is not None]
+    against = [None if a is None else b for a, b in zip(g, against, strict=True)]
     G = gram_matrix([g, against], scope)
     gv, gg, vv = G[..., 0, 1], G[..., 0, 0], G[..., 1, 1]
     ok = (vv > 0) & vv.isfinite()
@@ -83,19 +77,10 @@ def project_orthogonal_(g, against, mode="always", scope="global", strength=1.0,
         factor = torch.where(ok, factor, 1)
     if strength == 1:
         factor = torch.where(dead, 0, factor)
-    seg = 0
+    W = torch.stack([factor, -strength * c * factor], -1)[..., None, :]
     with torch.no_grad():
-        for i in kept:
-            t, v = g[i], against[i]
-            rows = t.shape[0] if scope == "row" and t.dim() >= 2 else 1
-            cc = c.expand(rows) if scope == "global" else c[seg : seg + rows]
-            ff = factor.expand(rows) if scope == "global" else factor[seg : seg + rows]
-            seg += rows
-            y = t.double().reshape(rows, -1)
-            if v is not None:
-                y = y - torch.where(
-                    cc[:, None] == 0, 0, strength * cc[:, None] * v.double().reshape(rows, -1)
-                )
-            t.copy_((ff[:, None] * y).reshape(t.shape))
+        for t, y in zip(g, _combine([g, against], W, scope), strict=True):
+            if t is not None:
+                t.copy_(y)
     n = (gg * vv).sqrt()
     return torch.where(n == 0, 0, gv / n)
