@@ -677,7 +677,7 @@ def test_steps_out_of_order_are_refused():
 
 
 def trained(mode, first, last, group=None):
-    """Three steps of Adam on rows of batches of 8; one parameter is reached from rows 0 to 3 only."""
+    """Three steps of Adam on rows of batches of 8; only rows 0 to 3 reach one parameter."""
     net = network(dtype=DOUBLE)
     net.register_parameter("sometimes", nn.Parameter(torch.ones(2, dtype=DOUBLE)))
     net.register_parameter("never", nn.Parameter(torch.ones(2, dtype=DOUBLE)))
