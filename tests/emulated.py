@@ -273,7 +273,7 @@ def _hidden(like: Tensor, weights: Sequence[Tensor], *sizes: int) -> list[Tensor
 class Projection:
     """The operators of the projection family as csrc/projection/projection_op.cpp does them."""
 
-    operators = ("gram", "linear_combination", "project")
+    operators = ("gram", "linear_combination", "project", "project_", "pcgrad")
 
     def __init__(self, module: ModuleType) -> None:
         self.module = module
@@ -299,18 +299,59 @@ class Projection:
     def project(
         self,
         tensors: Sequence[Tensor],
+        num_directions: int,
         strength: float,
         conflict_only: bool,
+        rescale: bool,
         scope: int,
         batched: bool,
     ) -> list[Tensor]:
-        layout = self._layout(tensors, 2, scope, batched)
-        weights = torch.empty(layout.size(1, 2, batched), dtype=torch.float64)
-        wide = tensors[0].dtype == torch.float64
-        tolerance = 16 * torch.finfo(torch.float64 if wide else torch.float32).eps
-        rule = (strength, tolerance, conflict_only)
-        self.module.projection_weights(*layout.arguments, layout.num_pieces, *rule, weights.numpy())
+        rule = strength, conflict_only, rescale
+        weights, _ = self._project_weights(tensors, num_directions, rule, scope, batched)
         return self.linear_combination(tensors, weights, scope, batched)
+
+    def project_(
+        self,
+        g: Sequence[Tensor],
+        directions: Sequence[Tensor],
+        num_directions: int,
+        strength: float,
+        conflict_only: bool,
+        rescale: bool,
+        scope: int,
+    ) -> Tensor:
+        rule = strength, conflict_only, rescale
+        tensors = [*g, *directions]
+        weights, cosines = self._project_weights(tensors, num_directions, rule, scope, False)
+        layout = self._layout(tensors, 1 + num_directions, scope, False)
+        self.module.linear_combination_inplace(*layout.arguments, to_numpy(weights))
+        return cosines
+
+    def pcgrad(
+        self,
+        tensors: Sequence[Tensor],
+        num_tasks: int,
+        order: Tensor,
+        reduction: int,
+        scope: int,
+        batched: bool,
+    ) -> list[Tensor]:
+        layout = self._layout(tensors, num_tasks, scope, batched)
+        outputs = 1 if reduction else num_tasks
+        weights = torch.empty(layout.size(outputs, num_tasks, batched), dtype=torch.float64)
+        rule = to_numpy(order), reduction, weights.numpy()
+        self.module.pcgrad_weights(*layout.arguments, layout.num_pieces, *rule)
+        return self.linear_combination(tensors, weights, scope, batched)
+
+    def _project_weights(self, tensors, num_directions, rule, scope, batched):
+        layout = self._layout(tensors, 1 + num_directions, scope, batched)
+        weights = torch.empty(layout.size(1, 1 + num_directions, batched), dtype=torch.float64)
+        cosines = torch.empty(weights.shape[:-2].numel(), num_directions, dtype=torch.float64)
+        wide = tensors[0].dtype == torch.float64
+        eps = torch.finfo(torch.float64 if wide else torch.float32).eps
+        out = weights.numpy(), cosines.numpy()
+        self.module.project_weights(*layout.arguments, layout.num_pieces, eps, *rule, *out)
+        return weights, cosines
 
     def _layout(self, tensors, num_lists, scope, batched) -> Layout:
         return Layout(tensors, num_lists, scope, batched, self.module.piece_length)

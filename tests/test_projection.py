@@ -4,13 +4,20 @@ import math
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torchjd.aggregation import PCGrad
 
-from hessreg import project_orthogonal
+from hessreg import gram_matrix, pcgrad, project_orthogonal, project_orthogonal_
 from hessreg.ops.projection import (
     gram,
     gram_reference,
     linear_combination,
     linear_combination_reference,
+    pcgrad_operator,
+    pcgrad_reference,
+    project,
+    project_inplace_reference,
     project_reference,
 )
 from tests import emulated
@@ -50,9 +57,41 @@ def test_project_passes_every_check(device, scope, mode):
         return project_orthogonal(x[:3], x[3:], mode=mode, scope=scope, strength=0.7)
 
     def reference(*x):
-        return project_reference(x, 0.7, mode == "conflict", SCOPES[scope], False)
+        return project_reference(x, 1, 0.7, mode == "conflict", False, SCOPES[scope], False)
 
     check_op(op, reference, tensors)
+
+
+@pytest.mark.parametrize(("num_directions", "rescale"), [(1, True), (2, False), (3, True)])
+@pytest.mark.parametrize(("scope", "mode"), [("global", "conflict"), ("row", "always")])
+def test_projections_off_several_directions_pass_every_check(
+    device, num_directions, rescale, scope, mode
+):
+    options = num_directions, 0.7, mode == "conflict", rescale, SCOPES[scope], False
+    check_op(
+        lambda *x: project(x, *options),
+        lambda *x: project_reference(x, *options),
+        lists(1 + num_directions, [(2, 4), (5,)], device=device),
+    )
+
+
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+@pytest.mark.parametrize("scope", ["global", "row"])
+def test_pcgrad_passes_every_check(device, reduction, scope):
+    order = torch.tensor([[2, 0, 1], [0, 1, 2], [1, 0, 2]], device=device)
+    options = 3, order, reduction, SCOPES[scope], False
+    check_op(
+        lambda *x: pcgrad_operator(x, *options),
+        lambda *x: pcgrad_reference(x, *options),
+        conflicting(3, device),
+    )
+
+
+def conflicting(num_tasks, device):
+    """Gradients of which each conflicts with the others."""
+    tensors = lists(num_tasks, [(2, 4), (5,)], device=device)
+    means = [sum(tensors[i::2]) / num_tasks for i in range(2)]
+    return [t - 1.2 * means[i % 2] for i, t in enumerate(tensors)]
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -76,14 +115,17 @@ def test_linear_combination_passes_every_check(device, scope):
     )
 
 
-@pytest.mark.parametrize("name", ["gram", "linear_combination", "project"])
+@pytest.mark.parametrize("name", ["gram", "linear_combination", "project", "project_", "pcgrad"])
 def test_registration(name):
     tensors = [t.requires_grad_() for t in lists(2)]
     weights = torch.randn(1, 1, 2, dtype=torch.float64, requires_grad=True)
+    plain = lists(3)
     arguments = {
         "gram": (tensors, 2, 0, False),
         "linear_combination": (tensors, weights, 0, False),
-        "project": (tensors, 1.0, False, 0, False),
+        "project": (tensors, 1, 1.0, False, False, 0, False),
+        "project_": (plain[:3], plain[3:], 2, 1.0, False, False, 1),
+        "pcgrad": (tensors, 2, torch.arange(2).repeat(2, 1), 1, 0, False),
     }
     operator = getattr(torch.ops.hessreg, name).default
     assert set(torch.library.opcheck(operator, arguments[name]).values()) == {"SUCCESS"}
@@ -95,7 +137,7 @@ LARGE = [(1, 1), (257,), (3, 4097), (2, 5, 1030), (0,), (4, 0), (16385,)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
-@pytest.mark.parametrize("num_lists", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("num_lists", [1, 2, 3, 4, 5, 10])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_gram_equals_definition_across_pieces(device, scope, num_lists, dtype):
     tensors = lists(num_lists, LARGE, dtype, device)
@@ -122,13 +164,13 @@ def test_combination_equals_definition_across_pieces(device, scope, num_lists, d
 def test_unaligned_tensors(device, offset):
     storage = torch.randn(2, 700, device=device)
     g, v = storage[0, offset:], storage[1, offset:700]
-    expected = project_reference([g, v], 1.0, False, 0, False)[0]
+    expected = project_reference([g, v], 1, 1.0, False, False, 0, False)[0]
     torch.testing.assert_close(project_orthogonal(g, v), expected)
 
 
 def test_many_tensors_and_many_lists(device):
     tensors = lists(2, [(3,)] * 150, device=device)
-    expected = project_reference(tensors, 1.0, False, 0, False)
+    expected = project_reference(tensors, 1, 1.0, False, False, 0, False)
     torch.testing.assert_close(project_orthogonal(tensors[:150], tensors[150:]), expected)
     wide = lists(40, [(7,)], device=device)
     torch.testing.assert_close(gram(wide, 40, 0, False), gram_reference(wide, 40, 0, False))
@@ -169,8 +211,128 @@ def test_result_does_not_depend_on_the_number_of_threads():
 
 def test_streaming_stores_change_nothing():
     g, v = torch.randn(2, 3_000_001)  # past the caches: results are written around them
-    (expected,) = project_reference([g, v], 1.0, False, 0, False)
+    (expected,) = project_reference([g, v], 1, 1.0, False, False, 0, False)
     torch.testing.assert_close(project_orthogonal(g, v), expected, rtol=1e-6, atol=1e-6)
+
+
+def assert_close_lists(actual, expected, rounding):
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=2 * rounding, atol=16 * rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("mode", ["always", "conflict"])
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("num_directions", [1, 4, 8])
+def test_projection_equals_definition_across_pieces(
+    device, num_directions, scope, mode, rescale, dtype
+):
+    tensors = lists(1 + num_directions, [(3, 4097), (257,), (0,)], dtype, device)
+    options = num_directions, 1.0, mode == "conflict", rescale, SCOPES[scope], False
+    actual, expected = project(tensors, *options), project_reference(tensors, *options)
+    assert_close_lists(actual, expected, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
+@pytest.mark.parametrize("reduction", [0, 1, 2])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_pcgrad_equals_definition_across_pieces(device, scope, reduction, dtype):
+    tensors = lists(5, [(3, 4097), (257,), (0,)], dtype, device)
+    order = torch.rand(5, 5).argsort(-1).to(device)
+    options = 5, order, reduction, SCOPES[scope], False
+    actual, expected = pcgrad_operator(tensors, *options), pcgrad_reference(tensors, *options)
+    assert_close_lists(actual, expected, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_directions", [1, 3])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_in_place_gives_the_same_and_the_cosines(device, scope, num_directions, dtype):
+    shapes = [(3, 4097), (1,), (257,)]
+    tensors = lists(1 + num_directions, shapes, dtype, device)
+    options = num_directions, 1.0, False, False, SCOPES[scope]
+    expected = [t.clone() for t in tensors[:3]]
+    cosines = project_inplace_reference(expected, tensors[3:], *options)
+    g, directions = tensors[:3], [tensors[3 * (j + 1) :][:3] for j in range(num_directions)]
+    before = [t.data_ptr() for t in g], [t._version for t in g]
+    found = project_orthogonal_(g, directions, scope=scope)
+    assert_close_lists(g, expected, torch.finfo(dtype).eps)
+    assert [t.data_ptr() for t in g] == before[0]
+    assert all(t._version > version for t, version in zip(g, before[1], strict=True))
+    expected = cosines[0] if scope == "global" else cosines
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    if num_directions == 1:
+        one = project_orthogonal_(lists(1, shapes, dtype, device), directions[0], scope=scope)
+        assert one.shape == expected.shape[:-1]
+
+
+def test_in_place_on_views_and_other_layouts(device):
+    g, v = (torch.randn(4, 6, device=device) for _ in range(2))
+    expected = project_orthogonal(g, v)
+    transposed = g.mT.contiguous().mT
+    project_orthogonal_(transposed, v)
+    torch.testing.assert_close(transposed, expected)
+    project_orthogonal_([g[:2], g[2:]], [v[:2], v[2:]])
+    torch.testing.assert_close(g, expected)
+
+
+def test_in_place_compiles():
+    g, v = (torch.randn(2, 5) for _ in range(2))
+    expected = project_orthogonal(list(g), list(v))
+    compiled = torch.compile(project_orthogonal_, backend="aot_eager", fullgraph=True)
+    compiled(list(g), list(v))
+    torch.testing.assert_close(list(g), expected)
+
+
+def test_in_place_refuses_what_gradients_flow_through(device):
+    g, v = (torch.randn(3, device=device, requires_grad=True) for _ in range(2))
+    with pytest.raises(ValueError, match="g must not require gradients"):
+        project_orthogonal_(g, v)
+    expected = project_orthogonal(g, v)
+    with torch.no_grad():
+        project_orthogonal_(g, v)
+    torch.testing.assert_close(g, expected)
+    project_orthogonal_(torch.ones(3, device=device), v)  # the weights themselves, say
+    assert v.grad is None
+
+
+def test_positions_without_a_gradient(device):
+    a, b, c = (torch.randn(4, dtype=torch.float64, device=device) for _ in range(3))
+    first, none, last = project_orthogonal([a, None, b], [b, c, None])
+    torch.testing.assert_close([first, last], project_orthogonal([a, b], [b, 0 * c]))
+    assert none is None
+    assert project_orthogonal([None], [a]) == [None]
+    assert project_orthogonal_([None], [a]).shape == ()
+    assert project_orthogonal_([None], [[a], [b]], scope="row").shape == (0, 2)
+    summed = pcgrad([[a, None, b], [None, None, c]])
+    torch.testing.assert_close([summed[0], summed[2]], pcgrad([[a, b], [0 * a, c]]))
+    assert summed[1] is None
+    expected = gram_matrix([torch.cat([a, b]), torch.cat([0 * a, c])])
+    torch.testing.assert_close(gram_matrix([[a, b], [None, c]]), expected)
+
+
+def test_mixed_dtypes_are_one_vector(device):
+    dtypes = torch.float32, torch.bfloat16, torch.float64
+    tensors = lists(9, [(40,)], device=device)
+    g, v, w = ([tensors[3 * j + i].to(d) for i, d in enumerate(dtypes)] for j in range(3))
+    wide = [[t.double() for t in x] for x in (g, v, w)]
+    expected = project_orthogonal(wide[0], wide[1:])
+    for y, e, d in zip(project_orthogonal(g, [v, w]), expected, dtypes, strict=True):
+        torch.testing.assert_close(y, e.to(d))
+    summed = pcgrad([g, v, w])
+    assert [y.dtype for y in summed] == list(dtypes)
+    assert_close_lists([summed[0]], [pcgrad(wide)[0].float()], 1e-7)
+    project_orthogonal_(g, [v, w])
+    assert [y.dtype for y in g] == list(dtypes)
+    torch.testing.assert_close(g[1], expected[1].to(torch.bfloat16))
+
+
+def test_a_thousand_tensors(device):
+    g, v, w = (lists(1, [(3,), (2, 2)] * 500, device=device) for _ in range(3))
+    flat_g, flat_v, flat_w = (torch.cat([t.flatten() for t in x]) for x in (g, v, w))
+    expected = project_orthogonal(flat_g, [flat_v, flat_w])
+    torch.testing.assert_close(flat(project_orthogonal(g, [v, w])), expected)
 
 
 # ---- the theorem ---------------------------------------------------------------------------------
@@ -185,6 +347,133 @@ def test_result_is_orthogonal_and_projection_idempotent(device, scope):
     norms = products[:, 0, 0].sqrt() * products[:, 1, 1].sqrt()
     assert (products[:, 0, 1].abs() <= 1e-7 * norms).all()
     torch.testing.assert_close(project_orthogonal(once, v, scope=scope), once)
+
+
+EPS = torch.finfo(torch.float32).eps
+by_hypothesis = settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+@st.composite
+def problems(draw):
+    """A gradient and directions in float32, some nearly dependent, collinear, zero, or extreme."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    size, count = draw(st.integers(1, 300)), draw(st.integers(1, 6))
+    vectors = torch.randn(1 + count, size, dtype=torch.float64, generator=generator)
+    for j in range(1, 1 + count):
+        nearness = draw(st.sampled_from([None, None, 1e-2, 1e-4, 1e-9, 0.0]))
+        if nearness is not None:
+            other = draw(st.integers(0, j - 1))
+            vectors[j] = vectors[other] + nearness * vectors[j]
+    scales = [draw(st.sampled_from([1.0, 1e-20, 1e18, -3.0, 0.0])) for _ in range(1 + count)]
+    vectors = (vectors * torch.tensor(scales, dtype=torch.float64)[:, None]).float()
+    return vectors[0], list(vectors[1:])
+
+
+def products_of(y, directions):
+    """Cosines, with |g| to come: <y, v> / |v|, zero for zero directions."""
+    y, v = y.double(), torch.stack(directions).double()
+    norms = v.norm(dim=1)
+    return torch.where(norms > 0, v @ y / norms, 0)
+
+
+@by_hypothesis
+@given(problem=problems())
+def test_result_is_orthogonal_to_every_direction(device, problem):
+    g, directions = problem[0].to(device), [v.to(device) for v in problem[1]]
+    y = project_orthogonal(g, directions)
+    # Directions within 16 epsilons of the span of others are left out.
+    assert (products_of(y, directions).abs() <= 20 * EPS * g.double().norm()).all()
+    assert y.double().norm() <= (1 + 4 * EPS) * g.double().norm()
+    again = project_orthogonal(y, directions)
+    assert (again - y).double().norm() <= 40 * EPS * g.double().norm()
+    assert torch.equal(project_orthogonal(g, directions), y)
+
+
+@by_hypothesis
+@given(problem=problems())
+def test_nothing_conflicts_any_more(device, problem):
+    g, directions = problem[0].to(device), [v.to(device) for v in problem[1]]
+    y = project_orthogonal(g, directions, mode="conflict")
+    assert (products_of(y, directions) >= -20 * EPS * g.double().norm()).all()
+    if (products_of(g, directions) >= 0).all():
+        assert torch.equal(y, g)
+
+
+@by_hypothesis
+@given(problem=problems(), power=st.integers(-40, 40))
+def test_lengths_of_directions_do_not_matter(device, problem, power):
+    g, directions = problem[0].to(device), [v.double().to(device) for v in problem[1]]
+    scaled = [2.0**power * v for v in directions]
+    expected = project_orthogonal(g.double(), directions)
+    assert torch.equal(project_orthogonal(g.double(), scaled), expected)
+
+
+@pytest.mark.parametrize("mode", ["always", "conflict"])
+def test_zero_and_repeated_directions_add_nothing(device, mode):
+    g, v, w = lists(3, [(50,)], torch.float32, device)
+    v, w = -v * (v @ g).sign(), -w * (w @ g).sign()
+    several = project_orthogonal(g, [v, torch.zeros_like(v), w, 3 * v, v + w], mode=mode)
+    torch.testing.assert_close(several, project_orthogonal(g, [v, w], mode=mode))
+    zeros = [torch.zeros_like(v)] * 2
+    assert torch.equal(project_orthogonal(g, zeros, mode=mode), g)
+
+
+def test_span_agrees_with_qr(device):
+    g, *directions = lists(9, [(5, 40), (100,)], device=device)[::2]
+    V = torch.stack([v.flatten() for v in directions], -1)
+    Q = torch.linalg.qr(V).Q
+    expected = g.flatten() - Q @ (Q.mT @ g.flatten())
+    y = project_orthogonal(g, directions)
+    torch.testing.assert_close(y.flatten(), expected, rtol=0, atol=1e-13)
+
+
+def test_rescaled_result_has_the_norm_of_the_gradient(device):
+    g, v, w = lists(3, [(7, 30), (64,)], torch.float32, device)[::2]
+    y = project_orthogonal(g, [v, w], rescale=True)
+    torch.testing.assert_close(y.norm(), g.norm())
+    torch.testing.assert_close(
+        y / y.norm(), torch.nn.functional.normalize(project_orthogonal(g, [v, w]), dim=(0, 1))
+    )
+    assert not project_orthogonal(2 * v, v, rescale=True).any()  # not rounding errors, enlarged
+    half = project_orthogonal(g, v, strength=0.5, rescale=True)
+    torch.testing.assert_close(half.norm(), g.norm())
+
+
+@pytest.mark.parametrize("num_tasks", [2, 5])
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
+def test_pcgrad_agrees_with_torchjd(device, num_tasks, scale):
+    torch.manual_seed(num_tasks)
+    J = torch.randn(num_tasks, 30, dtype=torch.float64)
+    J = (J - 0.9 * J.mean(0)) * scale
+    orders = torch.stack([torch.randperm(num_tasks) for _ in range(num_tasks)])
+    torch.manual_seed(1)
+    expected = PCGrad()(J)
+    torch.manual_seed(1)
+    orders = torch.stack([torch.randperm(num_tasks) for _ in range(num_tasks)]).to(device)
+    tensors = [*J.to(device)]
+    (found,) = pcgrad_operator(tensors, num_tasks, orders, 1, 0, False)
+    torch.testing.assert_close(found / scale, expected.to(device) / scale)
+    if num_tasks == 2:
+        torch.testing.assert_close(pcgrad(tensors) / scale, found / scale)
+        torch.testing.assert_close(pcgrad(tensors, reduction="mean") * 2 / scale, found / scale)
+
+
+def test_pcgrad_projects_each_task(device):
+    a, b, c = conflicting(3, device)[::2]
+    projected = pcgrad([a, b, c], reduction="none")
+    first = project_orthogonal(project_orthogonal(a, b, mode="conflict"), c, mode="conflict")
+    torch.testing.assert_close(projected[0], first)
+    torch.testing.assert_close(sum(projected), pcgrad([a, b, c]))
+    drawn = [
+        pcgrad([a, b, c], generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1, 2, 3)
+    ]
+    assert torch.equal(drawn[0], drawn[1])
+    assert any(not torch.equal(drawn[0], y) for y in drawn[2:])
 
 
 def test_nearly_parallel_gradients_leave_an_orthogonal_residual(device):
@@ -327,11 +616,14 @@ def test_empty_tensors_and_lists(device):
 
 def test_every_barrier_of_the_emulated_kernels_is_needed():
     module = emulated.load_family("projection", check=True)
-    tensors = lists(2, [(300,), (2, 5)])
-    expected = gram_reference(tensors, 2, 0, False)
+    tensors = lists(4, [(300,), (2, 5)])
+    order = torch.arange(4).repeat(4, 1)
+    expected = project_reference(tensors, 3, 1.0, False, False, 0, False)
+    summed = pcgrad_reference(tensors, 4, order, 1, 0, False)
 
     def run():
-        torch.testing.assert_close(gram(tensors, 2, 0, False), expected)
+        torch.testing.assert_close(project(tensors, 3, 1.0, False, False, 0, False), expected)
+        torch.testing.assert_close(pcgrad_operator(tensors, 4, order, 1, 0, False), summed)
 
     with emulated.kernels(check=True):
         run()
@@ -369,7 +661,20 @@ WEIGHT = torch.ones(1, 1, dtype=torch.float64).expand(2, 1, 1)
     [
         (1.0, ONE, {}, TypeError, "g must be a tensor or a sequence of tensors, got"),
         (ONE, None, {}, TypeError, "against must be a tensor or a sequence of tensors"),
-        ([ONE, 2], [ONE, ONE], {}, TypeError, r"g\[1\] must be a tensor"),
+        ([ONE, 2], [ONE, ONE], {}, TypeError, r"g\[1\] must be a tensor or None, got"),
+        (ONE, [], {}, ValueError, "against must hold at least one direction, got none"),
+        (ONE, [ONE, 1], {}, TypeError, r"against\[1\] must be a tensor or a sequence"),
+        (ONE, [ONE, ONE.int()], {}, TypeError, r"against\[1\] must be a dense .* got torch.int32"),
+        (
+            [ONE],
+            [[ONE], [ONE, ONE]],
+            {},
+            ValueError,
+            r"against\[1\] must hold as many tensors as g",
+        ),
+        ([ONE], [[torch.ones(4)]], {}, ValueError, r"against\[0\]\[0\] must have the shape of g"),
+        ([None, ONE], [ONE, torch.ones(4)], {}, ValueError, r"against\[1\] must have .* of g\[1\]"),
+        (ONE, ONE, {"rescale": 1}, TypeError, "rescale must be True or False"),
         (
             ONE.int(),
             ONE,
@@ -395,6 +700,32 @@ def test_wrong_input_is_named(g, against, options, error, message):
 
 
 @pytest.mark.parametrize(
+    ("gradients", "options", "error", "message"),
+    [
+        (ONE, {}, TypeError, "gradients must be a sequence of vectors"),
+        ([], {}, ValueError, "gradients must hold at least one vector"),
+        ([ONE, [ONE]], {}, ValueError, r"gradients\[1\] must hold as many tensors as"),
+        ([[ONE], [ONE, ONE]], {}, ValueError, r"gradients\[1\] must hold as many tensors as"),
+        ([ONE, torch.ones(4)], {}, ValueError, r"gradients\[1\] must have the shape of grad"),
+        ([[ONE], [2]], {}, TypeError, r"gradients\[1\]\[0\] must be a tensor or None, got"),
+        ([ONE, ONE], {"scope": "all"}, ValueError, "scope must be one of"),
+    ],
+)
+def test_wrong_gradients_are_named(gradients, options, error, message):
+    for function in (pcgrad, gram_matrix):
+        with pytest.raises(error, match=message):
+            function(gradients, **options)
+
+
+def test_wrong_reduction_and_no_gradients():
+    with pytest.raises(ValueError, match="reduction must be one of none, sum, mean, got 'max'"):
+        pcgrad([ONE], reduction="max")
+    with pytest.raises(ValueError, match="gradients must hold at least one tensor"):
+        gram_matrix([[None], [None]])
+    assert pcgrad([[None], [None]]) == [None]
+
+
+@pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda op: op.gram([ONE, ONE, ONE], 2, 0, False), "3 tensors do not make 2 lists"),
@@ -405,6 +736,14 @@ def test_wrong_input_is_named(g, against, options, error, message):
         (lambda op: op.linear_combination([ONE], WEIGHT, 0, False), "one matrix for each of 1"),
         (lambda op: op.gram([torch.ones(2, 3), torch.ones(5, 3)], 1, 0, True), "batch size"),
         (lambda op: op.gram([ONE], 1, 7, False), "scope must be 0, 1 or 2, got 7"),
+        (lambda op: op.pcgrad([ONE], 1, ONE, 1, 0, False), "order must hold 1 x 1 integers"),
+        (lambda op: op.pcgrad([ONE], 1, torch.zeros(1, 1).long(), 3, 0, False), "reduction must"),
+        (
+            lambda op: op.project_(
+                [torch.ones(2, 3).mT], [torch.ones(3, 2)], 1, 1, False, False, 0
+            ),
+            "tensor 0 of g must be contiguous",
+        ),
     ],
 )
 def test_binding_refuses_what_python_should_not_have_passed(call, message):

@@ -203,6 +203,27 @@ HESSREG_HD Vector<double> load_double(const T* p) {
   return __builtin_convertvector(v, Vector<double>);
 }
 
+// The same way back; past the caches if asked to, p being aligned then.
+template <typename T, bool kStream>
+HESSREG_HD void store_double(T* p, Vector<double> v) {
+  if constexpr (std::is_same_v<T, double>) return kStream ? stream(p, v) : store(p, v);
+#if defined(__AVX512F__)
+  const __m256 narrow = _mm512_maskz_cvtpd_ps(0xff, (__m512d)v);
+  if constexpr (std::is_same_v<T, float>)
+    return kStream ? _mm256_stream_ps((float*)p, narrow) : _mm256_storeu_ps((float*)p, narrow);
+  if constexpr (std::is_same_v<T, Float16>)
+    return _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(narrow, 0));
+#elif defined(__AVX2__)
+  const __m128 narrow = _mm256_cvtpd_ps((__m256d)v);
+  if constexpr (std::is_same_v<T, float>)
+    return kStream ? _mm_stream_ps((float*)p, narrow) : _mm_storeu_ps((float*)p, narrow);
+  if constexpr (std::is_same_v<T, Float16>)
+    return _mm_storel_epi64((__m128i*)p, _mm_cvtps_ph(narrow, 0));
+#endif
+  for (int lane = 0; lane < kLanes<double>; ++lane)
+    p[lane] = from_compute<T>(static_cast<Compute<T>>(v[lane]));
+}
+
 // 2^(s scale) where that is at most 1, with a relative error of 2e-9 (float32: besides rounding)
 // and 2e-17 (float64): 2^round(t) from the bits of t plus a large number, times a minimax
 // polynomial of the rest, which is exactly 1 at 0. Zero where the result would be subnormal.

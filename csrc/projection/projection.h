@@ -1,6 +1,6 @@
 #pragma once
 // What every projection kernel shares: how lists of tensors fall into segments, how segments are
-// cut into pieces of work, and the mathematics of one projection. No torch, no CUDA runtime.
+// cut into pieces of work. No torch, no CUDA runtime.
 #include "../common/element.h"
 
 namespace hessreg::projection {
@@ -63,28 +63,6 @@ HESSREG_HD int64_t pair_index(int64_t a, int64_t b, int64_t m) {
 HESSREG_HD bool fits_float32(double weight) {
   const double size = std::fabs(weight);
   return size == 0 || (size >= 0x1p-100 && size <= 0x1p100);
-}
-
-struct Rule {
-  double strength;
-  double tolerance;    // a residual below tolerance * |g| is rounding error: exactly zero then
-  bool conflict_only;  // project only where <g, v> < 0
-};
-
-// Weights of y = weights[0] g + weights[1] v from gram = {<g,g>, <g,v>, <v,g>, <v,v>}. Every
-// threshold is relative: an absolute one would switch projection off for small gradients.
-HESSREG_HD void projection_weights(const double* gram, const Rule& rule, double* weights) {
-  const double gg = gram[0], gv = gram[1], vv = gram[3];
-  weights[0] = 1;
-  weights[1] = 0;
-  if (rule.strength == 0 || !(vv > 0) || std::isinf(vv)) return;
-  if (rule.conflict_only && !(gv < 0)) return;
-  const double coefficient = gv / vv;
-  const double residual = gg - coefficient * gv;
-  const bool vanishes =
-      rule.strength == 1 && !std::isinf(gg) && residual <= rule.tolerance * rule.tolerance * gg;
-  weights[0] = vanishes ? 0 : 1;
-  weights[1] = vanishes ? 0 : -rule.strength * coefficient;
 }
 
 }  // namespace hessreg::projection

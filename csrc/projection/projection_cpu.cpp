@@ -51,15 +51,71 @@ void gram_fused(const Lists& x, const Piece& piece, double* pairs) {
   gram_piece<T, M>(pointers, piece.length, pairs);
 }
 
-// Many lists: pair by pair, from cache.
+// sums[a, b] += <x_a, y_b> over n elements, which are in the first-level cache.
+template <typename T, int A, int B>
+void add_cross_products(const T* const (&x)[A], const T* const* y, int64_t n, double* sums) {
+  Vector<double> s[A][B] = {};
+  int64_t i = 0;
+  for (; i + kLanes<double> <= n; i += kLanes<double>) {
+    Vector<double> v[A];
+    for (int a = 0; a < A; ++a) v[a] = load_double(x[a] + i);
+    for (int b = 0; b < B; ++b) {
+      const Vector<double> w = load_double(y[b] + i);
+      for (int a = 0; a < A; ++a) s[a][b] += v[a] * w;
+    }
+  }
+  for (int a = 0; a < A; ++a) {
+    for (int b = 0; b < B; ++b) {
+      sums[a * B + b] = sum(s[a][b]);
+      for (int64_t k = i; k < n; ++k)
+        sums[a * B + b] += static_cast<double>(to_compute(x[a][k])) * to_compute(y[b][k]);
+    }
+  }
+}
+
+// The inner products of M lists from number `first` with each other and, M being kMaxFused then,
+// with the lists behind them.
+template <typename T, int M>
+void add_row_of_blocks(const Lists& x, const Piece& piece, int64_t first, double* pairs) {
+  const int64_t m = x.num_lists;
+  const T* own[M];
+  for (int a = 0; a < M; ++a) own[a] = element_pointer<T>(x, first + a, piece);
+  double sums[M * kMaxFused];
+  gram_piece<T, M>(own, piece.length, sums);
+  for (int a = 0, pair = 0; a < M; ++a)
+    for (int b = a; b < M; ++b, ++pair) pairs[pair_index(first + a, first + b, m)] += sums[pair];
+  for (int64_t next = first + M; next < m; next += kMaxFused) {
+    const int64_t count = m - next < kMaxFused ? m - next : kMaxFused;
+    const T* other[kMaxFused];
+    for (int64_t b = 0; b < count; ++b) other[b] = element_pointer<T>(x, next + b, piece);
+    switch (count) {
+      case 1: add_cross_products<T, M, 1>(own, other, piece.length, sums); break;
+      case 2: add_cross_products<T, M, 2>(own, other, piece.length, sums); break;
+      case 3: add_cross_products<T, M, 3>(own, other, piece.length, sums); break;
+      default: add_cross_products<T, M, kMaxFused>(own, other, piece.length, sums);
+    }
+    for (int a = 0; a < M; ++a)
+      for (int64_t b = 0; b < count; ++b)
+        pairs[pair_index(first + a, next + b, m)] += sums[a * count + b];
+  }
+}
+
+// Many lists: so few elements at a time that all lists fit in the cache, four lists against four.
 template <typename T>
-void gram_pairwise(const Lists& x, const Piece& piece, double* pairs) {
-  for (int64_t a = 0; a < x.num_lists; ++a) {
-    for (int64_t b = a; b < x.num_lists; ++b) {
-      double products[3];
-      const T* pointers[2] = {element_pointer<T>(x, a, piece), element_pointer<T>(x, b, piece)};
-      gram_piece<T, 2>(pointers, piece.length, products);
-      pairs[pair_index(a, b, x.num_lists)] = products[1];
+void gram_in_blocks(const Lists& x, const Piece& piece, double* pairs) {
+  constexpr int64_t kElements = 1024;
+  for (int64_t pair = 0; pair < num_pairs(x.num_lists); ++pair) pairs[pair] = 0;
+  for (int64_t start = 0; start < piece.length; start += kElements) {
+    const int64_t rest = piece.length - start;
+    const Piece part{piece.position, piece.segment, piece.offset + start,
+                     rest < kElements ? rest : kElements};
+    int64_t first = 0;
+    for (; first + kMaxFused <= x.num_lists; first += kMaxFused)
+      add_row_of_blocks<T, kMaxFused>(x, part, first, pairs);
+    switch (x.num_lists - first) {
+      case 1: add_row_of_blocks<T, 1>(x, part, first, pairs); break;
+      case 2: add_row_of_blocks<T, 2>(x, part, first, pairs); break;
+      case 3: add_row_of_blocks<T, 3>(x, part, first, pairs); break;
     }
   }
 }
@@ -71,7 +127,7 @@ void gram_any(const Lists& x, const Piece& piece, double* pairs) {
     case 2: return gram_fused<T, 2>(x, piece, pairs);
     case 3: return gram_fused<T, 3>(x, piece, pairs);
     case kMaxFused: return gram_fused<T, kMaxFused>(x, piece, pairs);
-    default: return gram_pairwise<T>(x, piece, pairs);
+    default: return gram_in_blocks<T>(x, piece, pairs);
   }
 }
 
@@ -110,74 +166,61 @@ void fill_zero(T* out, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] = T{};
 }
 
-// A list with weight zero is left out, so that infinities in it stay where they are.
+// The lists whose weights are not zero, so that infinities in others stay where they are.
 template <typename T>
 struct Terms {
-  const T* x[kMaxFused];
-  double weights[kMaxFused];
-  int count = 0;
+  const T* x[2];
+  double weights[2];
+  int64_t count = 0;
+  bool fit = true;  // in the range of float32
+
+  HESSREG_HD Terms(const Lists& lists, const Piece& piece, const double* all) {
+    for (int64_t a = 0; a < lists.num_lists; ++a) {
+      if (all[a] == 0) continue;
+      if (count < 2) {
+        x[count] = element_pointer<T>(lists, a, piece);
+        weights[count] = all[a];
+      }
+      fit = fit && (sizeof(Compute<T>) == sizeof(double) || fits_float32(all[a]));
+      ++count;
+    }
+  }
 };
 
-template <typename T>
-Terms<T> used_terms(const Lists& x, const Piece& piece, const double* weights) {
-  Terms<T> terms;
-  for (int64_t a = 0; a < x.num_lists; ++a) {
-    if (weights[a] == 0) continue;
-    terms.x[terms.count] = element_pointer<T>(x, a, piece);
-    terms.weights[terms.count++] = weights[a];
-  }
-  return terms;
-}
-
-template <typename T, int M>
-void combine_fused(const Terms<T>& terms, bool streaming, int64_t n, T* out) {
-  const T* pointers[M];
-  for (int a = 0; a < M; ++a) pointers[a] = terms.x[a];
-  const bool aligned = reinterpret_cast<uintptr_t>(out) % kVectorBytes == 0;
-  if (streaming && aligned)
-    combine_piece<T, M, true>(pointers, terms.weights, n, out);
-  else
-    combine_piece<T, M, false>(pointers, terms.weights, n, out);
-}
-
-// Many lists, or weights out of the range of float32: in float64. A block of the sum stays in the
-// first-level cache while the lists pass by.
-template <typename T>
-void combine_blocked(const Lists& x, const Piece& piece, const double* weights, T* out) {
-  constexpr int64_t kBlock = 512;
-  double y[kBlock];
-  for (int64_t start = 0; start < piece.length; start += kBlock) {
-    const int64_t n = piece.length - start < kBlock ? piece.length - start : kBlock;
-    for (int64_t i = 0; i < n; ++i) y[i] = 0;
+// More lists, or weights out of the range of float32: in float64, since directions that are nearly
+// dependent have large weights that cancel.
+template <typename T, bool kStream>
+void combine_in_float64(const Lists& x, const Piece& piece, const double* weights, T* out) {
+  constexpr int kUnroll = 8;
+  constexpr int64_t kStep = kUnroll * kLanes<double>;
+  int64_t i = 0;
+  for (; i + kStep <= piece.length; i += kStep) {
+    Vector<double> y[kUnroll] = {};
     for (int64_t a = 0; a < x.num_lists; ++a) {
       if (weights[a] == 0) continue;
-      const T* v = element_pointer<T>(x, a, piece) + start;
-      for (int64_t i = 0; i < n; ++i) y[i] += weights[a] * to_compute(v[i]);
+      const T* v = element_pointer<T>(x, a, piece) + i;
+      prefetch(v + kCombineAhead);
+      prefetch(v + kCombineAhead + kStep / 2);
+      for (int u = 0; u < kUnroll; ++u) y[u] += weights[a] * load_double(v + u * kLanes<double>);
     }
-    for (int64_t i = 0; i < n; ++i) out[start + i] = from_compute<T>(static_cast<Compute<T>>(y[i]));
+    for (int u = 0; u < kUnroll; ++u) store_double<T, kStream>(out + i + u * kLanes<double>, y[u]);
+  }
+  for (; i < piece.length; ++i) {
+    double y = 0;
+    for (int64_t a = 0; a < x.num_lists; ++a)
+      if (weights[a] != 0) y += weights[a] * to_compute(element_pointer<T>(x, a, piece)[i]);
+    out[i] = from_compute<T>(static_cast<Compute<T>>(y));
   }
 }
 
-template <typename T>
-bool needs_float64(const double* weights, int64_t count) {
-  if (sizeof(Compute<T>) == sizeof(double)) return false;
-  for (int64_t a = 0; a < count; ++a)
-    if (!fits_float32(weights[a])) return true;
-  return false;
-}
-
-template <typename T>
+template <typename T, bool kStream>
 void combine_any(const Lists& x, const Piece& piece, const double* weights, T* out) {
-  if (x.num_lists > kMaxFused || needs_float64<T>(weights, x.num_lists))
-    return combine_blocked<T>(x, piece, weights, out);
-  const Terms<T> terms = used_terms<T>(x, piece, weights);
-  switch (terms.count) {
-    case 0: return fill_zero(out, piece.length);
-    case 1: return combine_fused<T, 1>(terms, x.streaming, piece.length, out);
-    case 2: return combine_fused<T, 2>(terms, x.streaming, piece.length, out);
-    case 3: return combine_fused<T, 3>(terms, x.streaming, piece.length, out);
-    default: return combine_fused<T, kMaxFused>(terms, x.streaming, piece.length, out);
-  }
+  const Terms<T> terms(x, piece, weights);
+  const T *one[] = {terms.x[0]}, *two[] = {terms.x[0], terms.x[1]};
+  if (terms.count == 0) return fill_zero(out, piece.length);
+  if (terms.count > 2 || !terms.fit) return combine_in_float64<T, kStream>(x, piece, weights, out);
+  if (terms.count == 1) return combine_piece<T, 1, kStream>(one, terms.weights, piece.length, out);
+  combine_piece<T, 2, kStream>(two, terms.weights, piece.length, out);
 }
 
 template <typename Body>
@@ -207,7 +250,9 @@ void linear_combination(const Lists& x, const double* weights, void* const* out,
       const Piece piece = walker.piece();
       for (int64_t c = 0; c < num_outputs; ++c) {
         T* y = static_cast<T*>(out[c * x.num_positions + piece.position]) + piece.offset;
-        combine_any<T>(x, piece, weights + (piece.segment * num_outputs + c) * x.num_lists, y);
+        const double* own = weights + (piece.segment * num_outputs + c) * x.num_lists;
+        const bool stream = x.streaming && reinterpret_cast<uintptr_t>(y) % kVectorBytes == 0;
+        stream ? combine_any<T, true>(x, piece, own, y) : combine_any<T, false>(x, piece, own, y);
       }
     }
     if (x.streaming) stream_fence();

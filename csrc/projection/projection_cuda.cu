@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int64_t kMaxFused = 4;    // lists whose inner products all fit in registers
+constexpr int kMaxFused = 4;        // lists whose inner products all fit in registers
 constexpr int64_t kMaxLists = 256;  // vectors in one call
 constexpr int kMaxPositions = 96;   // tensors of a list in one launch
 constexpr int kMaxPointers = 512;
@@ -132,18 +132,58 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The same for many lists, one block a piece and list a (blockIdx.y): the pairs (a, b), b >= a.
+// sums[a, b] += this thread's share of <x_a, y_b> over n elements.
+template <typename T>
+__device__ void accumulate_cross(const T* const (&x)[kMaxFused], const T* const (&y)[kMaxFused],
+                                 int64_t n, double (&sums)[kMaxFused][kMaxFused]) {
+  bool aligned = true;
+  for (int a = 0; a < kMaxFused; ++a) aligned = aligned && is_aligned(x[a]) && is_aligned(y[a]);
+  const int64_t packs = aligned ? n / kPack<T> : 0;
+  for (int64_t i = threadIdx.x; i < packs; i += kThreads) {
+    Pack<T> p[kMaxFused], q[kMaxFused];
+    HESSREG_UNROLL
+    for (int a = 0; a < kMaxFused; ++a) {
+      p[a] = reinterpret_cast<const Pack<T>*>(x[a])[i];
+      q[a] = reinterpret_cast<const Pack<T>*>(y[a])[i];
+    }
+    HESSREG_UNROLL
+    for (int e = 0; e < kPack<T> * kMaxFused * kMaxFused; ++e) {
+      const int a = e / kMaxFused % kMaxFused, b = e % kMaxFused, k = e / kMaxFused / kMaxFused;
+      sums[a][b] += double(to_compute(p[a].values[k])) * to_compute(q[b].values[k]);
+    }
+  }
+  for (int64_t i = packs * kPack<T> + threadIdx.x; i < n; i += kThreads) {
+    HESSREG_UNROLL
+    for (int e = 0; e < kMaxFused * kMaxFused; ++e) {
+      const int a = e / kMaxFused, b = e % kMaxFused;
+      sums[a][b] += double(to_compute(x[a][i])) * to_compute(y[b][i]);
+    }
+  }
+}
+
+// The same for many lists, one block a piece and pair of blocks of kMaxFused lists (blockIdx.y).
+// Lists that are not there stand for the last one.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    gram_row_kernel(const Table __grid_constant__ x, double* partials) {
+    gram_blocks_kernel(const Table __grid_constant__ x, double* partials) {
   const Piece piece = piece_of_block(x);
-  const int64_t a = blockIdx.y;
-  for (int64_t b = a; b < x.num_lists; ++b) {
-    const T* pointers[2] = {element_pointer<T>(x, a, piece), element_pointer<T>(x, b, piece)};
-    double sums[3] = {};
-    accumulate<T, 2>(pointers, piece.length, sums);
-    const double total = block_sum(sums[1]);
-    if (threadIdx.x == 0)
+  const int64_t blocks = (x.num_lists + kMaxFused - 1) / kMaxFused;
+  int64_t first = 0, offset = blockIdx.y;
+  while (offset >= blocks - first) offset -= blocks - first++;
+  const int64_t second = first + offset;
+  const T *p[kMaxFused], *q[kMaxFused];
+  for (int a = 0; a < kMaxFused; ++a) {
+    const int64_t i = first * kMaxFused + a, j = second * kMaxFused + a, last = x.num_lists - 1;
+    p[a] = element_pointer<T>(x, i < last ? i : last, piece);
+    q[a] = element_pointer<T>(x, j < last ? j : last, piece);
+  }
+  double sums[kMaxFused][kMaxFused] = {};
+  accumulate_cross<T>(p, q, piece.length, sums);
+  HESSREG_UNROLL
+  for (int e = 0; e < kMaxFused * kMaxFused; ++e) {
+    const int64_t a = first * kMaxFused + e / kMaxFused, b = second * kMaxFused + e % kMaxFused;
+    const double total = block_sum(sums[e / kMaxFused][e % kMaxFused]);
+    if (threadIdx.x == 0 && a <= b && b < x.num_lists)
       partials[int64_t(blockIdx.x) * num_pairs(x.num_lists) + pair_index(a, b, x.num_lists)] =
           total;
   }
@@ -164,15 +204,15 @@ __device__ double sum_of_pieces(const Table& x, const double* partials, int64_t 
   return sum;
 }
 
-struct Projection {
-  Rule rule;
-  double* weights;  // [segments, 2], or null
+struct Block {
+  int64_t rank = threadIdx.x, size = kThreads;
+  __device__ void sync() const { __syncthreads(); }
 };
 
-// One block a segment: gram[segment] (+)= the sum over its pieces, then the weights that follow.
+// One block a segment: gram[segment] (+)= the sum over its pieces, then what follows from it.
 __global__ void __launch_bounds__(kThreads)
     sum_pieces_kernel(const Table __grid_constant__ x, const double* partials, double* gram,
-                      bool first, Projection projection) {
+                      bool first, bool last, const Outcome outcome) {
   const int64_t m = x.num_lists;
   double* out = gram + blockIdx.x * m * m;
   for (int64_t a = 0; a < m; ++a) {
@@ -181,8 +221,9 @@ __global__ void __launch_bounds__(kThreads)
       if (threadIdx.x == 0) out[a * m + b] = out[b * m + a] = total + (first ? 0 : out[a * m + b]);
     }
   }
-  if (threadIdx.x == 0 && projection.weights)
-    projection_weights(out, projection.rule, projection.weights + 2 * int64_t(blockIdx.x));
+  if (!last || !outcome.weights) return;
+  __syncthreads();  // the inner products are there
+  outcome.find(out, m, blockIdx.x, outcome.work + blockIdx.x * work_size(m), Block{});
 }
 
 // The weights of one output, split where float32 needs it. A list with weight zero is not read, so
@@ -238,11 +279,30 @@ __device__ void combine_packs(const T* const (&x)[M], const Weights<Compute<T>, 
   }
 }
 
-// The same element by element in float64: for many lists, and for weights beyond float32.
+// The same in float64, for many lists and for weights beyond float32: directions that are nearly
+// dependent have large weights that cancel.
 template <typename T>
 __device__ void combine_in_float64(const Table& x, const Piece& piece, const double* weights,
                                    T* out) {
-  for (int64_t i = threadIdx.x; i < piece.length; i += kThreads) {
+  bool aligned = is_aligned(out);
+  for (int64_t a = 0; a < x.num_lists; ++a)
+    aligned = aligned && is_aligned(element_pointer<T>(x, a, piece));
+  const int64_t packs = aligned ? piece.length / kPack<T> : 0;
+  for (int64_t i = threadIdx.x; i < packs; i += kThreads) {
+    double y[kPack<T>] = {};
+    for (int64_t a = 0; a < x.num_lists; ++a) {
+      if (weights[a] == 0) continue;
+      const Pack<T> p = reinterpret_cast<const Pack<T>*>(element_pointer<T>(x, a, piece))[i];
+      HESSREG_UNROLL
+      for (int e = 0; e < kPack<T>; ++e) y[e] += weights[a] * to_compute(p.values[e]);
+    }
+    Pack<T> result;
+    HESSREG_UNROLL
+    for (int e = 0; e < kPack<T>; ++e)
+      from_compute(static_cast<Compute<T>>(y[e]), &result.values[e]);
+    reinterpret_cast<Pack<T>*>(out)[i] = result;
+  }
+  for (int64_t i = packs * kPack<T> + threadIdx.x; i < piece.length; i += kThreads) {
     double y = 0;
     for (int64_t a = 0; a < x.num_lists; ++a)
       if (weights[a] != 0) y += weights[a] * to_compute(element_pointer<T>(x, a, piece)[i]);
@@ -330,14 +390,16 @@ void for_each_table(const Lists& x, void* const* out, int64_t num_outputs, Body 
 
 template <typename T>
 void launch_gram(const Table& table, double* partials, cuda_stream stream) {
-  const dim3 grid(table.num_pieces), rows(table.num_pieces, table.num_lists), block(kThreads);
+  const int64_t blocks = (table.num_lists + kMaxFused - 1) / kMaxFused;
+  const dim3 grid(table.num_pieces), tiles(table.num_pieces, num_pairs(blocks)), block(kThreads);
   switch (table.num_lists) {
     case 1: return HESSREG_LAUNCH((gram_kernel<T, 1>), grid, block, 0, stream, table, partials);
     case 2: return HESSREG_LAUNCH((gram_kernel<T, 2>), grid, block, 0, stream, table, partials);
     case 3: return HESSREG_LAUNCH((gram_kernel<T, 3>), grid, block, 0, stream, table, partials);
     case kMaxFused:
       return HESSREG_LAUNCH((gram_kernel<T, kMaxFused>), grid, block, 0, stream, table, partials);
-    default: return HESSREG_LAUNCH((gram_row_kernel<T>), rows, block, 0, stream, table, partials);
+    default:
+      return HESSREG_LAUNCH((gram_blocks_kernel<T>), tiles, block, 0, stream, table, partials);
   }
 }
 
@@ -348,9 +410,6 @@ void launch_combine(const Table& table, const double* weights, int64_t num_outpu
   switch (table.num_lists) {
     case 1: return HESSREG_LAUNCH((combine_kernel<T, 1>), grid, block, 0, stream, table, weights);
     case 2: return HESSREG_LAUNCH((combine_kernel<T, 2>), grid, block, 0, stream, table, weights);
-    case 3: return HESSREG_LAUNCH((combine_kernel<T, 3>), grid, block, 0, stream, table, weights);
-    case kMaxFused:
-      return HESSREG_LAUNCH((combine_kernel<T, kMaxFused>), grid, block, 0, stream, table, weights);
     default:
       return HESSREG_LAUNCH((combine_many_kernel<T>), grid, block, 0, stream, table, weights);
   }
@@ -358,22 +417,21 @@ void launch_combine(const Table& table, const double* weights, int64_t num_outpu
 
 }  // namespace
 
-void gram(const Lists& x, double* partials, double* gram, const Rule* rule, double* weights,
-          void* stream_) {
+void gram(const Lists& x, double* partials, double* gram, const Outcome* outcome, void* stream_) {
   const auto stream = static_cast<cuda_stream>(stream_);
   const int64_t num_segments = x.batch * x.segments;
   if (num_segments == 0) return;
   if (num_segments > kMaxBlocks) throw std::invalid_argument("projection: too many rows");
   const dim3 segments(num_segments), block(kThreads);
-  bool first = true;
+  const Outcome asked = outcome ? *outcome : Outcome{};
+  int64_t done = 0;
   for_each_table(x, nullptr, 0, [&](const Table& table) {
     if (table.num_pieces > 0) {
       dispatch(x.element, [&](auto zero) { launch_gram<decltype(zero)>(table, partials, stream); });
     }
-    const Projection projection{rule ? *rule : Rule{}, weights};
+    const bool first = done == 0, last = (done += table.count) == x.num_positions;
     HESSREG_LAUNCH(sum_pieces_kernel, segments, block, 0, stream, table, partials, gram, first,
-                   projection);
-    first = false;
+                   last, asked);
   });
 }
 

@@ -1,7 +1,7 @@
 #include <algorithm>
 
 #include "../common/binding.h"
-#include "projection.h"
+#include "projection_rules.h"
 #ifdef HESSREG_CUDA
 #include "projection_cuda.h"
 #else
@@ -39,6 +39,7 @@ class Arguments {
   int64_t num_pieces() const { return num_pieces_; }
   int64_t num_elements() const { return num_elements_; }  // of one list
   int64_t num_segments() const { return lists_.batch * segments_; }
+  int64_t bytes_of_list() const { return num_elements_ * tensors_[0].element_size(); }
 
   // The shape of a result with one [rows, columns] matrix per segment.
   std::vector<int64_t> sizes(int64_t rows, int64_t columns, bool batched) const {
@@ -102,25 +103,25 @@ std::vector<void*> data_pointers(std::vector<Tensor>& tensors) {
   return result;
 }
 
-// A residual is compared with the rounding error of the type the kernel computes in.
-double vanishing_tolerance(Element element) {
-  return 16 * (element == Element::kFloat64 ? std::numeric_limits<double>::epsilon()
-                                            : std::numeric_limits<float>::epsilon());
+double eps_of(Element element) {
+  return element == Element::kFloat64 ? std::numeric_limits<double>::epsilon()
+                                      : std::numeric_limits<float>::epsilon();
 }
 
 #ifdef HESSREG_CUDA
 
 constexpr int64_t kPieceLength = cuda::kPieceLength;
 
-void run_gram(const Arguments& x, double* gram, const Rule* rule, double* weights) {
+int64_t work_for(const Arguments& x) { return x.num_segments() * work_size(x.lists().num_lists); }
+
+void run_gram(const Arguments& x, double* gram, const Outcome* outcome) {
   const Executor executor(x.first());
   Tensor partials = new_float64(x.first(), {x.num_pieces() * num_pairs(x.lists().num_lists)});
-  cuda::gram(x.lists(), partials.mutable_data_ptr<double>(), gram, rule, weights,
-             executor.stream());
+  cuda::gram(x.lists(), partials.mutable_data_ptr<double>(), gram, outcome, executor.stream());
 }
 
 void run_combination(const Arguments& x, const double* weights, void* const* out,
-                     int64_t num_outputs) {
+                     int64_t num_outputs, bool) {
   const Executor executor(x.first());
   cuda::linear_combination(x.lists(), weights, out, num_outputs, executor.stream());
 }
@@ -128,6 +129,8 @@ void run_combination(const Arguments& x, const double* weights, void* const* out
 #else
 
 constexpr int64_t kPieceLength = 16384;
+
+int64_t work_for(const Arguments& x) { return work_size(x.lists().num_lists); }
 
 const CpuKernels& kernels() {
 #if defined(__x86_64__)
@@ -163,14 +166,15 @@ void sum_pieces(const Arguments& x, const double* partials, double* gram) {
       for (int64_t b = 0; b < a; ++b) gram[(s * m + a) * m + b] = gram[(s * m + b) * m + a];
 }
 
-void run_gram(const Arguments& x, double* gram, const Rule* rule, double* weights) {
-  std::vector<double> partials(x.num_pieces() * num_pairs(x.lists().num_lists));
+void run_gram(const Arguments& x, double* gram, const Outcome* outcome) {
+  const int64_t m = x.lists().num_lists;
+  std::vector<double> partials(x.num_pieces() * num_pairs(m));
   parallel_over_pieces(x, [&](int64_t begin, int64_t end) {
     kernels().gram(x.lists(), partials.data(), begin, end);
   });
   sum_pieces(x, partials.data(), gram);
-  for (int64_t s = 0; rule && s < x.num_segments(); ++s)
-    projection_weights(gram + 4 * s, *rule, weights + 2 * s);
+  for (int64_t s = 0; outcome && s < x.num_segments(); ++s)
+    outcome->find(gram + s * m * m, m, s, outcome->work, Alone{});
 }
 
 // What is read and written from here up does not fit in the caches beside the rest: results then
@@ -178,10 +182,10 @@ void run_gram(const Arguments& x, double* gram, const Rule* rule, double* weight
 constexpr int64_t kStreamingBytes = 32 << 20;
 
 void run_combination(const Arguments& x, const double* weights, void* const* out,
-                     int64_t num_outputs) {
+                     int64_t num_outputs, bool in_place) {
   Lists lists = x.lists();
-  lists.streaming = x.num_elements() * x.first().element_size() * (lists.num_lists + num_outputs) >=
-                    kStreamingBytes;
+  lists.streaming =
+      !in_place && x.bytes_of_list() * (lists.num_lists + num_outputs) >= kStreamingBytes;
   parallel_over_pieces(x, [&](int64_t begin, int64_t end) {
     kernels().linear_combination(lists, weights, out, num_outputs, begin, end);
   });
@@ -189,10 +193,41 @@ void run_combination(const Arguments& x, const double* weights, void* const* out
 
 #endif
 
+// Lists combined as a rule says, into `out` or, without any, into new tensors.
+class Combination {
+ public:
+  Combination(const Arguments& x, const Rule& rule, double* cosines)
+      : x_(x), num_outputs_(rule.num_outputs(x.lists().num_lists)) {
+    const int64_t m = x.lists().num_lists;
+    Tensor gram = new_float64(x.first(), {x.num_segments(), m, m});
+    Tensor work = new_float64(x.first(), {work_for(x)});
+    weights_ = new_float64(x.first(), {x.num_segments(), num_outputs_, m});
+    const Outcome outcome{rule, work.mutable_data_ptr<double>(),
+                          weights_.mutable_data_ptr<double>(), cosines};
+    run_gram(x, gram.mutable_data_ptr<double>(), &outcome);
+  }
+
+  std::vector<Tensor> make() const {
+    std::vector<Tensor> out = x_.new_lists(num_outputs_);
+    write(out, false);
+    return out;
+  }
+
+  void write(std::vector<Tensor>& out, bool in_place) const {
+    const std::vector<void*> pointers = data_pointers(out);
+    run_combination(x_, weights_.const_data_ptr<double>(), pointers.data(), num_outputs_, in_place);
+  }
+
+ private:
+  const Arguments& x_;
+  int64_t num_outputs_;
+  Tensor weights_;
+};
+
 Tensor gram_op(std::vector<Tensor> tensors, int64_t num_lists, int64_t scope, bool batched) {
   const Arguments x(tensors, num_lists, scope, batched, kPieceLength);
   Tensor gram = new_float64(x.first(), x.sizes(num_lists, num_lists, batched));
-  run_gram(x, gram.mutable_data_ptr<double>(), nullptr, nullptr);
+  run_gram(x, gram.mutable_data_ptr<double>(), nullptr);
   return gram;
 }
 
@@ -211,21 +246,43 @@ std::vector<Tensor> linear_combination_op(std::vector<Tensor> tensors, Tensor we
   const Tensor dense = torch::stable::contiguous(weights);
   std::vector<Tensor> out = x.new_lists(num_outputs);
   const std::vector<void*> pointers = data_pointers(out);
-  run_combination(x, dense.const_data_ptr<double>(), pointers.data(), num_outputs);
+  run_combination(x, dense.const_data_ptr<double>(), pointers.data(), num_outputs, false);
   return out;
 }
 
-std::vector<Tensor> project_op(std::vector<Tensor> tensors, double strength, bool conflict_only,
-                               int64_t scope, bool batched) {
-  const Arguments x(tensors, 2, scope, batched, kPieceLength);
-  const Rule rule{strength, vanishing_tolerance(x.lists().element), conflict_only};
-  Tensor gram = new_float64(x.first(), x.sizes(2, 2, batched));
-  Tensor weights = new_float64(x.first(), x.sizes(1, 2, batched));
-  run_gram(x, gram.mutable_data_ptr<double>(), &rule, weights.mutable_data_ptr<double>());
-  std::vector<Tensor> out = x.new_lists(1);
-  const std::vector<void*> pointers = data_pointers(out);
-  run_combination(x, weights.const_data_ptr<double>(), pointers.data(), 1);
-  return out;
+std::vector<Tensor> project_op(std::vector<Tensor> tensors, int64_t num_directions, double strength,
+                               bool conflict_only, bool rescale, int64_t scope, bool batched) {
+  const Arguments x(tensors, 1 + num_directions, scope, batched, kPieceLength);
+  const Rule rule = projection_rule(eps_of(x.lists().element), strength, conflict_only, rescale);
+  return Combination(x, rule, nullptr).make();
+}
+
+Tensor project_inplace_op(std::vector<Tensor> g, std::vector<Tensor> directions,
+                          int64_t num_directions, double strength, bool conflict_only, bool rescale,
+                          int64_t scope) {
+  for (size_t i = 0; i < g.size(); ++i)
+    STD_TORCH_CHECK(g[i].is_contiguous(), "projection: tensor ", i, " of g must be contiguous");
+  std::vector<Tensor> tensors = g;
+  tensors.insert(tensors.end(), directions.begin(), directions.end());
+  const Arguments x(tensors, 1 + num_directions, scope, false, kPieceLength);
+  const Rule rule = projection_rule(eps_of(x.lists().element), strength, conflict_only, rescale);
+  Tensor cosines = new_float64(x.first(), {x.num_segments(), num_directions});
+  Combination(x, rule, cosines.mutable_data_ptr<double>()).write(g, true);
+  return cosines;
+}
+
+std::vector<Tensor> pcgrad_op(std::vector<Tensor> tensors, int64_t num_tasks, Tensor order,
+                              int64_t reduction, int64_t scope, bool batched) {
+  const Arguments x(tensors, num_tasks, scope, batched, kPieceLength);
+  STD_TORCH_CHECK(order.scalar_type() == ScalarType::Long && order.is_contiguous() &&
+                      order.numel() == num_tasks * num_tasks &&
+                      order.device() == x.first().device(),
+                  "projection: order must hold ", num_tasks, " x ", num_tasks,
+                  " integers on the device of the tensors");
+  STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "projection: reduction must be 0, 1 or 2, got ",
+                  reduction);
+  const Rule rule = pcgrad_rule(order.const_data_ptr<int64_t>(), static_cast<Reduction>(reduction));
+  return Combination(x, rule, nullptr).make();
 }
 
 }  // namespace
@@ -237,8 +294,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hessreg, m) {
       "linear_combination(Tensor[] tensors, Tensor weights, int scope, bool batched)"
       " -> Tensor[]");
   m.def(
-      "project(Tensor[] tensors, float strength, bool conflict_only, int scope, bool batched)"
-      " -> Tensor[]");
+      "project(Tensor[] tensors, int num_directions, float strength, bool conflict_only,"
+      " bool rescale, int scope, bool batched) -> Tensor[]");
+  m.def(
+      "project_(Tensor(a!)[] g, Tensor[] directions, int num_directions, float strength,"
+      " bool conflict_only, bool rescale, int scope) -> Tensor");
+  m.def(
+      "pcgrad(Tensor[] tensors, int num_tasks, Tensor order, int reduction, int scope,"
+      " bool batched) -> Tensor[]");
 }
 #endif
 
@@ -246,6 +309,8 @@ STABLE_TORCH_LIBRARY_IMPL(hessreg, HESSREG_DISPATCH_KEY, m) {
   m.impl("gram", TORCH_BOX(&gram_op));
   m.impl("linear_combination", TORCH_BOX(&linear_combination_op));
   m.impl("project", TORCH_BOX(&project_op));
+  m.impl("project_", TORCH_BOX(&project_inplace_op));
+  m.impl("pcgrad", TORCH_BOX(&pcgrad_op));
 }
 
 }  // namespace hessreg::projection

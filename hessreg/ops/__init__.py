@@ -2,7 +2,12 @@
 
 from hessreg.ops.gaussian import gaussian_kernel, gaussian_kernel_matvec, mmd2
 from hessreg.ops.hvp import MLPHessian, mlp_hvp, mlp_parameter_hvp, symmetric_matmul
-from hessreg.ops.projection import project_orthogonal
+from hessreg.ops.projection import (
+    gram_matrix,
+    pcgrad,
+    project_orthogonal,
+    project_orthogonal_,
+)
 from hessreg.ops.spectral import (
     lanczos,
     power_iteration,
@@ -16,12 +21,15 @@ __all__ = [
     "MLPHessian",
     "gaussian_kernel",
     "gaussian_kernel_matvec",
+    "gram_matrix",
     "lanczos",
     "mlp_hvp",
     "mlp_parameter_hvp",
     "mmd2",
+    "pcgrad",
     "power_iteration",
     "project_orthogonal",
+    "project_orthogonal_",
     "symmetric_eigh",
     "symmetric_eigvalsh",
     "symmetric_matmul",
