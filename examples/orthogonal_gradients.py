@@ -1,12 +1,15 @@
 """A GAN on handwritten digits whose gradients are made orthogonal before the steps.
 
     python examples/orthogonal_gradients.py --picture digits.png
-    python examples/orthogonal_gradients.py --mode previous --generator-lr 2e-4
+    python examples/orthogonal_gradients.py --generator-lr 1e-3 --discriminator-lr 1e-3
 
-Two multilayer perceptrons with sigmoid outputs and a learning rate each. With ``--mode terms`` the
-gradients of the discriminator's losses on real and on generated images are projected where they
-conflict (the generator has one loss, so nothing to project); with ``previous`` the joint gradient
-of both networks is projected on the last one; ``none`` is the same GAN without projection.
+Two multilayer perceptrons with sigmoid outputs and a learning rate each. With ``--mode previous``
+the joint gradient of both networks is projected on the last one; with ``terms`` those of the
+discriminator's losses on real and on generated images are projected where they conflict (the
+generator has one loss, so nothing to project); ``none`` is the same GAN without projection.
+
+At the default rates a hundred epochs of so few images draw no digits in any mode, only noise in the
+shape of one; at those of the second command ``previous`` draws blurred ones.
 """
 
 from __future__ import annotations
@@ -30,9 +33,9 @@ NOISE, SIDE = 100, 28
 def make_generator() -> nn.Sequential:
     """Maps noise [n, 100] to images [n, 784] in (0, 1)."""
     return nn.Sequential(
-        *(nn.Linear(NOISE, 128), nn.ReLU()),
-        *(nn.Linear(128, 128), nn.ReLU()),
-        *(nn.Linear(128, 100), nn.ReLU()),
+        *(nn.Linear(NOISE, 128), nn.LeakyReLU(0.2)),
+        *(nn.Linear(128, 128), nn.LeakyReLU(0.2)),
+        *(nn.Linear(128, 100), nn.LeakyReLU(0.2)),
         *(nn.Linear(100, SIDE * SIDE), nn.Sigmoid()),
     )
 
@@ -40,8 +43,8 @@ def make_generator() -> nn.Sequential:
 def make_discriminator() -> nn.Sequential:
     """Maps images [n, 784] to the probability [n, 1] that they are real."""
     return nn.Sequential(
-        *(nn.Linear(SIDE * SIDE, 128), nn.ReLU()),
-        *(nn.Linear(128, 128), nn.ReLU()),
+        *(nn.Linear(SIDE * SIDE, 128), nn.LeakyReLU(0.2)),
+        *(nn.Linear(128, 128), nn.LeakyReLU(0.2)),
         *(nn.Linear(128, 1), nn.Sigmoid()),
     )
 
@@ -60,7 +63,7 @@ class OrthogonalGAN:
         betas = (0.5, 0.999)
         adam_g = torch.optim.Adam(self.generator.parameters(), generator_lr, betas)
         adam_d = torch.optim.Adam(self.discriminator.parameters(), discriminator_lr, betas)
-        # Of projection with strength 0 nothing is left but the two optimisers.
+        # With strength 0 the wrapper is the two optimisers and no more.
         strength = 0.0 if mode == "none" else None
         self.both = OrthogonalGradients(adam_g, adam_d, mode="previous", strength=strength)
         self.discriminator_only = OrthogonalGradients(adam_d, mode="terms")
@@ -123,7 +126,7 @@ def train(options: argparse.Namespace) -> OrthogonalGAN:
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mode", choices=["terms", "previous", "none"], default="terms")
+    parser.add_argument("--mode", choices=["previous", "terms", "none"], default="previous")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--print-every", type=int, default=10, help="epochs between two lines")
     parser.add_argument("--generator-lr", type=float, default=2e-4)

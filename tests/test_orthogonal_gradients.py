@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -746,7 +747,9 @@ def test_example_runs(mode, tmp_path):
     picture = tmp_path / "digits.png"
     small = ["--images=32", "--batch-size=16", "--epochs=4", "--print-every=2"]
     command = [sys.executable, "-W", "error", str(EXAMPLE), f"--mode={mode}", *small]
-    done = subprocess.run([*command, f"--picture={picture}"], capture_output=True, text=True)
+    command.append(f"--picture={picture}")
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLE.parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.stderr == ""
     number = r"\d+\.\d{4}"
     line = rf"Epoch [24]/4, Generator Loss: {number}, Discriminator Loss: {number}\n"

@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hessreg.ops import gram_matrix, pcgrad, project_orthogonal_
 from hessreg.optim._angles import Angles, angles_of_pair, angles_of_terms, cosine_matrix
-from hessreg.optim._shim import gram_matrix, pcgrad, project_orthogonal_
 from hessreg.optim._vectors import Vector, add, average, check_losses, differentiate
 
 __all__ = ["MODES", "OppositeGradientsError", "OrthogonalGradients"]
@@ -290,17 +290,19 @@ class OrthogonalGradients:
     @torch.no_grad()
     def _combine(self) -> Vector:
         """What the optimisers are to find in ``.grad``."""
-        if self.mode == "terms":
+        reached = any(g is not None for vector in self._sums for g in vector)
+        if self.mode == "terms" and reached:
             combined = pcgrad(self._sums, scope=self.scope)
             gram = gram_matrix([*self._sums, combined], self.scope)
             self._cosines = cosine_matrix(gram[..., :-1, :-1])
             self._angles = angles_of_terms(gram)
             return combined
         gradient = [None if g is None else g.clone() for g in self._sums[0]]
-        if self.mode == "game":
+        if self.mode == "game" and reached:
+            finite = gram_matrix(self._sums, self.scope).isfinite().all()
             cosines = self._project(gradient, self._sums[1])
-            self._check_game(cosines)
-            _poison(gradient, cosines)
+            self._check_game(torch.where(finite, cosines.max(), torch.nan))
+            _poison(gradient, torch.where(finite, 1.0, torch.nan))
         return gradient
 
     def _project(self, gradient: Vector, against: Vector, rescale: bool = False) -> Tensor:
@@ -318,11 +320,11 @@ class OrthogonalGradients:
         self._project(gradient, self._previous or [None] * len(gradient))
         self._previous = raw
 
-    def _check_game(self, cosines: Tensor) -> None:
+    def _check_game(self, largest: Tensor) -> None:
         """Looks at the first finite gradients, and waits for the device to do so."""
         if self._checked:
             return
-        cosine = cosines.max().item()
+        cosine = largest.item()
         if not math.isfinite(cosine):
             return
         self._checked = True
@@ -374,12 +376,11 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _poison(gradient: Vector, cosines: Tensor) -> None:
-    """Makes the gradient NaN if its direction is not finite, so that a GradScaler sees it."""
-    present = [g for g in gradient if g is not None]
-    factor = torch.where(cosines.isfinite().all(), 1.0, torch.nan)
-    for tensor in present:
-        tensor.mul_(factor.to(tensor.dtype))
+def _poison(gradient: Vector, factor: Tensor) -> None:
+    """Makes a gradient NaN whose direction is not finite, so that a GradScaler notices."""
+    for tensor in gradient:
+        if tensor is not None:
+            tensor.mul_(factor.to(tensor.dtype))
 
 
 def _check_optimizers(optimizers: Sequence[Any]) -> None:
