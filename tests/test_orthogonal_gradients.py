@@ -565,7 +565,8 @@ def test_training_from_a_saved_state_is_the_same_training(mode):
     ("change", "message"),
     [
         ({"mode": "terms"}, "state is of mode 'terms', this object's is 'previous'"),
-        ({"optimizers": []}, "state is of 0 optimisers, this object has 1"),
+        ({"optimizers": []}, r"optimizers must be a list of 1 states, got \[\]"),
+        ({"optimizers": 3}, "optimizers must be a list of 1 states, got 3"),
         ({"checked": 1}, "checked must be True or False, got 1"),
         ({"previous": 3}, "previous must be a list of 4 gradients or None"),
         ({"previous": [None] * 3}, "previous must be a list of 4 gradients or None"),

@@ -22,7 +22,12 @@ Mode = Literal["terms", "previous", "game", "weights"]
 Scope = Literal["global", "tensor", "row"]
 
 MODES: tuple[str, ...] = get_args(Mode)
-_SCOPES = {"terms": "global", "previous": "global", "game": "global", "weights": "tensor"}
+_SCOPES: dict[str, Scope] = {
+    "terms": "global",
+    "previous": "global",
+    "game": "global",
+    "weights": "tensor",
+}
 _STRENGTHS = {"previous": 0.5, "game": 1.0, "weights": 1.0}
 _TAKES_SEVERAL_LOSSES = ("terms", "game")
 _NEARLY_OPPOSITE = -0.8
@@ -102,7 +107,7 @@ class OrthogonalGradients:
         _check_options(mode, scope, strength)
         self.optimizers = optimizers
         self.mode = mode
-        self.scope = scope or _SCOPES[mode]
+        self.scope: Scope = scope or _SCOPES[mode]
         self.strength = _STRENGTHS.get(mode, 1.0) if strength is None else float(strength)
         self.process_group = process_group
         self._pending: list[Vector] = []  # of this process, not yet averaged
@@ -258,19 +263,15 @@ class OrthogonalGradients:
         return check_losses(losses, len(self.optimizers), "one for each wrapped optimiser")
 
     def _differentiate(self, losses: Sequence[Tensor], retain_graph: bool) -> list[Vector]:
-        everywhere = [self._parameters()]
-        if self.mode not in _TAKES_SEVERAL_LOSSES:
-            everywhere = [_parameters(optimizer) for optimizer in self.optimizers]
-        else:
-            everywhere *= len(losses)
+        several = self.mode in _TAKES_SEVERAL_LOSSES
+        own = [_parameters(optimizer) for optimizer in self.optimizers]
+        targets = [self._parameters()] * len(losses) if several else own
         last = len(losses) - 1
         vectors = [
             differentiate(loss, parameters, retain_graph or i < last)
-            for i, (loss, parameters) in enumerate(zip(losses, everywhere, strict=True))
+            for i, (loss, parameters) in enumerate(zip(losses, targets, strict=True))
         ]
-        if self.mode in _TAKES_SEVERAL_LOSSES:
-            return vectors
-        return [list(chain.from_iterable(vectors))]
+        return vectors if several else [list(chain.from_iterable(vectors))]
 
     def _check_written(self) -> None:
         """Refuses to write over a gradient that came from elsewhere."""
@@ -344,9 +345,9 @@ class OrthogonalGradients:
             raise ValueError(f"state must have entries {sorted(names)}, got {sorted(state)}")
         if state["mode"] != self.mode:
             raise ValueError(f"state is of mode {state['mode']!r}, this object's is {self.mode!r}")
-        count, wanted = len(state["optimizers"]), len(self.optimizers)
-        if count != wanted:
-            raise ValueError(f"state is of {count} optimisers, this object has {wanted}")
+        states, wanted = state["optimizers"], len(self.optimizers)
+        if not isinstance(states, list) or len(states) != wanted:
+            raise ValueError(f"optimizers must be a list of {wanted} states, got {states!r:.40}")
         if not isinstance(state["checked"], bool):
             raise ValueError(f"checked must be True or False, got {state['checked']!r}")
         self._check_previous(state["previous"])
