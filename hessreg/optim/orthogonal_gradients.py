@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, Literal, get_args
 
@@ -116,7 +117,7 @@ class OrthogonalGradients:
         self._previous: Vector | None = None
         self._checked = False
         self._cosines: Tensor | None = None
-        self._angles: Angles = {}
+        self._angles: Callable[[], Angles] = dict  # on demand: a dozen small operations
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -144,11 +145,11 @@ class OrthogonalGradients:
 
         Means over the segments of the scope. A zero vector is at 90 degrees to everything.
         """
-        return dict(self._angles)
+        return self._angles()
 
     def metrics(self) -> dict[str, float]:
         """The :attr:`angles` as numbers; waits for the device."""
-        return {name: value.item() for name, value in self._angles.items()}
+        return {name: value.item() for name, value in self.angles.items()}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets the gradients of all wrapped optimisers' parameters."""
@@ -296,7 +297,7 @@ class OrthogonalGradients:
             combined = pcgrad(self._sums, scope=self.scope)
             gram = gram_matrix([*self._sums, combined], self.scope)
             self._cosines = cosine_matrix(gram[..., :-1, :-1])
-            self._angles = angles_of_terms(gram)
+            self._angles = partial(angles_of_terms, gram)
             return combined
         gradient = [None if g is None else g.clone() for g in self._sums[0]]
         if self.mode == "game" and reached:
@@ -311,7 +312,7 @@ class OrthogonalGradients:
         self._cosines = project_orthogonal_(
             gradient, against, "always", self.scope, self.strength, rescale
         )
-        self._angles = angles_of_pair(self._cosines, self.strength)
+        self._angles = partial(angles_of_pair, self._cosines, self.strength)
         return self._cosines
 
     def _project_on_previous(self) -> None:
