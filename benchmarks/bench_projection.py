@@ -1,20 +1,30 @@
-"""Times ``project_orthogonal`` against plain torch, as ``python -m benchmarks.bench_projection``.
+"""Times projections of gradients against plain torch, as ``python -m benchmarks.bench_projection``.
 
-The floor is what the same bytes cost torch's own best single passes over flat tensors in the same
-run: one ``dot`` (the two vectors read once) and one ``sub`` into memory that is there already (both
-read again, one written).
+One direction, eight directions, PCGrad of two losses and OrthoGrad, on lists of tensors. The floor
+is what the same bytes cost torch's own best single passes over flat tensors in the same run: for
+each vector that is read half a ``dot``, and one ``sub`` into memory that is there already (two
+vectors read, one written).
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.harness import keep_memory, machine, measure, options, save
-from hessreg import project_orthogonal
+from hessreg import pcgrad, project_orthogonal, project_orthogonal_
+
+Vector = list[Tensor]
+Runs = dict[str, Callable[[], Any]]
 
 # The gradients of networks, largest first: name -> shapes of the parameters.
 _MLP = [(784, 1024), (1024,), (1024, 1024), (1024,), (1024, 512), (512,), (512, 512), (512,)]
@@ -27,7 +37,10 @@ CASES = {
 }
 
 
-def dot_loop(g: list[Tensor], v: list[Tensor]) -> list[Tensor]:
+# ---- one direction -------------------------------------------------------------------------------
+
+
+def dot_loop(g: Vector, v: Vector) -> Vector:
     """Inner products tensor by tensor, then the update."""
     gv = vv = torch.zeros((), device=g[0].device)
     for x, y in zip(g, v, strict=True):
@@ -38,21 +51,21 @@ def dot_loop(g: list[Tensor], v: list[Tensor]) -> list[Tensor]:
     return [torch.sub(x, y, alpha=c) for x, y in zip(g, v, strict=True)]
 
 
-def foreach(g: list[Tensor], v: list[Tensor]) -> list[Tensor]:
+def foreach(g: Vector, v: Vector) -> Vector:
     """The multi-tensor operators of torch, with the coefficient on the host."""
     gv = torch.stack([p.sum() for p in torch._foreach_mul(g, v)]).sum()
     vv = torch.stack(torch._foreach_norm(v)).square().sum()
     return list(torch._foreach_sub(g, v, alpha=(gv / vv).item()))
 
 
-def foreach_on_device(g: list[Tensor], v: list[Tensor]) -> list[Tensor]:
+def foreach_on_device(g: Vector, v: Vector) -> Vector:
     """The multi-tensor operators of torch, without reading the coefficient back."""
     gv = torch.stack([p.sum() for p in torch._foreach_mul(g, v)]).sum()
     vv = torch.stack(torch._foreach_norm(v)).square().sum()
     return list(torch._foreach_sub(g, torch._foreach_mul(v, gv / vv)))
 
 
-def flattened(g: list[Tensor], v: list[Tensor]) -> list[Tensor]:
+def flattened(g: Vector, v: Vector) -> Vector:
     """One flat vector, and views of the result."""
     a, b = (torch.cat([t.view(-1) for t in tensors]) for tensors in (g, v))
     y = a.sub_(b, alpha=(torch.dot(a, b) / torch.dot(b, b)).item())
@@ -60,37 +73,262 @@ def flattened(g: list[Tensor], v: list[Tensor]) -> list[Tensor]:
     return [part.view_as(t) for part, t in zip(parts, g, strict=True)]
 
 
-def contestants(g: list[Tensor], v: list[Tensor]) -> dict[str, Callable[[], Any]]:
-    """Every way to project, and the two passes that make the floor."""
+# ---- eight directions --------------------------------------------------------------------------
+
+
+def gram_solve(g: Vector, directions: list[Vector]) -> Vector:
+    """All in one flat matrix, and the normal equations."""
+    V = torch.stack([torch.cat([t.view(-1) for t in v]) for v in directions])
+    x = torch.cat([t.view(-1) for t in g])
+    y = x.sub_(torch.linalg.solve(V @ V.T, V @ x) @ V)
+    parts = y.split([t.numel() for t in g])
+    return [part.view_as(t) for part, t in zip(parts, g, strict=True)]
+
+
+def gram_solve_by_tensor(g: Vector, directions: list[Vector]) -> Vector:
+    """The normal equations, tensor by tensor."""
+    stacks = [torch.stack([t.view(-1) for t in ts]) for ts in zip(g, *directions, strict=True)]
+    G = torch.stack([M @ M.T for M in stacks]).sum(0)
+    weights = torch.cat([torch.ones(1, device=G.device), -torch.linalg.solve(G[1:, 1:], G[1:, 0])])
+    return [(weights @ M).view_as(t) for M, t in zip(stacks, g, strict=True)]
+
+
+def gram_schmidt(g: Vector, directions: list[Vector]) -> Vector:
+    """Modified Gram-Schmidt, tensor by tensor."""
+    basis: list[Vector] = []
+    for v in [*directions, g]:
+        w = [t.clone() for t in v]
+        for q in basis:
+            c = _dot(w, q).item()
+            for x, y in zip(w, q, strict=True):
+                x.sub_(y, alpha=c)
+        if v is g:
+            return w
+        norm = _dot(w, w).sqrt().item()
+        basis.append([x.div_(norm) for x in w])
+    raise AssertionError
+
+
+def foreach_gram_schmidt(g: Vector, directions: list[Vector]) -> Vector:
+    """Modified Gram-Schmidt with the multi-tensor operators of torch."""
+    basis: list[Vector] = []
+    y = list(g)
+    for v in directions:
+        w = list(v)
+        for q in basis:
+            w = list(torch._foreach_sub(w, q, alpha=_foreach_dot(w, q).item()))
+        w = list(torch._foreach_div(w, _foreach_dot(w, w).sqrt().item()))
+        basis.append(w)
+        y = list(torch._foreach_sub(y, w, alpha=_foreach_dot(y, w).item()))
+    return y
+
+
+def _dot(a: Vector, b: Vector) -> Tensor:
+    pairs = zip(a, b, strict=True)
+    return torch.stack([torch.dot(x.view(-1), y.view(-1)) for x, y in pairs]).sum()
+
+
+def _foreach_dot(a: Vector, b: Vector) -> Tensor:
+    return torch.stack([p.sum() for p in torch._foreach_mul(a, b)]).sum()
+
+
+# ---- PCGrad of two losses ------------------------------------------------------------------------
+
+
+def torchjd_contestants(g: Vector, v: Vector) -> Runs:
+    """TorchJD on lists in its two ways, and on one flat matrix."""
+    from torchjd.aggregation import PCGrad
+    from torchjd.autojac import jac_to_grad
+
+    aggregator = PCGrad()
+    parameters = [torch.zeros_like(t, requires_grad=True) for t in g]
+    jacobians = [torch.stack(pair) for pair in zip(g, v, strict=True)]
+    flat = torch.stack([torch.cat([t.view(-1) for t in x]) for x in (g, v)])
+
+    def from_lists(**how: bool) -> Vector:
+        for parameter, jacobian in zip(parameters, jacobians, strict=True):
+            parameter.jac, parameter.grad = jacobian, None
+        jac_to_grad(parameters, aggregator, **how)
+        return [p.grad for p in parameters if p.grad is not None]
+
+    return {
+        "torchjd jac_to_grad": from_lists,
+        "torchjd jac_to_grad, by tensor": lambda: from_lists(optimize_gramian_computation=True),
+        "torchjd, already flat": lambda: aggregator(flat),
+    }
+
+
+def conflictfree_contestant(g: Vector, v: Vector) -> Callable[[], Vector]:
+    """The conflictfree package: gradients collected from a network and put back."""
+    from conflictfree.grad_operator import PCGradOperator
+    from conflictfree.utils import apply_gradient_vector, get_gradient_vector
+
+    network = torch.nn.ParameterList(torch.zeros_like(t) for t in g)
+
+    def run() -> Vector:
+        vectors = []
+        for gradients in (g, v):
+            for parameter, gradient in zip(network, gradients, strict=True):
+                parameter.grad = gradient
+            vectors.append(get_gradient_vector(network))
+        for parameter in network:  # it writes into the gradients that it finds
+            parameter.grad = torch.empty_like(parameter)
+        apply_gradient_vector(network, PCGradOperator().calculate_gradient(vectors))
+        return [p.grad for p in network if p.grad is not None]
+
+    return run
+
+
+def libmtl_contestant(g: Vector, v: Vector) -> Callable[[], Vector]:
+    """LibMTL's PCGrad, with gradients collected as its ``_compute_grad`` does."""
+    parameters = [torch.zeros_like(t, requires_grad=True) for t in g]
+
+    class FromLists(_libmtl().PCGrad):  # type: ignore[misc]
+        task_num, rep_grad, device = 2, False, g[0].device
+
+        def get_share_params(self) -> Vector:
+            return parameters
+
+        def _compute_grad(self, losses: list[Vector], mode: str) -> Tensor:
+            grads = torch.zeros(self.task_num, self.grad_dim).to(self.device)
+            for task, gradients in enumerate(losses):
+                grads[task] = torch.cat([t.view(-1) for t in gradients])
+            return grads
+
+    weighting = FromLists()
+
+    def run() -> Vector:
+        for parameter, gradient in zip(parameters, g, strict=True):
+            parameter.grad = gradient
+        weighting.backward([g, v])
+        return [p.grad for p in parameters if p.grad is not None]
+
+    return run
+
+
+@functools.cache
+def _libmtl() -> ModuleType:
+    """Its PCGrad without the rest of the package, which wants a torchvision that imports."""
+    spec = importlib.util.find_spec("LibMTL")
+    if spec is None or spec.origin is None:
+        raise ImportError("LibMTL is not installed")
+    for name in ("LibMTL", "LibMTL.weighting"):
+        package = ModuleType(name)
+        package.__path__ = [str(Path(spec.origin).parent.joinpath(*name.split(".")[1:]))]
+        sys.modules[name] = package
+    return importlib.import_module("LibMTL.weighting.PCGrad")
+
+
+# ---- OrthoGrad -----------------------------------------------------------------------------------
+
+
+def published_orthograd(g: Vector, weights: Vector) -> Vector:
+    """The steps of the paper's optimiser: tensor by tensor, in place of the gradients."""
+    for gradient, weight in zip(g, weights, strict=True):
+        flat, w = gradient.view(-1), weight.view(-1)
+        projection = torch.dot(w, flat) / (torch.dot(w, w) + 1e-30)
+        rest = flat - projection * w
+        scaled = rest * (torch.norm(flat, 2) / (torch.norm(rest, 2) + 1e-30))
+        gradient.copy_(scaled.view_as(gradient))
+    return g
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+def pair_contestants(g: Vector, v: Vector) -> Runs:
+    """Every way to project off one direction."""
+    rivals = (dot_loop, foreach, foreach_on_device, flattened)
+    runs: Runs = {rival.__name__: lambda r=rival: r(g, v) for rival in rivals}
+    return {"project_orthogonal": lambda: project_orthogonal(g, v), **runs}
+
+
+def span_contestants(g: Vector, v: Vector) -> Runs:
+    """Every way to project off eight directions."""
+    directions = [v, *([torch.randn_like(t) for t in g] for _ in range(7))]
+    rivals = (gram_solve, gram_solve_by_tensor, gram_schmidt, foreach_gram_schmidt)
+    runs: Runs = {rival.__name__: lambda r=rival: r(g, directions) for rival in rivals}
+    return {"project_orthogonal": lambda: project_orthogonal(g, directions), **runs}
+
+
+def surgery_contestants(g: Vector, v: Vector) -> Runs:
+    """Every PCGrad of two gradients, which conflict."""
+    v = [y - 0.2 * x for x, y in zip(g, v, strict=True)]
+    return {
+        "pcgrad": lambda: pcgrad([g, v]),
+        **torchjd_contestants(g, v),
+        "conflictfree": conflictfree_contestant(g, v),
+        "libmtl": libmtl_contestant(g, v),
+    }
+
+
+def orthograd_contestants(g: Vector, v: Vector) -> Runs:
+    """Both OrthoGrads, in place: the gradient stays orthogonal, which changes no work."""
+    first, second = ([t.clone() for t in g] for _ in range(2))
+
+    def ours() -> Vector:
+        project_orthogonal_(first, v, scope="tensor", rescale=True)
+        return first
+
+    return {
+        "project_orthogonal_": ours,
+        "published orthograd": lambda: published_orthograd(second, v),
+    }
+
+
+KINDS = {
+    "one direction": (pair_contestants, 2),
+    "eight directions": (span_contestants, 9),
+    "PCGrad of two losses": (surgery_contestants, 2),
+    "OrthoGrad": (orthograd_contestants, 2),
+}
+
+
+def floors(g: Vector, v: Vector) -> Runs:
+    """Two vectors read; two read and one written."""
     a, b = (torch.cat([t.view(-1) for t in tensors]) for tensors in (g, v))
     out = torch.empty_like(a)
-    rivals = (dot_loop, foreach, foreach_on_device, flattened)
-    runs: dict[str, Callable[[], Any]] = {r.__name__: lambda r=r: r(g, v) for r in rivals}
-    runs["project_orthogonal"] = lambda: project_orthogonal(g, v)
-    runs["floor: dot"] = lambda: torch.dot(a, b)
-    runs["floor: sub"] = lambda: torch.sub(a, b, alpha=0.5, out=out)
-    return runs
+    return {
+        "floor: dot": lambda: torch.dot(a, b),
+        "floor: sub": lambda: torch.sub(a, b, alpha=0.5, out=out),
+    }
 
 
-def run(shapes: list[tuple[int, ...]], rounds: int, device: str) -> dict[str, Any]:
-    """Measures one case and checks that all contestants agree."""
-    g, v = ([torch.randn(shape, device=device) for shape in shapes] for _ in range(2))
-    expected = project_orthogonal(g, v)
-    for rival in (dot_loop, foreach, foreach_on_device, flattened):
-        torch.testing.assert_close(rival(g, v), expected, rtol=1e-3, atol=1e-4)
+def run(shapes: list[tuple[int, ...]], kind: str, args: Any) -> dict[str, Any]:
+    """Measures one case, and checks that all contestants agree."""
+    g, v = ([torch.randn(shape, device=args.device) for shape in shapes] for _ in range(2))
+    make, num_lists = KINDS[kind]
+    runs = make(g, v)
+    check_agreement(runs)
     cold = sum(t.numel() for t in g) > 1_000_000
-    times = measure(contestants(g, v), rounds=rounds, device=device, cold=cold)
-    ours = times["project_orthogonal"]["median"]
-    floor = times["floor: dot"]["median"] + times["floor: sub"]["median"]
-    bytes_moved = 5 * 4 * sum(t.numel() for t in g)
+    everyone = {**runs, **floors(g, v)}
+    times = measure(
+        everyone, rounds=args.rounds, device=args.device, cold=cold, seconds=args.seconds
+    )
+    (ours, mine), *_ = times.items()
+    dot, sub = times["floor: dot"]["median"], times["floor: sub"]["median"]
+    floor = num_lists * dot / 2 + sub + (num_lists - 2) * dot / 2
+    bytes_moved = (2 * num_lists + 1) * 4 * sum(t.numel() for t in g)
     return {
         "milliseconds": times,
+        "ours": ours,
         "times faster than": {
-            name: t["median"] / ours for name, t in times.items() if "floor" not in name
+            name: t["median"] / mine["median"] for name, t in times.items() if "floor" not in name
         },
-        "share of the floor": floor / ours,
-        "gigabytes per second": bytes_moved / ours / 1e6,
+        "share of the floor": floor / mine["median"],
+        "gigabytes per second": bytes_moved / mine["median"] / 1e6,
     }
+
+
+def check_agreement(runs: Runs) -> None:
+    """All contestants against the first."""
+    flat = [torch.cat([t.reshape(-1) for t in _as_list(run())]) for run in runs.values()]
+    for other in flat[1:]:
+        torch.testing.assert_close(other, flat[0], rtol=1e-3, atol=1e-3)
+
+
+def _as_list(result: Tensor | Vector) -> Vector:
+    return [result] if isinstance(result, Tensor) else result
 
 
 def show(name: str, result: dict[str, Any]) -> None:
@@ -100,26 +338,34 @@ def show(name: str, result: dict[str, Any]) -> None:
         ratio = result["times faster than"].get(contestant)
         note = "" if ratio is None else f"   {ratio:5.2f} x our time"
         spread = f"({times['low']:.3f} - {times['high']:.3f})"
-        print(f"  {contestant:20s} {times['median']:9.3f} ms {spread:20s}{note}")
+        print(f"  {contestant:30s} {times['median']:9.3f} ms {spread:20s}{note}")
     print(
         f"  {result['gigabytes per second']:.1f} GB/s, "
-        f"{100 * result['share of the floor']:.0f} % of the floor"
+        f"{100 * result['share of the floor']:.0f} % of the floor",
+        flush=True,
     )
 
 
 def main() -> None:
     """Runs every case."""
     keep_memory()
-    args = options(__doc__.splitlines()[0])
+    args = options(__doc__.splitlines()[0], _more)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    results = {name: run(shapes, args.rounds, args.device) for name, shapes in CASES.items()}
+    results = {}
     card = machine(args.device)
     print(f"{card['processor']}, torch {card['torch']}, {args.threads} thread(s), {args.device}")
-    for name, result in results.items():
-        show(name, result)
+    for kind in KINDS:
+        for name, shapes in CASES.items():
+            title = f"{kind}, {name}"
+            results[title] = run(shapes, kind, args)
+            show(title, results[title])
     if args.json:
         save(args.json, {"machine": card, "threads": args.threads, "projection": results})
+
+
+def _more(parser: Any) -> None:
+    parser.add_argument("--seconds", type=float, default=5.0, help="for each contestant, about")
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ def measure(
     device: str,
     cold: bool,
     seconds: float | None = None,
+    again: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Times callables in turn, round after round, so that a drifting machine drifts for all.
 
@@ -76,11 +77,15 @@ def measure(
             much pays for writing it back: up to 40 % of the time of an operation on large vectors.
         seconds: for each contestant, about: whoever is too slow for all rounds in that time runs
             in some of them only, evenly spread.
+        again: time a second call right after each, too: it finds its code and data in the caches,
+            from which the others have driven them before the first.
 
     Returns:
-        For each name the ``median``, ``low`` and ``high`` quartile in milliseconds.
+        For each name the ``median``, ``low`` and ``high`` quartile in milliseconds, and with
+        ``again`` the median of the second calls under that name.
     """
     samples: dict[str, list[float]] = {}
+    repeats: dict[str, list[float]] = {name: [] for name in contestants}
     turns: dict[str, int] = {}
     for name, run in contestants.items():
         samples[name], turns[name] = _warm_up(run, rounds, seconds, device)
@@ -90,7 +95,13 @@ def measure(
             if i * turns[name] % rounds < turns[name]:
                 other.sum()
                 samples[name].append(time_once(run, device))
-    return {name: _summary(times) for name, times in samples.items()}
+                if again:
+                    repeats[name].append(time_once(run, device))
+    found = {name: _summary(times) for name, times in samples.items()}
+    for name, times in repeats.items():
+        if times:
+            found[name]["again"] = statistics.median(times)
+    return found
 
 
 def _warm_up(

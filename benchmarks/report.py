@@ -19,10 +19,12 @@ quartiles. On the CPU the allocator is told to keep its memory, which makes eage
 faster on large matrices, and the same for all.
 
 **Projection.** Contestants on large vectors start with nothing of theirs in the caches. The floor
-is what the same bytes cost torch's own single passes over flat vectors in the same run: one `dot`,
-and one `sub` into memory that is there already. A loop over tensors is above it by what reading one
-of its vectors again costs, mostly from the caches: where memory is the limit, that is about what
-there is to gain on it.
+is what the same bytes cost torch's own single passes over flat vectors in the same run: half a
+`dot` for each vector read, and one `sub` into memory that is there already. With one direction a
+loop over tensors is above it by what reading one of its vectors again costs, mostly from the
+caches: where memory is the limit, that is about what there is to gain on it. `torchjd`,
+`conflictfree` and `libmtl` start from lists of gradients, as we do, and leave lists, but for
+"already flat".
 
 **Gaussian kernels and MMD.** float32, n points in each sample, sigma = sqrt(d), the unbiased
 estimator. Our milliseconds, then how many times as long each rival takes; "best torch" is the best
@@ -44,7 +46,9 @@ reaches at 2048 x 2048: low where exponentials take the time, above 100 % where 
 stays below the peak of the processor.
 
 **Symmetric eigenproblems.** Batches of 256 float32 matrices; 30 iterations or steps. Our
-milliseconds and largest error against float64, then how many times as long each rival takes.
+milliseconds and largest error against float64, then how many times as long each rival takes. The
+first figure is of a call right after a rival's, with little of its code and data left in the
+caches, the one behind the stroke of a second call right after that, for the rivals too.
 
 **Hessian-vector products.** The unit is one gradient of the loss in plain torch, forward and
 backward, in the same run. All but those "from scratch" keep from product to product what they can;
@@ -118,8 +122,9 @@ def _spectral_operator(rows: list[dict[str, Any]], operator: str) -> str:
 
 def _spectral_row(row: dict[str, Any]) -> list[str]:
     t, errors = row["milliseconds"]["hessreg"], dict(row["largest error"])
-    ours = f"{t['median']:.3f} ({t['low']:.3f} - {t['high']:.3f})"
-    ratios = [f"{ratio:.1f}" for ratio in row["times ours"].values()]
+    ours = f"{t['median']:.3f} ({t['low']:.3f} - {t['high']:.3f}) / {t['again']:.3f}"
+    again = row["times ours again"]
+    ratios = [f"{ratio:.1f} / {again[who]:.1f}" for who, ratio in row["times ours"].items()]
     own = f"{errors.pop('hessreg'):.1e}"
     return [str(row["n"]), ours, own, *ratios, f"{min(errors.values()):.1e}"]
 

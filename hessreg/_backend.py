@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+_CPU = torch.device("cpu")
 _BACKENDS = ("auto", "reference", "cpu", "cuda")
 _libraries: dict[str, str] = {}  # name -> "loaded", or why it is not
 _builds: dict[str, dict[str, Any]] = {}  # name -> the options it was built with
@@ -73,12 +74,12 @@ def runs_compiled(device: torch.device) -> bool:
     """Whether compiled kernels serve tensors on a device now."""
     if _in_reference or not compiled():
         return False
-    if device.type == "cuda":
-        if _libraries.get("_cuda") != "loaded":
-            _warn_of_reference("_cuda")
-            return False
+    if device == _CPU:  # the name of a device's type is written anew at every look
         return True
-    return device.type in ("cpu", "meta")
+    if device.type == "cuda" and _libraries.get("_cuda") != "loaded":
+        _warn_of_reference("_cuda")
+        return False
+    return device.type in ("cuda", "cpu", "meta")
 
 
 @contextlib.contextmanager

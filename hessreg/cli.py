@@ -29,6 +29,8 @@ import hessreg
 from hessreg.curvature import LinearOperator
 from hessreg.curvature import NonFiniteError as NonFiniteCurvatureError
 from hessreg.curvature._checks import check_at_least, check_not_negative
+from hessreg.dynamics.config import DynamicsConfig
+from hessreg.dynamics.lab import Lab
 from hessreg.gan.checkpoint import CheckpointError
 from hessreg.gan.compare import Comparison, ComparisonError
 from hessreg.gan.config import DEFAULTS, TrainConfig, parse_sigma
@@ -90,6 +92,7 @@ def _run(args: list[str]) -> None:
         "resume": _resume,
         "compare": _compare,
         "spectrum": _spectrum,
+        "dynamics": _dynamics,
         "mmd": _mmd,
         "doctor": _doctor,
     }
@@ -140,6 +143,8 @@ def _parser() -> ArgumentParser:
     _add_per_dataset(commands, "compare", "several regularisers at equal cost", _compare_parser)
     purpose = "eigenvalues, trace and density of a Hessian"
     commands.add_subcommand("spectrum", _spectrum_parser(), help=purpose)
+    purpose = "how training methods move in small games, and why"
+    commands.add_subcommand("dynamics", _dynamics_parser(), help=purpose)
     commands.add_subcommand("mmd", _mmd_parser(), help="maximum mean discrepancy of two samples")
     doctor = ArgumentParser(exit_on_error=False, description="Show versions and devices.")
     commands.add_subcommand("doctor", doctor, help="show versions and devices")
@@ -225,6 +230,19 @@ def _spectrum_parser() -> ArgumentParser:
     parser.add_argument("--eval", action="store_true", help="Networks of a run in this mode.")
     parser.add_argument("--out", type=str, default="", help="Folder; by default in runs/.")
     parser.add_argument("--json", action="store_true", help="Print the JSON, not the table.")
+    return parser
+
+
+def _dynamics_parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        exit_on_error=False,
+        description="Play small games of two players by many methods; measured against theory.",
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the options.")
+    parser.add_argument("--out", type=str, default="", help="Folder; by default in runs/.")
+    parser.add_class_arguments(DynamicsConfig)
     return parser
 
 
@@ -371,6 +389,14 @@ def _operators(options: dict[str, Any]) -> dict[str, Callable[[], LinearOperator
         raise ValueError(f"--network, --rows and --eval are for runs, and there is none at {path}")
     op = load_factory(options["target"])
     return {options["target"]: lambda: op}
+
+
+def _dynamics(options: dict[str, Any]) -> None:
+    with _input():
+        config = DynamicsConfig.from_options(options)
+        _check_seed(config.seed)
+        lab = Lab(config)
+    say(lab.run(_out(options, "dynamics")))
 
 
 def _mmd(options: dict[str, Any]) -> None:

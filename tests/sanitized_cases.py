@@ -23,7 +23,7 @@ SHAPES = [(1,), (257,), (3, 4097), (0,)]
 
 
 def projection(dtype: torch.dtype) -> None:
-    for num_lists in (1, 2, 3, 4, 5):
+    for num_lists in (1, 2, 3, 4, 9):
         tensors = [
             torch.randn(shape, device="cuda").to(dtype)
             for _ in range(num_lists)
@@ -33,8 +33,12 @@ def projection(dtype: torch.dtype) -> None:
             gram(tensors, num_lists, scope, False)
             weights = torch.randn(segments, 2, num_lists, dtype=torch.float64, device="cuda")
             linear_combination(tensors, weights, scope, False)
-    half = len(tensors) // 5
-    hessreg.project_orthogonal(tensors[:half], tensors[half : 2 * half])
+    lists = [tensors[i : i + len(SHAPES)] for i in range(0, len(tensors), len(SHAPES))]
+    for scope in ("global", "tensor", "row"):
+        hessreg.project_orthogonal(lists[0], lists[1], scope=scope)
+        hessreg.project_orthogonal(lists[0], lists[1:], scope=scope, mode="conflict", rescale=True)
+        hessreg.project_orthogonal_(lists[0], lists[1:], scope=scope)
+        hessreg.pcgrad(lists, scope=scope)
 
 
 def gaussian(dtype: torch.dtype) -> None:

@@ -202,7 +202,7 @@ def refused(capsys, *args) -> str:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("", "train,resume,compare,spectrum,mmd"),
+        ("", "train,resume,compare,spectrum,dynamics"),
         ("paint", "invalid choice: 'paint'"),
         ("train", "dataset"),
         ("train mnist", "invalid choice: 'mnist'"),

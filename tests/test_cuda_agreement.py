@@ -10,7 +10,12 @@ import torch
 from hessreg import MLPHessian
 from hessreg.ops.gaussian import gaussian_energy, gaussian_matrix, gaussian_sum
 from hessreg.ops.hvp import symmetric_product
-from hessreg.ops.projection import gram, linear_combination
+from hessreg.ops.projection import (
+    gram,
+    linear_combination,
+    pcgrad_operator,
+    project,
+)
 from hessreg.ops.spectral import (
     lanczos_op,
     lanczos_step,
@@ -24,20 +29,27 @@ from tests import emulated
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("num_lists", [1, 2, 4, 5])
+@pytest.mark.parametrize("num_lists", [1, 2, 4, 9])
 def test_projection_kernels_agree(num_lists, dtype):
     shapes = [(257,), (3, 4097), (16385,)]
     tensors = [torch.randn(s).to(dtype) for _ in range(num_lists) for s in shapes]
     weights = torch.randn(1, 2, num_lists, dtype=torch.float64)
     on_gpu = [t.cuda() for t in tensors]
+    options = num_lists - 1, 1.0, False, False, 1, False
+    order = torch.rand(num_lists, num_lists).argsort(-1)
     with emulated.kernels():
         products = gram(tensors, num_lists, 0, False)
         combined = linear_combination(tensors, weights, 0, False)
+        combined += project(tensors, *options)
+        combined += pcgrad_operator(tensors, num_lists, order, 0, 0, False)
     torch.testing.assert_close(
         gram(on_gpu, num_lists, 0, False).cpu(), products, rtol=1e-13, atol=0
     )
     rounding = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
-    for a, b in zip(linear_combination(on_gpu, weights.cuda(), 0, False), combined, strict=True):
+    found = linear_combination(on_gpu, weights.cuda(), 0, False)
+    found += project(on_gpu, *options)
+    found += pcgrad_operator(on_gpu, num_lists, order.cuda(), 0, 0, False)
+    for a, b in zip(found, combined, strict=True):
         torch.testing.assert_close(a.cpu(), b, **rounding)
 
 

@@ -645,9 +645,9 @@ def test_emulated_kernels_are_what_runs():
     before = module.emulator.statistics()["blocks"]
     with emulated.kernels():
         project_orthogonal(torch.ones(3), torch.ones(3))
-    assert module.emulator.statistics()["blocks"] == before + 3
+    assert module.emulator.statistics()["blocks"] == before + 4
     project_orthogonal(torch.ones(3), torch.ones(3))
-    assert module.emulator.statistics()["blocks"] == before + 3
+    assert module.emulator.statistics()["blocks"] == before + 4
 
 
 # ---- wrong input ---------------------------------------------------------------------------------

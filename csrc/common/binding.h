@@ -8,6 +8,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <vector>
 
 #include "element.h"
@@ -35,12 +37,32 @@ inline Element element_of(const Tensor& tensor, const char* name) {
   }
 }
 
+// torch's own looks the operator up by its name.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
 inline std::vector<Tensor> contiguous(const std::vector<Tensor>& tensors) {
   std::vector<Tensor> result;
   result.reserve(tensors.size());
-  for (const Tensor& tensor : tensors)
-    result.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
+  for (const Tensor& tensor : tensors) result.push_back(as_contiguous(tensor));
   return result;
+}
+
+// Uninitialised and contiguous, like another tensor; without the dispatcher.
+inline Tensor new_like(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  constexpr int kMaxDims = 4;
+  STD_TORCH_CHECK(sizes.size() <= kMaxDims, "new_like: too many dimensions");
+  int64_t strides[kMaxDims], stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= std::max<int64_t>(sizes.begin()[d], 1))
+    strides[d] = stride;
+  int32_t dtype, device;
+  AtenTensorHandle result;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+                                                         sizes.begin(), strides, dtype, device,
+                                                         like.get_device_index(), &result));
+  return Tensor(result);
 }
 
 inline Tensor new_float64(const Tensor& like, std::vector<int64_t> sizes) {

@@ -6,15 +6,18 @@
 namespace hessreg::projection::HESSREG_ISA {
 namespace {
 
-constexpr int64_t kMaxFused = 4;  // lists whose inner products all fit in registers
+constexpr int64_t kMaxFused = 5;  // lists whose inner products all fit in registers
 
 // Elements to fetch ahead (Zen 5, vectors larger than the caches: 10-15 % over the hardware
 // prefetchers alone, which start anew at every page of every list).
 constexpr int64_t kGramAhead = 2048, kCombineAhead = 1536;
 
+template <typename T>
+constexpr int64_t kLine = 64 / sizeof(T);  // elements of a cache line
+
 // pairs[a <= b] = sum_i x_a[i] x_b[i]: products of float32 are exact in float64, so the sum is
 // right to float64 rounding in whatever order it is taken.
-template <typename T, int M>
+template <typename T, int M, bool kFetch = true>
 void gram_piece(const T* const (&x)[M], int64_t n, double* pairs) {
   constexpr int kPairs = M * (M + 1) / 2;
   constexpr int kUnroll = M == 1 ? 8 : M == 2 ? 4 : 1;  // independent sums hide the FMA latency
@@ -24,7 +27,7 @@ void gram_piece(const T* const (&x)[M], int64_t n, double* pairs) {
   for (; i + kUnroll * kStep <= n; i += kUnroll * kStep) {
     for (int u = 0; u < kUnroll; ++u) {
       Vector<double> v[M];
-      for (int a = 0; a < M; ++a) prefetch(x[a] + i + u * kStep + kGramAhead);
+      for (int a = 0; kFetch && a < M; ++a) prefetch(x[a] + i + u * kStep + kGramAhead);
       for (int a = 0; a < M; ++a) v[a] = load_double(x[a] + i + u * kStep);
       for (int a = 0, pair = 0; a < M; ++a)
         for (int b = a; b < M; ++b, ++pair) sums[u][pair] += v[a] * v[b];
@@ -52,7 +55,7 @@ void gram_fused(const Lists& x, const Piece& piece, double* pairs) {
 }
 
 // sums[a, b] += <x_a, y_b> over n elements, which are in the first-level cache.
-template <typename T, int A, int B>
+template <typename T, int A, int B, bool kFetch>
 void add_cross_products(const T* const (&x)[A], const T* const* y, int64_t n, double* sums) {
   Vector<double> s[A][B] = {};
   int64_t i = 0;
@@ -60,6 +63,7 @@ void add_cross_products(const T* const (&x)[A], const T* const* y, int64_t n, do
     Vector<double> v[A];
     for (int a = 0; a < A; ++a) v[a] = load_double(x[a] + i);
     for (int b = 0; b < B; ++b) {
+      if (kFetch) prefetch(y[b] + i + kGramAhead);
       const Vector<double> w = load_double(y[b] + i);
       for (int a = 0; a < A; ++a) s[a][b] += v[a] * w;
     }
@@ -75,13 +79,13 @@ void add_cross_products(const T* const (&x)[A], const T* const* y, int64_t n, do
 
 // The inner products of M lists from number `first` with each other and, M being kMaxFused then,
 // with the lists behind them.
-template <typename T, int M>
+template <typename T, int M, bool kFetch>
 void add_row_of_blocks(const Lists& x, const Piece& piece, int64_t first, double* pairs) {
   const int64_t m = x.num_lists;
   const T* own[M];
   for (int a = 0; a < M; ++a) own[a] = element_pointer<T>(x, first + a, piece);
   double sums[M * kMaxFused];
-  gram_piece<T, M>(own, piece.length, sums);
+  gram_piece<T, M, kFetch>(own, piece.length, sums);
   for (int a = 0, pair = 0; a < M; ++a)
     for (int b = a; b < M; ++b, ++pair) pairs[pair_index(first + a, first + b, m)] += sums[pair];
   for (int64_t next = first + M; next < m; next += kMaxFused) {
@@ -89,10 +93,11 @@ void add_row_of_blocks(const Lists& x, const Piece& piece, int64_t first, double
     const T* other[kMaxFused];
     for (int64_t b = 0; b < count; ++b) other[b] = element_pointer<T>(x, next + b, piece);
     switch (count) {
-      case 1: add_cross_products<T, M, 1>(own, other, piece.length, sums); break;
-      case 2: add_cross_products<T, M, 2>(own, other, piece.length, sums); break;
-      case 3: add_cross_products<T, M, 3>(own, other, piece.length, sums); break;
-      default: add_cross_products<T, M, kMaxFused>(own, other, piece.length, sums);
+      case 1: add_cross_products<T, M, 1, kFetch>(own, other, piece.length, sums); break;
+      case 2: add_cross_products<T, M, 2, kFetch>(own, other, piece.length, sums); break;
+      case 3: add_cross_products<T, M, 3, kFetch>(own, other, piece.length, sums); break;
+      case 4: add_cross_products<T, M, 4, kFetch>(own, other, piece.length, sums); break;
+      default: add_cross_products<T, M, kMaxFused, kFetch>(own, other, piece.length, sums);
     }
     for (int a = 0; a < M; ++a)
       for (int64_t b = 0; b < count; ++b)
@@ -109,13 +114,15 @@ void gram_in_blocks(const Lists& x, const Piece& piece, double* pairs) {
     const int64_t rest = piece.length - start;
     const Piece part{piece.position, piece.segment, piece.offset + start,
                      rest < kElements ? rest : kElements};
-    int64_t first = 0;
+    add_row_of_blocks<T, kMaxFused, true>(x, part, 0, pairs);  // brings all lists into the cache
+    int64_t first = kMaxFused;
     for (; first + kMaxFused <= x.num_lists; first += kMaxFused)
-      add_row_of_blocks<T, kMaxFused>(x, part, first, pairs);
+      add_row_of_blocks<T, kMaxFused, false>(x, part, first, pairs);
     switch (x.num_lists - first) {
-      case 1: add_row_of_blocks<T, 1>(x, part, first, pairs); break;
-      case 2: add_row_of_blocks<T, 2>(x, part, first, pairs); break;
-      case 3: add_row_of_blocks<T, 3>(x, part, first, pairs); break;
+      case 1: add_row_of_blocks<T, 1, false>(x, part, first, pairs); break;
+      case 2: add_row_of_blocks<T, 2, false>(x, part, first, pairs); break;
+      case 3: add_row_of_blocks<T, 3, false>(x, part, first, pairs); break;
+      case 4: add_row_of_blocks<T, 4, false>(x, part, first, pairs); break;
     }
   }
 }
@@ -126,6 +133,7 @@ void gram_any(const Lists& x, const Piece& piece, double* pairs) {
     case 1: return gram_fused<T, 1>(x, piece, pairs);
     case 2: return gram_fused<T, 2>(x, piece, pairs);
     case 3: return gram_fused<T, 3>(x, piece, pairs);
+    case 4: return gram_fused<T, 4>(x, piece, pairs);
     case kMaxFused: return gram_fused<T, kMaxFused>(x, piece, pairs);
     default: return gram_in_blocks<T>(x, piece, pairs);
   }
@@ -199,8 +207,7 @@ void combine_in_float64(const Lists& x, const Piece& piece, const double* weight
     for (int64_t a = 0; a < x.num_lists; ++a) {
       if (weights[a] == 0) continue;
       const T* v = element_pointer<T>(x, a, piece) + i;
-      prefetch(v + kCombineAhead);
-      prefetch(v + kCombineAhead + kStep / 2);
+      for (int64_t line = 0; line < kStep; line += kLine<T>) prefetch(v + kCombineAhead + line);
       for (int u = 0; u < kUnroll; ++u) y[u] += weights[a] * load_double(v + u * kLanes<double>);
     }
     for (int u = 0; u < kUnroll; ++u) store_double<T, kStream>(out + i + u * kLanes<double>, y[u]);

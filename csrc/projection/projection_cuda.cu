@@ -204,15 +204,10 @@ __device__ double sum_of_pieces(const Table& x, const double* partials, int64_t 
   return sum;
 }
 
-struct Block {
-  int64_t rank = threadIdx.x, size = kThreads;
-  __device__ void sync() const { __syncthreads(); }
-};
-
-// One block a segment: gram[segment] (+)= the sum over its pieces, then what follows from it.
+// One block a segment: gram[segment] (+)= the sum over its pieces.
 __global__ void __launch_bounds__(kThreads)
     sum_pieces_kernel(const Table __grid_constant__ x, const double* partials, double* gram,
-                      bool first, bool last, const Outcome outcome) {
+                      bool first) {
   const int64_t m = x.num_lists;
   double* out = gram + blockIdx.x * m * m;
   for (int64_t a = 0; a < m; ++a) {
@@ -221,9 +216,20 @@ __global__ void __launch_bounds__(kThreads)
       if (threadIdx.x == 0) out[a * m + b] = out[b * m + a] = total + (first ? 0 : out[a * m + b]);
     }
   }
-  if (!last || !outcome.weights) return;
-  __syncthreads();  // the inner products are there
-  outcome.find(out, m, blockIdx.x, outcome.work + blockIdx.x * work_size(m), Block{});
+}
+
+constexpr int kTeam = 32;
+
+struct Warp {
+  int64_t rank = threadIdx.x, size = kTeam;
+  __device__ void sync() const { __syncthreads(); }
+};
+
+// One warp a segment: what follows from its inner products. (In the kernel above it would spill.)
+__global__ void __launch_bounds__(kTeam)
+    outcome_kernel(const double* gram, int64_t m, const Outcome outcome) {
+  const int64_t segment = blockIdx.x;
+  outcome.find(gram + segment * m * m, m, segment, outcome.work + segment * work_size(m), Warp{});
 }
 
 // The weights of one output, split where float32 needs it. A list with weight zero is not read, so
@@ -423,16 +429,16 @@ void gram(const Lists& x, double* partials, double* gram, const Outcome* outcome
   if (num_segments == 0) return;
   if (num_segments > kMaxBlocks) throw std::invalid_argument("projection: too many rows");
   const dim3 segments(num_segments), block(kThreads);
-  const Outcome asked = outcome ? *outcome : Outcome{};
-  int64_t done = 0;
+  bool first = true;
   for_each_table(x, nullptr, 0, [&](const Table& table) {
     if (table.num_pieces > 0) {
       dispatch(x.element, [&](auto zero) { launch_gram<decltype(zero)>(table, partials, stream); });
     }
-    const bool first = done == 0, last = (done += table.count) == x.num_positions;
-    HESSREG_LAUNCH(sum_pieces_kernel, segments, block, 0, stream, table, partials, gram, first,
-                   last, asked);
+    HESSREG_LAUNCH(sum_pieces_kernel, segments, block, 0, stream, table, partials, gram, first);
+    first = false;
   });
+  if (outcome)
+    HESSREG_LAUNCH(outcome_kernel, segments, dim3(kTeam), 0, stream, gram, x.num_lists, *outcome);
 }
 
 void linear_combination(const Lists& x, const double* weights, void* const* out,

@@ -7,7 +7,7 @@ namespace hessreg::projection::cuda {
 constexpr int64_t kPieceLength = 4096;
 
 // gram[segment, a, b] = <x_a, x_b>. partials: scratch for num_pieces * num_pairs doubles. With an
-// outcome (or null) also what it asks for, in the same launches.
+// outcome (or null) also what it asks for.
 void gram(const Lists& x, double* partials, double* gram, const Outcome* outcome, void* stream);
 
 // out[c] = sum_a weights[segment, c, a] x[a]; out: [num_outputs, num_positions] device pointers,

@@ -107,36 +107,26 @@ template <typename T>
 struct Scale {
   T factor, inverse;
 };
-HESSREG_HD Scale<float> scale_of(float largest) {
-  uint32_t bits;
+template <typename T>
+struct BitsOf {
+  using type = uint32_t;
+};
+template <>
+struct BitsOf<double> {
+  using type = uint64_t;
+};
+template <typename T>
+HESSREG_HD Scale<T> scale_of(T largest) {
+  using Bits = typename BitsOf<T>::type;
+  constexpr int kMantissa = sizeof(T) == sizeof(double) ? 52 : 23;
+  constexpr Bits kNotFinite = sizeof(T) == sizeof(double) ? 0x7ff : 0xff;  // as an exponent
+  Bits bits;
   std::memcpy(&bits, &largest, sizeof bits);
-  uint32_t exponent = bits >> 23 & 0xffu;
-  Scale<float> scale;
-  if (exponent == 0xffu) {
-    const uint32_t nan = 0x7fc00000u;
-    std::memcpy(&scale.factor, &nan, sizeof nan);
-    scale.inverse = scale.factor;
-    return scale;
-  }
-  exponent = exponent < 1 ? 1 : exponent > 253 ? 253 : exponent;
-  const uint32_t factor = (254 - exponent) << 23, inverse = exponent << 23;
-  std::memcpy(&scale.factor, &factor, sizeof factor);
-  std::memcpy(&scale.inverse, &inverse, sizeof inverse);
-  return scale;
-}
-HESSREG_HD Scale<double> scale_of(double largest) {
-  uint64_t bits;
-  std::memcpy(&bits, &largest, sizeof bits);
-  uint64_t exponent = bits >> 52 & 0x7ffu;
-  Scale<double> scale;
-  if (exponent == 0x7ffu) {
-    const uint64_t nan = 0x7ff8000000000000u;
-    std::memcpy(&scale.factor, &nan, sizeof nan);
-    scale.inverse = scale.factor;
-    return scale;
-  }
-  exponent = exponent < 1 ? 1 : exponent > 2045 ? 2045 : exponent;
-  const uint64_t factor = (2046 - exponent) << 52, inverse = exponent << 52;
+  const Bits found = bits >> kMantissa & kNotFinite;
+  const Bits exponent = found < 1 ? 1 : found > kNotFinite - 2 ? kNotFinite - 2 : found;
+  Bits factor = (kNotFinite - 1 - exponent) << kMantissa, inverse = exponent << kMantissa;
+  if (found == kNotFinite) factor = inverse = kNotFinite << kMantissa | Bits(1) << (kMantissa - 1);
+  Scale<T> scale;
   std::memcpy(&scale.factor, &factor, sizeof factor);
   std::memcpy(&scale.inverse, &inverse, sizeof inverse);
   return scale;

@@ -117,27 +117,34 @@ HESSREG_HD void multiply_by(T* x, T factor, int64_t stride) {
   for (int64_t i = 0; i < stride; i += kLanes<T>) store(x + i, load(x + i) * factor);
 }
 
+// Several maxima side by side hide each other's latency.
 template <typename T>
 HESSREG_HD Scale<T> scale_of_all(const T* x, int64_t count) {
-  Signs<T> largest = {};
+  constexpr int kChains = 8;
+  Signs<T> largest[kChains] = {};
   int64_t i = 0;
-  for (; i + kLanes<T> <= count; i += kLanes<T>) largest = larger<T>(largest, load(x + i));
-  Vector<T> rest = {};
-  for (int lane = 0; i < count; ++i, ++lane) rest[lane] = x[i];
-  largest = larger<T>(largest, rest);
-  for (int lane = 1; lane < kLanes<T>; ++lane)
-    if (largest[lane] > largest[0]) largest[0] = largest[lane];
-  return scale_of(((Vector<T>)largest)[0]);
+  for (; i + kChains * kLanes<T> <= count; i += kChains * kLanes<T>)
+#pragma GCC unroll 8
+    for (int u = 0; u < kChains; ++u)
+      largest[u] = larger<T>(largest[u], load(x + i + u * kLanes<T>));
+  for (; i < count; i += kLanes<T>) largest[0] = larger<T>(largest[0], load_some(x + i, count - i));
+  for (int u = 1; u < kChains; ++u) largest[0] = larger<T>(largest[0], (Vector<T>)largest[u]);
+  return scale_of(largest_lane<T>((Vector<T>)largest[0]));
 }
 
 template <typename T>
 HESSREG_HD void load_row(const T* from, int64_t count, T factor, T* to) {
-  int64_t i = 0;
-  for (; i + kLanes<T> <= count; i += kLanes<T>) store(to + i, load(from + i) * factor);
-  if (i == count) return;
-  Vector<T> rest = {};
-  for (int lane = 0; i + lane < count; ++lane) rest[lane] = from[i + lane] * factor;
-  store(to + i, rest);
+  for (int64_t i = 0; i < count; i += kLanes<T>)
+    store(to + i, load_some(from + i, count - i) * factor);
+}
+
+// The matrices [first, first + count), as far as there are any, to be fetched in so many parts.
+template <typename T, typename Problem>
+HESSREG_HD Ahead matrices_ahead(const Problem& problem, int64_t first, int64_t count, int64_t end,
+                                int64_t parts) {
+  const T* a = static_cast<const T*>(problem.a);
+  const int64_t size = problem.n * problem.n;
+  return {a + smaller(first, end) * size, a + smaller(first + count, end) * size, parts};
 }
 
 // Loads and scales a matrix; returns how.
@@ -255,7 +262,11 @@ void power_narrow(const PowerIteration& problem, PowerSpace<T>* const (&spaces)[
   for (int64_t first = begin; first < end; first += M) {
     for (int m = 0; m < M; ++m)
       begin_power(problem, first + m < end ? first + m : end - 1, *spaces[m]);
-    for (int64_t k = 0; k < problem.num_iterations; ++k) iterate<W, M, T>(spaces, problem.n);
+    Ahead next = matrices_ahead<T>(problem, first + M, M, end, problem.num_iterations);
+    for (int64_t k = 0; k < problem.num_iterations; ++k) {
+      next.fetch_part();
+      iterate<W, M, T>(spaces, problem.n);
+    }
     for (int m = 0; m < M && first + m < end; ++m) finish_power(problem, first + m, *spaces[m]);
   }
 }
@@ -379,8 +390,9 @@ HESSREG_HD T extend(LanczosSpace<T>& s, int64_t n, int64_t m, int64_t count) {
 }
 
 template <int M, typename T>
-void lanczos_steps(const LanczosGroup<M, T>& group) {
+void lanczos_steps(const LanczosGroup<M, T>& group, Ahead next) {
   for (int64_t k = 0; k < group.m; ++k) {
+    next.fetch_part();
     group.apply_matrix(k);
     group.orthogonalise(k + 1);
     for (LanczosSpace<T>* s : group.spaces) s->alpha[k] = s->c[k];
@@ -414,21 +426,36 @@ void lanczos_groups(const Lanczos& problem, const LanczosGroup<M, T>& group, int
   for (int64_t first = begin; first < end; first += M) {
     for (int i = 0; i < M; ++i)
       begin_lanczos(problem, first + i < end ? first + i : end - 1, *group.spaces[i]);
-    lanczos_steps(group);
+    lanczos_steps(group, matrices_ahead<T>(problem, first + M, M, end, problem.m));
     for (int i = 0; i < M && first + i < end; ++i)
       finish_lanczos(problem, first + i, *group.spaces[i]);
   }
 }
+
+// What as many matrices need as are worked on together.
+template <typename T>
+struct LanczosSpaces {
+  LanczosSpace<T> s0, s1, s2, s3;
+  LanczosSpaces(const Lanczos& problem, Arena& arena)
+      : s0(problem.n, problem.m, arena),
+        s1(problem.n, problem.m, arena),
+        s2(problem.n, problem.m, arena),
+        s3(problem.n, problem.m, arena) {}
+};
 
 template <typename T>
 void lanczos_range(const Lanczos& problem, void* workspace, int64_t begin, int64_t end) {
   Arena arena(workspace);
   const int64_t n = problem.n, m = problem.m;
   if (m == 0) return;
-  LanczosSpace<T> s0(n, m, arena), s1(n, m, arena);
-  if (s0.a.stride <= kMaxWidth / 2 * kLanes<T>)
-    return lanczos_groups<2, T>(problem, {{&s0, &s1}, n, m}, begin, end);
-  lanczos_groups<1, T>(problem, {{&s0}, n, m}, begin, end);
+  LanczosSpaces<T> s(problem, arena);
+  const int64_t width = s.s0.a.stride / kLanes<T>;
+  if (width <= kMaxWidth / 4)
+    lanczos_groups<4, T>(problem, {{&s.s0, &s.s1, &s.s2, &s.s3}, n, m}, begin, end);
+  else if (width <= kMaxWidth / 2)
+    lanczos_groups<2, T>(problem, {{&s.s0, &s.s1}, n, m}, begin, end);
+  else
+    lanczos_groups<1, T>(problem, {{&s.s0}, n, m}, begin, end);
 }
 
 // ---- the kernels -------------------------------------------------------------------------------
@@ -495,8 +522,7 @@ int64_t power_iteration_workspace(const PowerIteration& problem) {
 int64_t lanczos_workspace(const Lanczos& problem) {
   return dispatch(problem.element, [&](auto zero) {
     Arena arena(nullptr);
-    using T = decltype(zero);
-    LanczosSpace<T> first(problem.n, problem.m, arena), second(problem.n, problem.m, arena);
+    LanczosSpaces<decltype(zero)> spaces(problem, arena);
     return arena.used();
   });
 }

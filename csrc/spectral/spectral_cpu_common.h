@@ -11,6 +11,24 @@
 namespace hessreg::spectral::HESSREG_ISA {
 namespace {
 
+// Memory of later use, brought into the second level of the caches a part at a time.
+class Ahead {
+ public:
+  HESSREG_HD Ahead(const void* begin, const void* end, int64_t parts)
+      : here_(static_cast<const char*>(begin)), end_(static_cast<const char*>(end)) {
+    step_ = (end_ - here_) / (parts > 0 ? parts : 1) + 1;
+  }
+  HESSREG_HD void fetch_part() {
+    const char* const until = end_ - here_ < step_ ? end_ : here_ + step_;
+    for (; here_ < until; here_ += kLine) __builtin_prefetch(here_, 0, 2);
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const char *here_, *end_;
+  int64_t step_;
+};
+
 template <typename T>
 HESSREG_HD Vector<T> magnitude(Vector<T> x) {
   using Bits = Signs<T>;
@@ -74,6 +92,18 @@ struct LaneNumbers {
     return Signs<T>{(Lane ^ kStep)...};
   }
 };
+
+// The lane that `larger` takes for the largest.
+template <typename T, int kStep = kLanes<T> / 2>
+HESSREG_HD T largest_lane(Vector<T> x) {
+  if constexpr (kStep == 0) {
+    return x[0];
+  } else {
+    using Numbers = LaneNumbers<__integer_pack(kLanes<T>)...>;
+    const Vector<T> other = __builtin_shuffle(x, Numbers::template partners<T, kStep>());
+    return largest_lane<T, kStep / 2>((Vector<T>)larger<T>((Signs<T>)x, other));
+  }
+}
 
 // The sum of the lanes, pairwise.
 template <typename T, int kStep = kLanes<T> / 2>

@@ -24,7 +24,7 @@ Tensor checked_matrices(const Tensor& a) {
   STD_TORCH_CHECK(a.dim() == 3 && a.size(1) == a.size(2), "spectral: a must be [batch, n, n], got ",
                   a.dim(), " dimensions", a.dim() == 3 ? " that are not square" : "");
   wide_element_of(a);
-  return torch::stable::contiguous(a);
+  return as_contiguous(a);
 }
 
 // Checks that a tensor is [batch, n] like the model.
@@ -33,11 +33,7 @@ Tensor checked_vectors(const Tensor& v, const char* name, const Tensor& model, i
                   " must be [", model.size(0), ", ", n, "]");
   STD_TORCH_CHECK(v.scalar_type() == model.scalar_type() && v.device() == model.device(),
                   "spectral: ", name, " differs from the first argument in dtype or device");
-  return torch::stable::contiguous(v);
-}
-
-Tensor new_like(const Tensor& like, std::vector<int64_t> sizes) {
-  return torch::stable::new_empty(like, sizes);
+  return as_contiguous(v);
 }
 
 #ifdef HESSREG_CUDA
@@ -179,7 +175,7 @@ std::vector<Tensor> lanczos_op(Tensor a_, Tensor v0_, int64_t num_steps) {
 std::vector<Tensor> tridiagonal_eigh_op(Tensor alpha_, Tensor beta_) {
   STD_TORCH_CHECK(alpha_.dim() == 2, "spectral: alpha must be [batch, m], got ", alpha_.dim(),
                   " dimensions");
-  const Tensor alpha = torch::stable::contiguous(alpha_);
+  const Tensor alpha = as_contiguous(alpha_);
   const int64_t batch = alpha.size(0), m = alpha.size(1);
   const Tensor beta = checked_vectors(beta_, "beta", alpha, std::max<int64_t>(m - 1, 0));
   Tensor values = new_like(alpha, {batch, m}), vectors = new_like(alpha, {batch, m, m});

@@ -19,6 +19,10 @@ from torch.autograd import Function, forward_ad
 
 from hessreg import _backend
 
+# Looked up once: a call with nothing of it in the caches is made of look-ups.
+_transforms_are_active = torch._C._are_functorch_transforms_active
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
+
 # An operator's arguments: tensors, lists of tensors, and plain values.
 Arguments = Sequence[Any]
 
@@ -73,12 +77,12 @@ def is_tracked(tensors: Sequence[Tensor]) -> bool:
 
 
 def _is_transformed() -> bool:
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _transforms_are_active() or forward_ad._current_level >= 0
 
 
 def _forward_levels() -> int:
     """How deep forward mode is nested; in more than one level torch drops terms of any Function."""
-    if not torch._C._are_functorch_transforms_active():
+    if not _transforms_are_active():
         return forward_ad._current_level + 1
     stack = torch._C._functorch.get_interpreter_stack() or []
     return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
@@ -223,7 +227,7 @@ class Operator:
 
     def _run_kernel(self, arguments: Arguments) -> Any:
         """The kernel alone: the registered derivative (10 microseconds) is for compiled graphs."""
-        with torch._C._AutoDispatchBelowAutograd():
+        with _BelowAutograd():
             return self._kernel(*arguments)
 
     def _call_batched_grads(self, tensors: Sequence[Tensor], layout: Sequence[Any]) -> Any:

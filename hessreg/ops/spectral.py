@@ -24,7 +24,8 @@ from torch import Tensor
 from hessreg import _backend
 from hessreg.ops._registry import Arguments, Operator, is_tracked, reverse_of
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_COMPUTED = (torch.float32, torch.float64)
+_DTYPES = (torch.float16, torch.bfloat16, *_COMPUTED)
 _NORMS = ("spectral", "nuclear", "one", "fro")
 _LARGEST_KERNEL = 128  # rows; beyond, LAPACK and its kin are as fast
 
@@ -726,13 +727,16 @@ def _frobenius(a: Tensor) -> Tensor:
 
 def _flat(x: Tensor, batch: torch.Size, dims: int) -> Tensor:
     """``[batch, ...]`` in the dtype that is computed in."""
+    wide = x if x.dtype in _COMPUTED else x.float()
+    if len(batch) == 1 and x.shape[:-dims] == batch:
+        return wide
     shape = x.shape[x.dim() - dims :]
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return wide.expand((*batch, *shape)).reshape((batch.numel(), *shape))
 
 
 def _shaped(output: Tensor, batch: torch.Size, dtype: torch.dtype) -> Tensor:
-    return output.reshape((*batch, *output.shape[1:])).to(dtype)
+    shaped = output if len(batch) == 1 else output.reshape((*batch, *output.shape[1:]))
+    return shaped if shaped.dtype is dtype else shaped.to(dtype)
 
 
 def _problem(
@@ -811,6 +815,8 @@ def _check_tolerance(tol: Any) -> None:
 
 
 def _broadcast(name: str, shape: torch.Size, other: str, other_shape: torch.Size) -> torch.Size:
+    if shape == other_shape:  # torch.broadcast_shapes takes longer than a small iteration
+        return shape
     try:
         return torch.broadcast_shapes(shape, other_shape)
     except RuntimeError:
