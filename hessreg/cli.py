@@ -49,6 +49,7 @@ from hessreg.gan.spectrum import (
 from hessreg.gan.trainer import NonFiniteError
 from hessreg.kernels import TwoSampleTest, median_bandwidth, mmd2, mmd2_test
 from hessreg.ops.gaussian import _ESTIMATORS
+from hessreg.optim import OppositeGradientsError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -57,6 +58,7 @@ __all__ = ["main"]
 
 _ROWS = 512  # of the data of a run
 _COMPARED = "none,r1,hsn1r,gaussian"
+_FAILURES = ComparisonError, NonFiniteError, NonFiniteCurvatureError, OppositeGradientsError
 _PACKAGES = ("numpy", "scikit-learn", "safetensors", "matplotlib", "tensorboard", "rich")
 
 
@@ -78,7 +80,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return _fail(f"this command needs {error.name}: pip install 'hessreg[gan]'", 2)
     except (_InputError, CheckpointError, RunFolderError, OSError) as error:
         return _fail(str(error), 2)
-    except (ComparisonError, NonFiniteError, NonFiniteCurvatureError) as error:
+    except _FAILURES as error:
         return _fail(str(error), 1)
     return 0
 
@@ -327,7 +329,7 @@ def _out(options: dict[str, Any], name: str) -> Path:
 def _train(options: dict[str, Any]) -> None:
     with _input():
         config = _train_config(options)
-        progress = make_progress(config.regularizer, options["plain"])
+        progress = make_progress(config.title, options["plain"])
         run = Run.create(_out(options, f"{config.dataset}-{config.regularizer}"), config)
     say(run.train(progress))
 
@@ -335,7 +337,7 @@ def _train(options: dict[str, Any]) -> None:
 def _resume(options: dict[str, Any]) -> None:
     with _input():
         run = Run.resume(Path(options["out"]), options["steps"], options["seconds"])
-    say(run.train(make_progress(run.config.regularizer, options["plain"])))
+    say(run.train(make_progress(run.config.title, options["plain"])))
 
 
 def _compare(options: dict[str, Any]) -> None:

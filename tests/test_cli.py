@@ -79,8 +79,9 @@ def assert_same(a, b) -> None:
     [
         ["digits", "--regularizer=hsn1r+r1"],
         ["ring", "--regularizer=gaussian", "--gaussian.sigma=learned", "--save_every=20"],
+        ["digits", "--regularizer=r1", "--orthogonal=previous", "--projection.strength=0.4"],
     ],
-    ids=lambda task: task[0],
+    ids=["digits", "ring", "orthogonal"],
 )
 def test_a_run_resumes_bit_for_bit_whatever_stopped_it(tmp_path, task):
     whole, broken = tmp_path / "whole", tmp_path / "broken"

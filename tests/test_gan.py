@@ -24,6 +24,8 @@ from hessreg.gan import (
     Generator,
     ImageJudge,
     NonFiniteError,
+    Orthogonal,
+    ProjectionConfig,
     R1Config,
     RingJudge,
     Run,
@@ -31,6 +33,7 @@ from hessreg.gan import (
     TrainConfig,
     Trainer,
     discriminator_loss,
+    discriminator_losses,
     generator_loss,
     load_dataset,
 )
@@ -53,6 +56,7 @@ from hessreg.gan.pictures import save_kernel, tile
 from hessreg.gan.ring import CENTRES, RING_STD
 from hessreg.gan.run import build_trainer
 from hessreg.gan.run_folder import RunFolder, RunFolderError
+from hessreg.optim import MODES, OrthogonalGradients
 from hessreg.regularizers import HSN1R, R1, BaseRegularizer, GaussianKernel, StepContext
 
 for package in ("matplotlib", "PIL", "safetensors", "sklearn", "yaml"):
@@ -74,12 +78,13 @@ def ring():
     return load_dataset("ring")
 
 
-def small_trainer(regularizers=(), seed=0, architecture="mlp"):
+def small_trainer(regularizers=(), seed=0, architecture="mlp", orthogonal=None):
     with torch.random.fork_rng():
         images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
         torch.manual_seed(seed)
         networks = Generator(architecture, 4, 8), Discriminator(architecture, 8)
-    return Trainer(*networks, images, regularizers, batch_size=8, seed=seed)
+    options = {"batch_size": 8, "seed": seed, "orthogonal": orthogonal}
+    return Trainer(*networks, images, regularizers, **options)
 
 
 def equal(a, b) -> bool:
@@ -448,6 +453,143 @@ def test_nothing_is_trained_on_what_is_not_finite(what, message):
     assert equal(before, [p.detach() for p in trainer.discriminator.parameters()])
 
 
+class Halves(BaseRegularizer):
+    """Terms whose gradients conflict with the losses': half of these, taken back."""
+
+    def loss_terms(self, ctx):
+        return tuple(
+            loss and -0.5 * loss.square() for loss in (ctx.generator_loss, ctx.discriminator_loss)
+        )
+
+
+class ByHand:
+    """The steps of a trainer as a user of `OrthogonalGradients` would write them."""
+
+    def __init__(self, mode, pair):
+        self.mode, self.pair = mode, pair
+        self.trainer = small_trainer()
+        self.g, self.d = self.trainer.generator, self.trainer.discriminator
+        self.noise = torch.Generator().manual_seed(0)
+        self.g_opt, self.d_opt = self.trainer.optimizers.values()
+
+    def losses(self, parts, rival=None):
+        whole = sum(parts[1:], parts[0])
+        if self.mode == "terms":
+            return [*(parts if self.pair == "real_fake" else [whole]), -0.5 * whole.square()]
+        loss = whole - 0.5 * whole.square()
+        return [loss, rival] if self.mode == "game" else [loss]
+
+    def generate(self):
+        return self.g(torch.randn(8, 4, generator=self.noise))
+
+    def discriminator_terms(self):
+        real = self.trainer.data[next(self.trainer.sampler)]
+        return self.losses(discriminator_losses(self.d(real), self.d(self.generate().detach())))
+
+    def generator_terms(self):
+        logits = self.d(self.generate())
+        return self.losses([generator_loss(logits)], discriminator_losses(logits, logits)[1])
+
+    def run(self, count):
+        steps = {"previous": self.joint_steps, "game": self.game_steps}
+        steps.get(self.mode, self.separate_steps)(count)
+        return [p.detach() for network in (self.g, self.d) for p in network.parameters()]
+
+    def joint_steps(self, count):
+        both = OrthogonalGradients(self.g_opt, self.d_opt, mode="previous")
+        for _ in range(count):
+            d_terms = self.discriminator_terms()
+            both.zero_grad()
+            both.backward([*self.generator_terms(), *d_terms])
+            both.step()
+
+    def separate_steps(self, count):
+        d_opt = OrthogonalGradients(self.d_opt, mode=self.mode)
+        g_opt = OrthogonalGradients(self.g_opt, mode=self.mode)
+        for _ in range(count):
+            for optimizer, terms in (
+                (d_opt, self.discriminator_terms),
+                (g_opt, self.generator_terms),
+            ):
+                optimizer.zero_grad()
+                optimizer.backward(terms())
+                optimizer.step()
+
+    def game_steps(self, count):
+        g_opt = OrthogonalGradients(self.g_opt, mode="game")
+        for _ in range(count):
+            self.d_opt.zero_grad()
+            self.discriminator_terms()[0].backward()
+            self.d_opt.step()
+            g_opt.zero_grad()
+            g_opt.backward(self.generator_terms())
+            g_opt.step()
+
+
+@pytest.mark.parametrize(
+    ("mode", "pair"),
+    [(mode, "adversarial_regularizer") for mode in MODES] + [("terms", "real_fake")],
+)
+@pytest.mark.filterwarnings("ignore:mode 'game'")
+def test_orthogonal_steps_equal_hand_written_ones(mode, pair):
+    trainer = small_trainer([Halves()], orthogonal=Orthogonal(mode, pair))
+    for _ in range(3):
+        trainer.step()
+    found = [p for n in (trainer.generator, trainer.discriminator) for p in n.parameters()]
+    for ours, wanted in zip(found, ByHand(mode, pair).run(3), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.filterwarnings("ignore:mode 'game'")
+def test_orthogonal_training_from_a_saved_state_is_the_same_training(tmp_path, mode):
+    def trainer(seed):
+        regularizers = [HSN1R(norm="spectral", weight=1.0, every=2, num_steps=2), R1()]
+        return small_trainer(regularizers, seed, orthogonal=Orthogonal(mode))
+
+    straight, first, second = trainer(0), trainer(0), trainer(1)
+    for _ in range(7):
+        straight.step()
+    for _ in range(3):
+        first.step()
+    save_state(tmp_path / "state", first.state_dict())
+    second.load_state_dict(load_state(tmp_path / "state"))
+    for _ in range(4):
+        second.step()
+    save_state(tmp_path / "straight", straight.state_dict())
+    save_state(tmp_path / "second", second.state_dict())
+    assert equal(load_state(tmp_path / "straight"), load_state(tmp_path / "second"))
+    metrics = straight.metrics()
+    assert metrics == second.metrics()
+    sides = {"terms": ["_g", "_d"], "previous": [""], "game": ["_g"], "weights": ["_g", "_d"]}
+    angles = {f"{name}{side}" for name in ("angle", "angle_after", "turn") for side in sides[mode]}
+    assert {name for name in metrics if name.startswith(("angle", "turn"))} == angles
+    assert all(0 < metrics[name] <= 180 for name in angles)
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded", "message"),
+    [
+        ("previous", "weights", "state is of mode 'previous', this object's is 'weights'"),
+        ("previous", "terms", "state is of mode 'previous'"),
+        ("terms", "game", "state is of mode 'terms'"),
+    ],
+)
+def test_a_state_of_another_projection_is_refused(saved, loaded, message):
+    state = small_trainer(orthogonal=Orthogonal(saved)).state_dict()
+    with pytest.raises(ValueError, match=message):
+        small_trainer(orthogonal=Orthogonal(loaded)).load_state_dict(state)
+
+
+def test_terms_without_a_second_one_are_plain_training():
+    plain, projected = small_trainer(), small_trainer(orthogonal=Orthogonal("terms"))
+    for trainer in (plain, projected):
+        trainer.step()
+    assert equal(plain.discriminator.state_dict(), projected.discriminator.state_dict())
+    assert equal(plain.generator.state_dict(), projected.generator.state_dict())
+    assert "angle_d" not in projected.metrics()
+
+
 def test_other_errors_of_a_regularizer_stay_what_they_are():
     with pytest.raises(ValueError, match="nan is not an option"):
         small_trainer([Poison("value")]).step()
@@ -569,9 +711,13 @@ def trained(tmp_path_factory):
         (["trainer", "steps_done"], "abc"),
         (["trainer", "steps_done"], -5),
         (["trainer", "steps_done"], 10**400),
-        (["trainer", "summed_steps"], None),
-        (["trainer", "sums"], {"loss_g": 3}),
+        (["trainer", "counts"], None),
+        (["trainer", "counts"], {}),
+        (["trainer", "counts", "loss_g"], 0),
+        (["trainer", "counts", "loss_g"], "x"),
+        (["trainer", "sums", "loss_g"], 3),
         (["trainer", "sums"], 3),
+        (["trainer", "orthogonal"], [{}]),
         (["trainer", "noise"], 5),
         (["trainer", "generator"], [1]),
         (["trainer"], [1]),
@@ -706,6 +852,34 @@ def test_run_folder_holds_what_it_promises(tmp_path):
     assert json.loads((path / "result.json").read_text())["fdd"] == rows[-1]["fdd"]
 
 
+def test_angles_are_logged_plotted_and_kept(tmp_path, monkeypatch):
+    import matplotlib.axes
+
+    titles, labels = set(), set()
+    set_title, plot = matplotlib.axes.Axes.set_title, matplotlib.axes.Axes.plot
+
+    def noted_title(axes, title, *args, **kwargs):
+        titles.add(title)
+        return set_title(axes, title, *args, **kwargs)
+
+    def noted_plot(axes, *args, **kwargs):
+        labels.add(kwargs.get("label"))
+        return plot(axes, *args, **kwargs)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "set_title", noted_title)
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", noted_plot)
+    config = run_config(regularizer="r1", orthogonal="terms")
+    last_line = Run.create(tmp_path / "run", config).train()
+    assert "by r1, orthogonal terms after 20 steps" in last_line
+    rows = RunFolder(tmp_path / "run").read_metrics()
+    assert {"angle_d", "angle_after_d", "turn_d"} <= rows[0].keys()
+    assert "angle_g" not in rows[0]  # R1 adds nothing to the generator's loss
+    assert "angles of gradients, degrees" in titles
+    named = {f"r1, orthogonal terms {name}" for name in ("angle_d", "angle_after_d")}
+    assert named == {label for label in labels if "angle" in label}
+    assert RunFolder(tmp_path / "run").read_result()["orthogonal"] == "terms"
+
+
 @pytest.mark.parametrize("space", ["samples", "features"])
 def test_a_run_on_the_ring_counts_modes_and_draws_the_kernel(tmp_path, space):
     options = {
@@ -796,6 +970,20 @@ def test_bad_kernel_options_are_refused(options, message):
         GaussianConfig(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strength": "x"}, "strength must be a number or null, got 'x'"),
+        ({"strength": math.inf}, "strength must be finite, got inf"),
+        ({"pair": "x"}, "pair must be one of adversarial_regularizer, real_fake, got 'x'"),
+        ({"scope": "x"}, "scope must be one of auto, global, tensor, row, got 'x'"),
+    ],
+)
+def test_bad_projection_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ProjectionConfig(**options)
+
+
 @pytest.mark.parametrize("name", ["r1+r1", "none+r1", "r1+", ""])
 def test_a_set_of_regularizers_has_no_repetition(name):
     with pytest.raises(
@@ -824,6 +1012,18 @@ def test_a_set_of_regularizers_has_no_repetition(name):
         ({"regularizer": ["none"]}, "regularizer must be text, got"),
         ({"r1": None}, "r1 must be a mapping of names to values, got None"),
         ({"seed": 10**400}, r"seed must be in \(-2\*\*63, 2\*\*63\), got 1"),
+        (
+            {"orthogonal": "x"},
+            "orthogonal must be one of none, terms, previous, game, weights, got",
+        ),
+        (
+            {"orthogonal": "terms", "regularizer": "none"},
+            "projection.pair must be real_fake with orthogonal terms and no regularizer",
+        ),
+        (
+            {"orthogonal": "terms", "projection": ProjectionConfig(strength=0.5)},
+            "projection.strength must be null with orthogonal terms, got 0.5",
+        ),
         ({"seconds": 10**400}, r"seconds must be in \(-2\*\*63, 2\*\*63\), got 1"),
     ],
 )

@@ -11,13 +11,15 @@ from hessreg.gan.config import (
     GaussianConfig,
     HessianPenaltyConfig,
     HSN1RConfig,
+    ProjectionConfig,
     R1Config,
     TrainConfig,
 )
 from hessreg.gan.data import Dataset, ShuffledSampler
-from hessreg.gan.losses import discriminator_loss, generator_loss
+from hessreg.gan.losses import discriminator_loss, discriminator_losses, generator_loss
 from hessreg.gan.metrics import ImageJudge, Judge
 from hessreg.gan.networks import Discriminator, Generator
+from hessreg.gan.orthogonal import Orthogonal
 from hessreg.gan.ring import RingJudge
 from hessreg.gan.run import Run
 from hessreg.gan.tasks import TASKS, Task, load_dataset
@@ -37,6 +39,8 @@ __all__ = [
     "ImageJudge",
     "Judge",
     "NonFiniteError",
+    "Orthogonal",
+    "ProjectionConfig",
     "R1Config",
     "RingJudge",
     "Run",
@@ -45,6 +49,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "discriminator_loss",
+    "discriminator_losses",
     "generator_loss",
     "load_dataset",
 ]

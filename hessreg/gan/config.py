@@ -17,6 +17,7 @@ __all__ = [
     "GaussianConfig",
     "HSN1RConfig",
     "HessianPenaltyConfig",
+    "ProjectionConfig",
     "R1Config",
     "TrainConfig",
     "parse_sigma",
@@ -107,6 +108,7 @@ _WANTED: dict[Any, str] = {
     float: "a number",
     str: "text",
     float | str: "a number or text",
+    float | None: "a number or null",
     bool: "true or false",
 }
 
@@ -208,12 +210,37 @@ class HessianPenaltyConfig:
 
 
 @dataclass
+class ProjectionConfig:
+    """Options of orthogonal gradients.
+
+    Args:
+        pair: What terms projects: the adversarial loss against what the regularisers add, or also
+            the discriminator's loss on real samples against that on generated ones.
+        strength: Share of the component that previous, game and weights remove; by default 0.5 for
+            previous and 1 for the others.
+        scope: What makes up one vector: all parameters, each tensor, or each row; auto is tensor
+            for weights and else global.
+    """
+
+    pair: Literal["adversarial_regularizer", "real_fake"] = "adversarial_regularizer"
+    strength: float | None = None
+    scope: Literal["auto", "global", "tensor", "row"] = "auto"
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        if self.strength is not None:
+            _require_finite(self, "strength")
+
+
+@dataclass
 class TrainConfig:
     """Everything that determines a run.
 
     Args:
         dataset: What to train on.
         regularizer: none, or any of r1, hsn1r, gaussian and hessian_penalty joined by +.
+        orthogonal: Project gradients: of the terms of a network's loss, on the previous one, on the
+            other player's, or on the weights.
         steps: Stop after this many steps; 0 for no limit.
         seconds: Stop when the training steps have used this much CPU time; 0 for no limit.
             With neither limit a run takes 40 seconds.
@@ -236,10 +263,12 @@ class TrainConfig:
         hsn1r: Options of regulariser hsn1r.
         gaussian: Options of regulariser gaussian.
         hessian_penalty: Options of regulariser hessian_penalty.
+        projection: Options of orthogonal.
     """
 
     dataset: Literal["digits", "ring"] = "digits"
     regularizer: str = "hsn1r"
+    orthogonal: Literal["none", "terms", "previous", "game", "weights"] = "none"
     steps: int = 0
     seconds: float = 0.0
     seed: int = 0
@@ -261,10 +290,12 @@ class TrainConfig:
     hsn1r: HSN1RConfig = field(default_factory=HSN1RConfig)
     gaussian: GaussianConfig = field(default_factory=GaussianConfig)
     hessian_penalty: HessianPenaltyConfig = field(default_factory=HessianPenaltyConfig)
+    projection: ProjectionConfig = field(default_factory=ProjectionConfig)
 
     def __post_init__(self) -> None:
         _check_types(self)
         _check_regularizer(self.regularizer)
+        self._check_orthogonal()
         _require_at_least(self, 0, "steps", "seconds", "seed", "generator_lr", "discriminator_lr")
         _require_at_least(self, 1, "threads", "latent_dim", "batch_size")
         _require_at_least(self, 1, "log_every", "eval_every", "save_every")
@@ -278,6 +309,21 @@ class TrainConfig:
         _require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
         if not self.steps and not self.seconds:
             self.seconds = 40.0
+
+    def _check_orthogonal(self) -> None:
+        if self.orthogonal != "terms":
+            return
+        strength, pair = self.projection.strength, self.projection.pair
+        _require(strength is None, "projection.strength", "null with orthogonal terms", strength)
+        alone = self.regularizer == "none" and pair == "adversarial_regularizer"
+        wanted = "real_fake with orthogonal terms and no regularizer"
+        _require(not alone, "projection.pair", wanted, pair)
+
+    @property
+    def title(self) -> str:
+        """What is trained with, for headings and legends."""
+        chosen = [] if self.orthogonal == "none" else [f"orthogonal {self.orthogonal}"]
+        return ", ".join([self.regularizer, *chosen])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain nested dictionaries, as they are written to YAML."""
@@ -295,6 +341,7 @@ class TrainConfig:
             "hsn1r": HSN1RConfig,
             "gaussian": GaussianConfig,
             "hessian_penalty": HessianPenaltyConfig,
+            "projection": ProjectionConfig,
         }
         plain = {k: _build(nested[k], v) if k in nested else v for k, v in _mapping(values).items()}
         return _build(cls, plain)

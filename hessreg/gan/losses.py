@@ -5,7 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import softplus
 
-__all__ = ["discriminator_loss", "generator_loss"]
+__all__ = ["discriminator_loss", "discriminator_losses", "generator_loss"]
+
+
+def discriminator_losses(real_logits: Tensor, fake_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the parts of `discriminator_loss`: on real and on generated images."""
+    return softplus(-real_logits).mean(), softplus(fake_logits).mean()
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
@@ -18,7 +23,8 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     Returns:
         A scalar.
     """
-    return softplus(-real_logits).mean() + softplus(fake_logits).mean()
+    on_real, on_fake = discriminator_losses(real_logits, fake_logits)
+    return on_real + on_fake
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:

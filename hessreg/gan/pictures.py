@@ -27,7 +27,17 @@ __all__ = ["save_curves", "save_grid", "save_kernel", "save_ring", "save_side_by
 _SCALE = 6  # screen pixels per image pixel
 _GAP = 4
 _IMAGES, _POINTS = 64, 2000  # in one picture
-_LINES = {"loss_d": "--", "hessian_norm_d": "--", "r1": ":", "mmd2": "-."}
+_LINES = {
+    "loss_d": "--",
+    "hessian_norm_d": "--",
+    "r1": ":",
+    "mmd2": "-.",
+    "angle_d": "--",
+    "angle_after": ":",
+    "angle_after_g": ":",
+    "angle_after_d": "-.",
+}
+_ANGLES = "angles of gradients, degrees"
 _BLUE, _ORANGE = "tab:blue", "tab:orange"
 
 
@@ -155,7 +165,7 @@ def save_side_by_side(path: Path, titled: Mapping[str, Path]) -> None:
 def save_curves(
     path: Path, runs: Mapping[str, Sequence[Mapping[str, float]]], headline: tuple[str, str]
 ) -> None:
-    """Plot losses, regularisers and one metric of one or several runs against CPU time.
+    """Plot losses, regularisers, one metric and angles of one or several runs against CPU time.
 
     Args:
         path: The PNG file.
@@ -168,8 +178,12 @@ def save_curves(
         "losses": ("loss_g", "loss_d"),
         "regularisers": ("hessian_norm_g", "hessian_norm_d", "r1", "mmd2", "hessian_penalty"),
         headline[1]: headline[:1],
+        _ANGLES: ("angle", "angle_after", "angle_g", "angle_after_g", "angle_d", "angle_after_d"),
     }
-    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    logged = {key for rows in runs.values() for row in rows for key in row}
+    if not logged & {*panels[_ANGLES]}:
+        del panels[_ANGLES]
+    figure = Figure(figsize=(5 * len(panels), 4.2), layout="constrained")
     for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for index, (run, rows) in enumerate(runs.items()):
             for key in keys:
@@ -178,7 +192,7 @@ def save_curves(
         axes.set_visible(bool(axes.lines))
         if axes.lines:
             axes.legend(fontsize="small")
-            if title != "losses":
+            if title not in ("losses", _ANGLES):
                 _set_scale(axes)
     _save_figure(path, figure)
 

@@ -23,6 +23,7 @@ from hessreg.gan.config import TrainConfig, parse_sigma
 from hessreg.gan.data import Dataset
 from hessreg.gan.event_log import EventLog
 from hessreg.gan.networks import Discriminator, Generator
+from hessreg.gan.orthogonal import Orthogonal
 from hessreg.gan.progress import ProgressReport, make_progress
 from hessreg.gan.run_folder import RunFolder
 from hessreg.gan.tasks import TASKS
@@ -98,7 +99,16 @@ def build_trainer(config: TrainConfig, dataset: Dataset) -> Trainer:
         learning_rates=(config.generator_lr, config.discriminator_lr),
         ema_decay=config.ema_decay,
         seed=config.seed,
+        orthogonal=_build_orthogonal(config),
     )
+
+
+def _build_orthogonal(config: TrainConfig) -> Orthogonal | None:
+    if config.orthogonal == "none":
+        return None
+    chosen = config.projection
+    scope = None if chosen.scope == "auto" else chosen.scope
+    return Orthogonal(config.orthogonal, chosen.pair, chosen.strength, scope)
 
 
 def _build_regularizers(config: TrainConfig) -> list[Regularizer]:
@@ -222,7 +232,7 @@ class Run:
     def _train(self, progress: ProgressReport | None) -> str:
         path, events_from = self.folder.path, self.trainer.steps_done
         with (
-            progress or make_progress(self.config.regularizer) as report,
+            progress or make_progress(self.config.title) as report,
             EventLog(path / "tensorboard", events_from, self.config.tensorboard) as events,
             StopSignals() as signals,
         ):
@@ -307,6 +317,7 @@ class Run:
         values = self._evaluate()
         result = {
             "regularizer": self.config.regularizer,
+            "orthogonal": self.config.orthogonal,
             "seed": self.config.seed,
             "steps": self.trainer.steps_done,
             "cpu_seconds": round(self.cpu_seconds, 2),
@@ -319,7 +330,7 @@ class Run:
         self.folder.write_result(result)
         pictures_beside = self._draw()
         return (
-            f"{self.folder.path / 'samples.png'}: {self.task.shown} by {self.config.regularizer}"
+            f"{self.folder.path / 'samples.png'}: {self.task.shown} by {self.config.title}"
             f" after {result['steps']} steps, {self.cpu_seconds:.0f} CPU-s;"
             f" {self.judge.describe(values)}; {pictures_beside} beside it"
         )
@@ -328,7 +339,7 @@ class Run:
         """Write the pictures that need a finished run, and return their names."""
         path, rows = self.folder.path, self.folder.read_metrics()
         headline = self.judge.headline, self.judge.columns[self.judge.headline][0]
-        pictures.save_curves(path / "curves.png", {self.config.regularizer: rows}, headline)
+        pictures.save_curves(path / "curves.png", {self.config.title: rows}, headline)
         kernels = [r for r in self.trainer.regularizers if isinstance(r, GaussianKernel)]
         for regularizer in kernels:
             self._draw_kernel(regularizer)

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from hessreg.curvature import NonFiniteError as NonFiniteCurvatureError
 from hessreg.curvature import third_order_safe
 from hessreg.gan.data import ShuffledSampler
-from hessreg.gan.losses import discriminator_loss, generator_loss
+from hessreg.gan.losses import discriminator_losses, generator_loss
 from hessreg.gan.networks import Generator
+from hessreg.gan.orthogonal import Orthogonal
+from hessreg.optim import OrthogonalGradients
 from hessreg.regularizers import Gradients, Regularizer, StepContext
 
 __all__ = ["NonFiniteError", "Trainer"]
@@ -43,6 +45,8 @@ class Trainer:
         betas: Adam's betas for both.
         ema_decay: Decay of the averaged generator `ema`, which is the one to sample from.
         seed: Seed of the noise and of the order of the data.
+        orthogonal: Which gradients to project before the steps. Its mode ``"previous"`` steps both
+            networks at once, from gradients at the same weights.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class Trainer:
         betas: tuple[float, float] = (0.5, 0.999),
         ema_decay: float = 0.999,
         seed: int = 0,
+        orthogonal: Orthogonal | None = None,
     ) -> None:
         self.generator = generator.to(data.device)
         self.discriminator = discriminator.to(data.device)
@@ -70,11 +75,17 @@ class Trainer:
                 (self.generator, self.discriminator), learning_rates, strict=True
             )
         }
+        self.orthogonal = orthogonal
+        self._projecting: dict[nn.Module, OrthogonalGradients] = {}
+        if orthogonal is not None:
+            wrappers = orthogonal.wrap(*self.optimizers.values())
+            pairs = zip(self.optimizers, wrappers, strict=True)
+            self._projecting = {network: each for network, each in pairs if each is not None}
         self.sampler = ShuffledSampler(len(data), batch_size, seed)
         self.noise = torch.Generator().manual_seed(seed)
         self.steps_done = 0
         self._sums: dict[str, Tensor] = {}
-        self._summed_steps = 0
+        self._counts: dict[str, int] = {}
 
     def step(self) -> None:
         """Train both networks once.
@@ -87,15 +98,15 @@ class Trainer:
         self._generator_step(real)
         self._update_ema()
         self.steps_done += 1
-        self._summed_steps += 1
 
     def metrics(self) -> dict[str, float]:
-        """Return means of losses, penalties and gradient norms, and the regularisers' metrics.
+        """Return means of losses, penalties, gradient norms and angles, and regularisers' metrics.
 
-        The means are over the steps since the last call.
+        The means are over the steps since the last call, those of angles (`OrthogonalGradients`)
+        over the steps that had something to project.
         """
-        values = {name: float(total) / self._summed_steps for name, total in self._sums.items()}
-        self._sums, self._summed_steps = {}, 0
+        values = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        self._sums, self._counts = {}, {}
         for regularizer in self.regularizers:
             values.update(regularizer.metrics())
         return values
@@ -119,12 +130,13 @@ class Trainer:
             "ema": self.ema.state_dict(),
             "optimizers": [_moments(optimizer) for optimizer in self.optimizers.values()],
             "regularizers": [regularizer.state_dict() for regularizer in self.regularizers],
+            "orthogonal": [_own_state(wrapper) for wrapper in self._wrappers()],
             "sampler": self.sampler.state_dict(),
             "noise": self.noise.get_state(),
             "global_random": torch.get_rng_state(),
             "steps_done": self.steps_done,
             "sums": dict(self._sums),
-            "summed_steps": self._summed_steps,
+            "counts": dict(self._counts),
         }
         if self.data.is_cuda:
             state["cuda_random"] = torch.cuda.get_rng_state(self.data.device)
@@ -149,6 +161,9 @@ class Trainer:
             optimizer.load_state_dict({"state": by_index, "param_groups": groups})
         for regularizer, own in zip(self.regularizers, state["regularizers"], strict=True):
             regularizer.load_state_dict(own)
+        for wrapper, own in zip(self._wrappers(), state["orthogonal"], strict=True):
+            states = [optimizer.state_dict() for optimizer in wrapper.optimizers]
+            wrapper.load_state_dict({**own, "optimizers": states})
         self.sampler.load_state_dict(state["sampler"])
         self.noise.set_state(state["noise"])
         torch.set_rng_state(state["global_random"])
@@ -156,41 +171,81 @@ class Trainer:
             torch.cuda.set_rng_state(state["cuda_random"], self.data.device)
         self.steps_done = state["steps_done"]
         self._sums = {name: total.to(self.data.device) for name, total in state["sums"].items()}
-        self._summed_steps = state["summed_steps"]
+        self._counts = dict(state["counts"])
 
     def _discriminator_step(self, real: Tensor) -> None:
         noise = self._draw_noise()
         with torch.no_grad():
             fake = self.generator(noise)
         with self._safe_derivatives():
-            loss = discriminator_loss(self.discriminator(real), self.discriminator(fake))
-        self._apply(self.discriminator, loss, self._context(None, loss, real, fake, noise))
+            losses = discriminator_losses(self.discriminator(real), self.discriminator(fake))
+            loss = losses[0] + losses[1]
+        context = self._context(None, loss, real, fake, noise)
+        self._apply(self.discriminator, loss, losses, context)
 
     def _generator_step(self, real: Tensor) -> None:
         noise = self._draw_noise()
         with self._safe_derivatives():
             fake = self.generator(noise)
-            loss = generator_loss(self.discriminator(fake))
-        self._apply(self.generator, loss, self._context(loss, None, real, fake, noise))
+            logits = self.discriminator(fake)
+            loss = generator_loss(logits)
+            _, rival = discriminator_losses(logits, logits)  # on real samples it does not matter
+        context = self._context(loss, None, real, fake, noise)
+        self._apply(self.generator, loss, [loss], context, rival)
 
-    def _apply(self, network: nn.Module, loss: Tensor, context: StepContext) -> None:
+    def _apply(
+        self,
+        network: nn.Module,
+        loss: Tensor,
+        parts: Sequence[Tensor],
+        context: StepContext,
+        rival: Tensor | None = None,
+    ) -> None:
         """Differentiate the loss and the regularisers' terms, and step the network's optimiser."""
         side = 0 if network is self.generator else 1
         self._check(side, loss=loss)
         penalty = self._penalty(side, loss, context)
         parameters = [p for p in network.parameters() if p.requires_grad]
-        grads: Gradients = torch.autograd.grad(loss + penalty, parameters, allow_unused=True)
+        losses = [loss + penalty]
+        if self.orthogonal is not None:
+            losses = self.orthogonal.losses(loss, parts, penalty, rival)
+        grads = self._differentiate(network, parameters, losses)
         for regularizer in self.regularizers:
             g_grads, d_grads = (grads, None) if side == 0 else (None, grads)
             grads = regularizer.transform_grads(g_grads, d_grads, context)[side] or grads
             grads = regularizer.precondition(network, grads, context)
         norm = nn.utils.get_total_norm([grad for grad in grads if grad is not None])
         self._check(side, penalty=penalty, grad_norm=norm, grads=grads)
-        self._measure(side, loss=loss, penalty=penalty, grad_norm=norm)
+        self._measure(f"_{_NAMES[side][0]}", loss=loss, penalty=penalty, grad_norm=norm)
         network.zero_grad()  # those that are frozen or unused stay without a gradient
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad
-        self.optimizers[network].step()
+        self._step(side, network, len(losses))
+
+    def _step(self, side: int, network: nn.Module, num_losses: int) -> None:
+        """Step a network's optimiser; what projects for both steps both, after the generator."""
+        wrapper = self._projecting.get(network)
+        if wrapper is None or (wrapper.mode == "terms" and num_losses == 1):
+            self.optimizers[network].step()
+            return
+        together = len(wrapper.optimizers) > 1
+        if together and network is self.discriminator:
+            return
+        wrapper.step()
+        self._measure("" if together else f"_{_NAMES[side][0]}", **wrapper.angles)
+
+    def _wrappers(self) -> list[OrthogonalGradients]:
+        return list(dict.fromkeys(self._projecting.values()))
+
+    def _differentiate(
+        self, network: nn.Module, parameters: Sequence[Tensor], losses: Sequence[Tensor]
+    ) -> Gradients:
+        """The gradient of the only loss, or the projected one of several."""
+        if len(losses) == 1:
+            return torch.autograd.grad(losses[0], parameters, allow_unused=True)
+        network.zero_grad()
+        self._projecting[network].backward(losses)
+        return [parameter.grad for parameter in parameters]
 
     def _penalty(self, side: int, loss: Tensor, context: StepContext) -> Tensor:
         try:
@@ -211,10 +266,11 @@ class Trainer:
     def _failure(self, side: int, what: str) -> NonFiniteError:
         return NonFiniteError(f"step {self.steps_done + 1}: {_NAMES[side]} {what}")
 
-    def _measure(self, side: int, **scalars: Tensor) -> None:
+    def _measure(self, suffix: str, **scalars: Tensor) -> None:
         for name, value in scalars.items():
-            key = f"{name}_{_NAMES[side][0]}"
+            key = name + suffix
             self._sums[key] = self._sums.get(key, 0.0) + value.detach()
+            self._counts[key] = self._counts.get(key, 0) + 1
 
     def _draw_noise(self) -> Tensor:
         shape = (self.sampler.batch_size, self.generator.latent_dim)
@@ -264,6 +320,11 @@ def _moments(optimizer: torch.optim.Optimizer) -> dict[int, Any]:
     return {index: state.get(index, {}) for index in range(len(_parameters(optimizer)))}
 
 
+def _own_state(wrapper: OrthogonalGradients) -> dict[str, Any]:
+    """Without the optimisers', which the trainer keeps itself."""
+    return {name: value for name, value in wrapper.state_dict().items() if name != "optimizers"}
+
+
 def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return optimizer.param_groups[0]["params"]
 
@@ -291,9 +352,13 @@ def _fits_adam(values: Any, parameter: Tensor) -> bool:
 
 
 def _check_counters(state: dict[str, Any]) -> None:
-    for name in ("steps_done", "summed_steps"):
-        if type(state[name]) is not int or not 0 <= state[name] < 2**63:
-            raise ValueError(f"{name} must be an integer of at least 0, got {state[name]!r:.40}")
+    counts = {f"the count of {name}": value for name, value in state["counts"].items()}
+    for name, value in {"steps_done": state["steps_done"], **counts}.items():
+        least = 1 if name in counts else 0
+        if type(value) is not int or not least <= value < 2**63:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r:.40}")
+    if state["counts"].keys() != state["sums"].keys():
+        raise ValueError("the sums are not those that are counted")
     for name, total in state["sums"].items():
-        if not isinstance(total, Tensor) or total.dim() or not state["summed_steps"]:
-            raise ValueError(f"the sum of {name} is not that of {state['summed_steps']} steps")
+        if not isinstance(total, Tensor) or total.dim():
+            raise ValueError(f"the sum of {name} is not a scalar tensor")

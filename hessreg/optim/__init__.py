@@ -1,0 +1,5 @@
+"""Wrappers around torch's optimisers that change the gradient before a step."""
+
+from hessreg.optim.orthogonal_gradients import MODES, OppositeGradientsError, OrthogonalGradients
+
+__all__ = ["MODES", "OppositeGradientsError", "OrthogonalGradients"]
