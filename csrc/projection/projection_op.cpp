@@ -97,11 +97,21 @@ class Arguments {
   int64_t num_pieces_ = 0, num_elements_ = 0, segments_ = 1;
 };
 
-std::vector<void*> data_pointers(std::vector<Tensor>& tensors) {
-  std::vector<void*> result;
-  for (Tensor& tensor : tensors) result.push_back(tensor.mutable_data_ptr());
-  return result;
-}
+// Where results go: as lists like the arguments, or into the first of these.
+struct Output {
+  Output(std::vector<Tensor>& tensors, int64_t count, bool overwrite = false)
+      : num_lists(count), in_place(overwrite) {
+    for (Tensor& tensor : tensors) pointers_.push_back(tensor.mutable_data_ptr());
+  }
+
+  void* const* data() const { return pointers_.data(); }
+
+  int64_t num_lists;
+  bool in_place;
+
+ private:
+  std::vector<void*> pointers_;
+};
 
 double eps_of(Element element) {
   return element == Element::kFloat64 ? std::numeric_limits<double>::epsilon()
@@ -114,16 +124,20 @@ constexpr int64_t kPieceLength = cuda::kPieceLength;
 
 int64_t work_for(const Arguments& x) { return x.num_segments() * work_size(x.lists().num_lists); }
 
-void run_gram(const Arguments& x, double* gram, const Outcome* outcome) {
+void run_gram(const Arguments& x, double* gram, const Outcome* outcome = nullptr) {
   const Executor executor(x.first());
   Tensor partials = new_float64(x.first(), {x.num_pieces() * num_pairs(x.lists().num_lists)});
   cuda::gram(x.lists(), partials.mutable_data_ptr<double>(), gram, outcome, executor.stream());
 }
 
-void run_combination(const Arguments& x, const double* weights, void* const* out,
-                     int64_t num_outputs, bool) {
+void run_combination(const Arguments& x, const double* weights, const Output& out) {
   const Executor executor(x.first());
-  cuda::linear_combination(x.lists(), weights, out, num_outputs, executor.stream());
+  cuda::linear_combination(x.lists(), weights, out.data(), out.num_lists, executor.stream());
+}
+
+void run_rule(const Arguments& x, double* gram, const Outcome& outcome, const Output& out) {
+  run_gram(x, gram, &outcome);
+  run_combination(x, outcome.weights, out);
 }
 
 #else
@@ -140,94 +154,131 @@ const CpuKernels& kernels() {
   return baseline::kernels;
 }
 
-// Runs body(begin, end) over all pieces, in torch's thread pool where there is work enough.
+// Consecutive pieces that hold whole segments.
+struct Run {
+  int64_t begin, end, first_segment, last_segment;
+};
+
+Run everything(const Arguments& x) { return {0, x.num_pieces(), 0, x.num_segments()}; }
+
+// Run after run is summed and then combined: of segments that fit in the caches the second pass
+// finds there what the first one read.
+std::vector<Run> runs_of(const Arguments& x) {
+  constexpr int64_t kBytes = 1 << 20;
+  if (x.lists().batch > 1 || x.num_pieces() == 0) return {everything(x)};
+  std::vector<Run> runs{{0, 0, 0, 0}};
+  const int64_t size = x.lists().num_lists * x.first().element_size();
+  int64_t bytes = 0, segment = 0;
+  Walker walker(x.lists(), 0);
+  for (int64_t i = 0; i < x.num_pieces(); ++i, walker.advance()) {
+    const Piece piece = walker.piece();
+    if (piece.segment != segment && bytes >= kBytes) {
+      runs.back().end = i;
+      runs.back().last_segment = piece.segment;
+      runs.push_back({i, i, piece.segment, piece.segment});
+      bytes = 0;
+    }
+    segment = piece.segment;
+    bytes += piece.length * size;
+  }
+  runs.back().end = x.num_pieces();
+  runs.back().last_segment = x.num_segments();
+  return runs;
+}
+
+// Calls body(begin, end) for all pieces of a run, in torch's threads where there is work enough.
 template <typename Body>
-void parallel_over_pieces(const Arguments& x, const Body& body) {
-  if (x.num_pieces() == 0) return;
+void parallel_over_pieces(const Arguments& x, const Run& run, const Body& body) {
+  if (run.begin == run.end) return;
   const int64_t grain = std::max<int64_t>(1, 2 * kPieceLength * x.num_pieces() / x.num_elements());
-  torch::stable::parallel_for(0, x.num_pieces(), grain, body);
+  torch::stable::parallel_for(run.begin, run.end, grain, body);
 }
 
 // Sums the pieces of each segment in their order, so that the result is the same for any number of
 // threads.
-void sum_pieces(const Arguments& x, const double* partials, double* gram) {
+void sum_pieces(const Arguments& x, const Run& run, const double* partials, double* gram) {
   const int64_t m = x.lists().num_lists, pairs = num_pairs(m);
-  std::fill(gram, gram + x.num_segments() * m * m, 0.0);
-  if (x.num_pieces() == 0) return;
-  Walker walker(x.lists(), 0);
-  for (int64_t piece = 0; piece < x.num_pieces(); ++piece, walker.advance()) {
+  std::fill(gram + run.first_segment * m * m, gram + run.last_segment * m * m, 0.0);
+  if (run.begin == run.end) return;
+  Walker walker(x.lists(), run.begin);
+  for (int64_t piece = run.begin; piece < run.end; ++piece, walker.advance()) {
     double* sums = gram + walker.piece().segment * m * m;
     for (int64_t a = 0; a < m; ++a)
       for (int64_t b = a; b < m; ++b)
         sums[a * m + b] += partials[piece * pairs + pair_index(a, b, m)];
   }
-  for (int64_t s = 0; s < x.num_segments(); ++s)
+  for (int64_t s = run.first_segment; s < run.last_segment; ++s)
     for (int64_t a = 0; a < m; ++a)
       for (int64_t b = 0; b < a; ++b) gram[(s * m + a) * m + b] = gram[(s * m + b) * m + a];
 }
 
-void run_gram(const Arguments& x, double* gram, const Outcome* outcome) {
-  const int64_t m = x.lists().num_lists;
-  std::vector<double> partials(x.num_pieces() * num_pairs(m));
-  parallel_over_pieces(x, [&](int64_t begin, int64_t end) {
+using Partials = std::vector<double>;
+
+void sum_run(const Arguments& x, const Run& run, Partials& partials, double* gram) {
+  partials.resize(x.num_pieces() * num_pairs(x.lists().num_lists));
+  parallel_over_pieces(x, run, [&](int64_t begin, int64_t end) {
     kernels().gram(x.lists(), partials.data(), begin, end);
   });
-  sum_pieces(x, partials.data(), gram);
-  for (int64_t s = 0; outcome && s < x.num_segments(); ++s)
-    outcome->find(gram + s * m * m, m, s, outcome->work, Alone{});
+  sum_pieces(x, run, partials.data(), gram);
 }
 
 // What is read and written from here up does not fit in the caches beside the rest: results then
 // go to memory directly, which saves reading their lines first (16 % of a projection).
 constexpr int64_t kStreamingBytes = 32 << 20;
 
-void run_combination(const Arguments& x, const double* weights, void* const* out,
-                     int64_t num_outputs, bool in_place) {
+void combine_run(const Arguments& x, const Run& run, const double* weights, const Output& out) {
   Lists lists = x.lists();
   lists.streaming =
-      !in_place && x.bytes_of_list() * (lists.num_lists + num_outputs) >= kStreamingBytes;
-  parallel_over_pieces(x, [&](int64_t begin, int64_t end) {
-    kernels().linear_combination(lists, weights, out, num_outputs, begin, end);
+      !out.in_place && x.bytes_of_list() * (lists.num_lists + out.num_lists) >= kStreamingBytes;
+  parallel_over_pieces(x, run, [&](int64_t begin, int64_t end) {
+    kernels().linear_combination(lists, weights, out.data(), out.num_lists, begin, end);
   });
+}
+
+void run_gram(const Arguments& x, double* gram) {
+  Partials partials;
+  sum_run(x, everything(x), partials, gram);
+}
+
+void run_combination(const Arguments& x, const double* weights, const Output& out) {
+  combine_run(x, everything(x), weights, out);
+}
+
+void run_rule(const Arguments& x, double* gram, const Outcome& outcome, const Output& out) {
+  const int64_t m = x.lists().num_lists;
+  Partials partials;
+  for (const Run& run : runs_of(x)) {
+    sum_run(x, run, partials, gram);
+    for (int64_t s = run.first_segment; s < run.last_segment; ++s)
+      outcome.find(gram + s * m * m, m, s, outcome.work, Alone{});
+    combine_run(x, run, outcome.weights, out);
+  }
 }
 
 #endif
 
-// Lists combined as a rule says, into `out` or, without any, into new tensors.
-class Combination {
- public:
-  Combination(const Arguments& x, const Rule& rule, double* cosines)
-      : x_(x), num_outputs_(rule.num_outputs(x.lists().num_lists)) {
-    const int64_t m = x.lists().num_lists;
-    Tensor gram = new_float64(x.first(), {x.num_segments(), m, m});
-    Tensor work = new_float64(x.first(), {work_for(x)});
-    weights_ = new_float64(x.first(), {x.num_segments(), num_outputs_, m});
-    const Outcome outcome{rule, work.mutable_data_ptr<double>(),
-                          weights_.mutable_data_ptr<double>(), cosines};
-    run_gram(x, gram.mutable_data_ptr<double>(), &outcome);
-  }
+// Combines lists as a rule says; the cosines if they are asked for.
+void combine(const Arguments& x, const Rule& rule, const Output& out, double* cosines = nullptr) {
+  const int64_t m = x.lists().num_lists;
+  Tensor gram = new_float64(x.first(), {x.num_segments(), m, m});
+  Tensor work = new_float64(x.first(), {work_for(x)});
+  Tensor weights = new_float64(x.first(), {x.num_segments(), rule.num_outputs(m), m});
+  const Outcome outcome{rule, work.mutable_data_ptr<double>(), weights.mutable_data_ptr<double>(),
+                        cosines};
+  run_rule(x, gram.mutable_data_ptr<double>(), outcome, out);
+}
 
-  std::vector<Tensor> make() const {
-    std::vector<Tensor> out = x_.new_lists(num_outputs_);
-    write(out, false);
-    return out;
-  }
-
-  void write(std::vector<Tensor>& out, bool in_place) const {
-    const std::vector<void*> pointers = data_pointers(out);
-    run_combination(x_, weights_.const_data_ptr<double>(), pointers.data(), num_outputs_, in_place);
-  }
-
- private:
-  const Arguments& x_;
-  int64_t num_outputs_;
-  Tensor weights_;
-};
+std::vector<Tensor> combined(const Arguments& x, const Rule& rule) {
+  const int64_t num_outputs = rule.num_outputs(x.lists().num_lists);
+  std::vector<Tensor> result = x.new_lists(num_outputs);
+  combine(x, rule, Output(result, num_outputs));
+  return result;
+}
 
 Tensor gram_op(std::vector<Tensor> tensors, int64_t num_lists, int64_t scope, bool batched) {
   const Arguments x(tensors, num_lists, scope, batched, kPieceLength);
   Tensor gram = new_float64(x.first(), x.sizes(num_lists, num_lists, batched));
-  run_gram(x, gram.mutable_data_ptr<double>(), nullptr);
+  run_gram(x, gram.mutable_data_ptr<double>());
   return gram;
 }
 
@@ -245,8 +296,7 @@ std::vector<Tensor> linear_combination_op(std::vector<Tensor> tensors, Tensor we
                   "projection: weights must be on the device of the tensors");
   const Tensor dense = torch::stable::contiguous(weights);
   std::vector<Tensor> out = x.new_lists(num_outputs);
-  const std::vector<void*> pointers = data_pointers(out);
-  run_combination(x, dense.const_data_ptr<double>(), pointers.data(), num_outputs, false);
+  run_combination(x, dense.const_data_ptr<double>(), Output(out, num_outputs));
   return out;
 }
 
@@ -254,7 +304,7 @@ std::vector<Tensor> project_op(std::vector<Tensor> tensors, int64_t num_directio
                                bool conflict_only, bool rescale, int64_t scope, bool batched) {
   const Arguments x(tensors, 1 + num_directions, scope, batched, kPieceLength);
   const Rule rule = projection_rule(eps_of(x.lists().element), strength, conflict_only, rescale);
-  return Combination(x, rule, nullptr).make();
+  return combined(x, rule);
 }
 
 Tensor project_inplace_op(std::vector<Tensor> g, std::vector<Tensor> directions,
@@ -267,7 +317,7 @@ Tensor project_inplace_op(std::vector<Tensor> g, std::vector<Tensor> directions,
   const Arguments x(tensors, 1 + num_directions, scope, false, kPieceLength);
   const Rule rule = projection_rule(eps_of(x.lists().element), strength, conflict_only, rescale);
   Tensor cosines = new_float64(x.first(), {x.num_segments(), num_directions});
-  Combination(x, rule, cosines.mutable_data_ptr<double>()).write(g, true);
+  combine(x, rule, Output(g, 1, true), cosines.mutable_data_ptr<double>());
   return cosines;
 }
 
@@ -282,7 +332,7 @@ std::vector<Tensor> pcgrad_op(std::vector<Tensor> tensors, int64_t num_tasks, Te
   STD_TORCH_CHECK(reduction >= 0 && reduction <= 2, "projection: reduction must be 0, 1 or 2, got ",
                   reduction);
   const Rule rule = pcgrad_rule(order.const_data_ptr<int64_t>(), static_cast<Reduction>(reduction));
-  return Combination(x, rule, nullptr).make();
+  return combined(x, rule);
 }
 
 }  // namespace
