@@ -10,6 +10,7 @@ import hessreg
 from hessreg.curvature import GaussNewtonOperator, HessianOperator
 from hessreg.curvature.fused import FusedHessian
 from hessreg.curvature.mlp_graph import find_chains
+from hessreg.curvature.norms import nuclear_norm
 from hessreg.curvature.parameters import FlatParameters
 
 DOUBLE = torch.float64
@@ -507,3 +508,73 @@ def test_memory_of_several_vectors_is_limited():
     assert max(seen) == max(1, (1 << 18) // op._graph._bytes_per_vector) < 9
     with pytest.raises(ValueError, match="max_bytes must be at least 1, got 0"):
         HessianOperator(loss, model.parameters(), max_bytes=0)
+
+
+# --- losses that are sums over the outputs
+
+
+SUMS = {
+    "softplus": lambda y: F.softplus(-y).mean(),
+    "negated": lambda y: -(-(F.softplus(y))).sum(),
+    "of a squeezed view": lambda y: F.softplus(y.reshape(-1, 1).squeeze(1), beta=2.0).mean(),
+    "linear": lambda y: -y.mean(),
+    "beside others": lambda y: torch.ones(()) + F.silu(y).sum() + y.detach().sum(),
+}
+NO_SUMS = {
+    "square": lambda y: y.square().sum(),
+    "scaled": lambda y: 2 * F.softplus(y).mean(),
+    "shifted": lambda y: F.softplus(y + 1).mean(),
+    "twice": lambda y: F.softplus(y).mean() + y.mean(),
+    "coupled": lambda y: torch.logsumexp(y, 0).sum(),
+    "two activations": lambda y: F.softplus(y).tanh().sum(),
+    "an activation of the sum": lambda y: y.sum().tanh(),
+    "sum of an addition": lambda y: (F.softplus(y).mean() + torch.ones(3)).sum(),
+    "addition with a factor": lambda y: torch.add(torch.ones(()), F.softplus(y).mean(), alpha=3),
+    "some outputs": lambda y: F.softplus(y[:, 0]).mean(),
+}
+
+
+@pytest.mark.parametrize("name", [*SUMS, *NO_SUMS])
+def test_losses_that_are_sums_over_outputs(name):
+    model = perceptron()
+    params = list(model.parameters())
+    loss = (SUMS | NO_SUMS)[name](model(batch()))
+    (chain,) = find_chains(loss, params)
+    assert (chain.term is not None) == (name in SUMS)
+    check(loss, params)
+
+
+@pytest.mark.parametrize("player", ["generator", "discriminator"])
+def test_norms_of_both_players_are_those_of_autograd(player):
+    loss, network = gan_losses()[player]
+    params = list(network.parameters())
+    assert all(chain.term is not None for chain in find_chains(loss, params))
+
+    def found(**options):
+        op = HessianOperator(loss, params, only_params=True)
+        value = nuclear_norm(op, num_steps=5, smoothing=1e-2, **options).value
+        gradient = torch.autograd.grad(value, params, create_graph=True)
+        again = torch.autograd.grad(
+            FlatParameters(params).flatten(gradient).norm(), params, retain_graph=True
+        )
+        return (
+            value,
+            FlatParameters(params).flatten(gradient),
+            FlatParameters(params).flatten(again),
+        )
+
+    for options in ({}, {"num_probes": 2}, {"num_deflated": 1}):
+        ours = found(**options)
+        with hessreg.backend("reference"):
+            expected = found(**options)
+        torch.testing.assert_close(ours, expected)
+
+
+def test_products_that_are_not_finite_are_reported_by_norms():
+    model = nn.Sequential(nn.Linear(3, 5), nn.Softplus(), nn.Linear(5, 1))
+    with torch.no_grad():
+        model[0].weight.mul_(1e-9), model[2].weight.mul_(1e30)
+    loss = model(1e9 * batch().float()).mean()
+    op = HessianOperator(loss, model.parameters(), only_params=True)
+    with pytest.raises(ValueError, match=r"product of params\[\d\], shape .* is (nan|-?inf) at"):
+        nuclear_norm(op, num_steps=3)

@@ -14,6 +14,7 @@ from hessreg.ops.hvp import (
     adjoint_reference,
     backward_reference,
     forward_reference,
+    loss_terms,
     mlp_adjoint,
     mlp_backward,
     mlp_forward,
@@ -26,6 +27,7 @@ from hessreg.ops.hvp import (
     symmetric_product,
     tangent_reference,
 )
+from hessreg.ops.spectral import lanczos_step
 from tests.check_op import check_accuracy, check_op
 
 # The activations of torch itself.
@@ -1095,3 +1097,132 @@ def test_operators_refuse_wrong_caches():
         mlp_tangent(x, weights, [a[0].mT, a[1]], d1, *rest)
     with pytest.raises(RuntimeError, match="hvp: d1 must hold 2 tensors, got 1"):
         mlp_tangent(x, weights, a, d1[:1], *rest)
+
+
+# --- losses that are sums over the outputs
+
+
+def summed(device, widths=(5, 7, 6, 2), rows=9, dtype=torch.float64):
+    """A network, linearised at the mean of a softplus of its outputs, and that loss."""
+    weights, biases = network(widths, dtype, device)
+    x = torch.randn(rows, widths[0], dtype=torch.float64).to(device, dtype)
+    curvature = MLPHessian(weights, biases, "silu", x, with_third=True)
+    scale = 1 / curvature.outputs.numel()
+    loss = loss_terms(curvature.outputs, [rows], ["softplus"], [-1.0], [scale])
+    curvature.linearize(loss[0])
+    return curvature, loss
+
+
+def dense(curvature, loss):
+    eye = torch.eye(curvature._length, dtype=loss.dtype, device=loss.device)
+    return curvature.product(eye, lambda moved: loss[1] * moved)
+
+
+@pytest.mark.parametrize("activation", SMOOTH, ids=str)
+def test_derivatives_of_loss_terms(device, activation):
+    y = torch.linspace(-3, 3, 10, dtype=torch.float64).reshape(5, 2).requires_grad_()
+    number, parameter = hessreg.ops.hvp._checked_activation(activation)
+
+    def f(z):
+        return hessreg.ops.hvp._JETS[number](z, parameter)[0]
+
+    order, total = [], f(-y[:3]).sum() / 6 - 2 * y[3:].sum()
+    for _ in range(3):
+        (total,) = torch.autograd.grad(total.sum(), y, create_graph=True)
+        order.append(total.detach())
+    kinds = [activation, "identity"], [-1.0, 1.0], [1 / 6, -2.0]
+    actual = loss_terms(y.detach().to(device), [3, 2], *kinds)
+    torch.testing.assert_close(actual.cpu(), torch.stack(order), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("gauss_newton", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_lanczos_steps_are_single_products(device, dtype, gauss_newton):
+    curvature, loss = summed(device, dtype=dtype)
+    basis = torch.zeros(7, curvature._length, dtype=dtype, device=device)
+    rows = torch.linalg.qr(torch.randn(basis.shape[1], 2, dtype=torch.float64))[0].mT
+    basis[:2] = rows.to(basis)
+    expected, largest = basis.clone(), torch.zeros(1, dtype=torch.float64, device=device)
+    steps = 1, 5, 1e-12, largest, loss[1]
+    found = curvature.lanczos_steps(basis, *steps, gauss_newton=gauss_newton)
+    assert [len(result) for result in found] == [5, 6, 7, 8, 9]
+    for j, result in enumerate(found, 1):
+        v = expected[j : j + 1]
+        w = curvature.product(v, lambda moved: loss[1] * moved, gauss_newton=gauss_newton)[0]
+        largest = lanczos_step(expected, w, j + 1, largest, 1e-12)
+        torch.testing.assert_close(result, largest, rtol=1e-4, atol=1e-6)
+        largest = largest[-1:]
+    torch.testing.assert_close(basis, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_absolute_form_of_a_whole_krylov_space(device, smoothing):
+    """With as many steps as there are parameters, w = f(H) z by eigenvalues."""
+    curvature, loss = summed(device, (2, 3, 1), rows=4)
+    H = dense(curvature, loss).cpu()
+    values, V = torch.linalg.eigh((H + H.mT) / 2)
+    z = torch.nn.functional.normalize(torch.randn(len(H), dtype=torch.float64), dim=0)
+    signs = values / values.hypot(smoothing * values.abs().max())
+    expected = 3 * V @ (signs * (V.mT @ z))
+    options = {"smoothing": smoothing, "weight": 3.0, "with_gradient": True}
+    value, w, gradient = curvature.absolute_form(z.to(device), len(H) + 5, loss, **options)
+    assert value.item() == pytest.approx((expected @ H @ z).item(), rel=1e-9)
+    if smoothing:  # the sign of eigenvalues that are rounding errors means nothing
+        torch.testing.assert_close(w.cpu(), expected, rtol=1e-7, atol=1e-7)
+
+    def head(y_w, y_z, y_wz):
+        return loss[1] * y_wz + loss[2] * y_w * y_z, loss[1] * y_z, loss[1] * y_w
+
+    third = curvature.third(w, z.to(device), head)
+    torch.testing.assert_close(gradient, third, rtol=1e-10, atol=1e-12)
+    options["with_gradient"] = False
+    assert len(curvature.absolute_form(z.to(device), 3, loss, **options)) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_absolute_form_is_its_reference(device, dtype):
+    curvature, loss = summed(device, dtype=dtype)
+    z = torch.nn.functional.normalize(torch.randn(curvature._length), dim=0).to(loss)
+    options = {"smoothing": 0.01, "weight": 2.0, "with_gradient": True}
+    found = curvature.absolute_form(z, 4, loss, **options)
+    with hessreg.backend("reference"):
+        expected = curvature.absolute_form(z, 4, loss, **options)
+    tolerance = 1e-10 if dtype is torch.float64 else 1e-3
+    for ours, theirs in zip(found, expected, strict=True):
+        size = float(theirs.abs().max())
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * size)
+
+
+def test_absolute_form_ends_at_an_invariant_space(device):
+    curvature, loss = summed(device, (3, 1), rows=1)  # a Hessian of rank one
+    H = dense(curvature, loss)
+    z = H[0] / H[0].norm()
+    options = {"smoothing": 0.0, "weight": 1.0, "with_gradient": False}
+    value, w = curvature.absolute_form(z, 4, loss, **options)
+    assert value.item() == pytest.approx(H.trace().item(), rel=1e-12)
+    torch.testing.assert_close(w, z)
+
+
+def test_absolute_form_of_what_is_not_finite(device):
+    curvature, loss = summed(device)
+    z = torch.full((curvature._length,), torch.nan, dtype=torch.float64, device=device)
+    options = {"smoothing": 0.0, "weight": 1.0, "with_gradient": True}
+    assert curvature.absolute_form(z, 3, loss, **options) == []
+
+
+def test_sums_over_outputs_refuse_wrong_arguments():
+    curvature, loss = summed("cpu")
+    z, options = loss.new_ones(curvature._length), {"smoothing": 0.0, "weight": 1.0}
+    with pytest.raises(ValueError, match=r"loss must have shape \(3, 9, 2\), got \(9, 2\)"):
+        curvature.absolute_form(z, 3, loss[0], **options, with_gradient=False)
+    with pytest.raises(ValueError, match=r"z must be \[p\]"):
+        curvature.absolute_form(z[1:], 3, loss, **options, with_gradient=False)
+    with pytest.raises(ValueError, match=r"curvature must have shape \(9, 2\)"):
+        curvature.lanczos_steps(z.repeat(3, 1), 0, 1, 0.0, loss.new_zeros(1), loss)
+    with pytest.raises(ValueError, match="activation must be one of"):
+        loss_terms(loss[0], [9], ["cube"], [1.0], [1.0])
+    new = MLPHessian(curvature._weights, curvature._biases, "silu", curvature._x)
+    with pytest.raises(RuntimeError, match="linearize must be called before"):
+        new.absolute_form(z, 3, loss, **options, with_gradient=False)
+    with pytest.raises(RuntimeError, match="third needs"):
+        new.absolute_form(z, 3, loss, **options, with_gradient=True)

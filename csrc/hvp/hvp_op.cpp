@@ -1,7 +1,9 @@
 #include <algorithm>
-#include <memory>
+#include <array>
+#include <cmath>
+#include <numeric>
 
-#include "../common/binding.h"
+#include "../spectral/spectral_op.h"
 #include "hvp.h"
 #ifdef HESSREG_CUDA
 #include "hvp_cuda.h"
@@ -180,18 +182,23 @@ const CpuKernels& kernels() {
   return baseline::kernels;
 }
 
-// Memory aligned to 64 bytes, as it comes.
+// Memory aligned to 64 bytes, as it comes. A small one is kept for the next call of the thread,
+// which then finds it in cache; calls do not nest.
 class Workspace {
  public:
-  explicit Workspace(int64_t bytes) : memory_(new std::byte[bytes + kAlignment]) {}
-  void* aligned() const {
-    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
-    return reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
+  explicit Workspace(int64_t bytes) {
+    thread_local std::vector<std::byte> kept;
+    std::vector<std::byte>& memory = bytes <= kKeptBytes ? kept : memory_;
+    if (static_cast<int64_t>(memory.size()) < bytes + kAlignment) memory.resize(bytes + kAlignment);
+    const auto address = reinterpret_cast<uintptr_t>(memory.data());
+    aligned_ = reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
   }
+  void* aligned() const { return aligned_; }
 
  private:
-  static constexpr size_t kAlignment = 64;
-  std::unique_ptr<std::byte[]> memory_;
+  static constexpr int64_t kAlignment = 64, kKeptBytes = 4 << 20;
+  std::vector<std::byte> memory_;
+  void* aligned_;
 };
 
 // Runs stage after stage, in torch's thread pool where there is work enough.
@@ -405,6 +412,194 @@ Tensor second_adjoint_op(Tensor x_, std::vector<Tensor> weights, std::vector<Ten
   return out;
 }
 
+Tensor multiply(const Tensor& a, const Tensor& b) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::mul", "Tensor", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+std::vector<Tensor> lanczos_op(Tensor basis, int64_t first, int64_t num_steps, double breakdown,
+                               Tensor largest, Tensor x, std::vector<Tensor> weights,
+                               std::vector<Tensor> a, std::vector<Tensor> d1,
+                               std::vector<Tensor> delta, std::vector<Tensor> s, Tensor curvature,
+                               Offsets weight_offsets, Offsets bias_offsets, bool gauss_newton) {
+  STD_TORCH_CHECK(
+      basis.dim() == 2 && 0 <= first && 0 <= num_steps && first + num_steps < basis.size(0),
+      "hvp: basis must have a row after the last of ", num_steps, " from ", first);
+  const Tensor none = torch::stable::new_empty(x, {0});
+  std::vector<Tensor> results;
+  for (int64_t row = first; row < first + num_steps; ++row) {
+    const Tensor v = torch::stable::narrow(basis, 0, row, 1);
+    std::vector<Tensor> moved =
+        tangent_op(x, weights, a, d1, none, v, weight_offsets, bias_offsets);
+    const Tensor r_delta = multiply(moved.front(), curvature);
+    moved.erase(moved.begin());
+    if (gauss_newton) moved.clear();
+    const Tensor product = adjoint_op(x, weights, a, d1, delta, s, moved, none, v, r_delta,
+                                      weight_offsets, bias_offsets, gauss_newton, false)[0];
+    results.push_back(spectral::lanczos_step_op(basis, torch::stable::select(product, 0, 0),
+                                                row + 1, largest, breakdown));
+    largest = torch::stable::narrow(results.back(), 0, row + 3, 1);
+  }
+  return results;
+}
+
+#ifndef HESSREG_CUDA
+
+// scale f(sign y) with its derivatives in y, one row of numbers after another.
+template <typename C>
+void loss_term(const C* y, int64_t count, Activation activation, double parameter, double sign,
+               double scale, C* const (&derivatives)[3]) {
+  const double factors[] = {scale * sign, scale, scale * sign};
+  for (int64_t i = 0; i < count; ++i) {
+    const Jet<double> jet =
+        activate<ScalarMath<double>>(activation, parameter, sign * static_cast<double>(y[i]));
+    const double found[] = {jet.first, jet.second, jet.third};
+    for (int k = 0; k < 3; ++k) derivatives[k][i] = static_cast<C>(factors[k] * found[k]);
+  }
+}
+
+template <typename C>
+void loss_terms(const Tensor& y, const std::vector<int64_t>& rows,
+                const std::vector<Activation>& activations, const std::vector<double>& parameters,
+                const std::vector<double>& signs, const std::vector<double>& scales, Tensor& out) {
+  const C* from = static_cast<const C*>(y.const_data_ptr());
+  C* to = static_cast<C*>(out.mutable_data_ptr());
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const int64_t count = rows[i] * y.size(1), all = y.numel();
+    loss_term<C>(from, count, activations[i], parameters[i], signs[i], scales[i],
+                 {to, to + all, to + 2 * all});
+    from += count, to += count;
+  }
+}
+
+Tensor loss_terms_op(Tensor y_, std::vector<int64_t> rows, std::vector<int64_t> activations_,
+                     std::vector<double> parameters, std::vector<double> signs,
+                     std::vector<double> scales) {
+  const Element element = wide_element_of(y_);
+  const auto activations = checked_activations(activations_, rows.size());
+  STD_TORCH_CHECK(y_.dim() == 2 && parameters.size() == rows.size() &&
+                      signs.size() == rows.size() && scales.size() == rows.size() &&
+                      std::accumulate(rows.begin(), rows.end(), int64_t{0}) == y_.size(0),
+                  "hvp: there must be a term for each of the rows of y");
+  const Tensor y = torch::stable::contiguous(y_);
+  Tensor out = torch::stable::new_empty(y, {3, y.size(0), y.size(1)});
+  (element == Element::kFloat64 ? loss_terms<double> : loss_terms<float>)(y, rows, activations,
+                                                                          parameters, signs, scales,
+                                                                          out);
+  return out;
+}
+
+// z' f(T) z of the Lanczos matrix T, f(t) = weight |t| smoothed, and the coefficients of
+// weight sign(T) z in the Krylov basis.
+struct Quadrature {
+  double value;
+  std::vector<double> coefficients;
+};
+
+Quadrature absolute_quadrature(const std::vector<Tensor>& steps, int64_t m, double smoothing,
+                               double weight) {
+  Tensor alpha = new_float64(steps[0], {1, m}), beta = new_float64(steps[0], {1, m - 1});
+  for (int64_t j = 0; j < m; ++j) {
+    const double* row = static_cast<const double*>(steps[j].const_data_ptr()) + j;
+    static_cast<double*>(alpha.mutable_data_ptr())[j] = row[0];
+    if (j + 1 < m) static_cast<double*>(beta.mutable_data_ptr())[j] = row[1];
+  }
+  const std::vector<Tensor> pairs = spectral::tridiagonal_eigh_op(alpha, beta);
+  const double* values = static_cast<const double*>(pairs[0].const_data_ptr());
+  const double* vectors = static_cast<const double*>(pairs[1].const_data_ptr());
+  const double delta = smoothing * std::max(std::abs(values[0]), std::abs(values[m - 1]));
+  Quadrature found{0, std::vector<double>(m)};
+  for (int64_t k = 0; k < m; ++k) {
+    const double size = std::hypot(values[k], delta);
+    const double part = size > 0 ? weight * values[k] / size * vectors[k] : 0;
+    found.value += values[k] * part * vectors[k];
+    for (int64_t j = 0; j < m; ++j) found.coefficients[j] += part * vectors[j * m + k];
+  }
+  return found;
+}
+
+// How many of the steps count: up to an invariant subspace. 0: there is something not finite.
+int64_t count_steps(const std::vector<Tensor>& steps) {
+  for (size_t j = 0; j < steps.size(); ++j) {
+    const double* row = static_cast<const double*>(steps[j].const_data_ptr()) + j;
+    if (!std::isfinite(row[0] + row[1] + row[2])) return 0;
+    if (row[2] > 0) return j + 1;
+  }
+  return steps.size();
+}
+
+template <typename C>
+void combine_rows(const Tensor& rows, const std::vector<double>& coefficients, Tensor& out) {
+  const int64_t n = rows.size(1);
+  C* to = static_cast<C*>(out.mutable_data_ptr());
+  std::fill(to, to + n, C(0));
+  for (size_t j = 0; j < coefficients.size(); ++j) {
+    const C* from = static_cast<const C*>(rows.const_data_ptr()) + j * n;
+    const C factor = static_cast<C>(coefficients[j]);
+    for (int64_t i = 0; i < n; ++i) to[i] += factor * from[i];
+  }
+}
+
+// What moves with the outputs of a loss that is a sum over them: R_j y times the second derivative,
+// and R_1 y R_2 y times the third.
+template <typename C>
+void bend(const Tensor& loss, Tensor& ry) {
+  const int64_t count = ry.numel() / 3;
+  const C *second = static_cast<const C*>(loss.const_data_ptr()) + count, *third = second + count;
+  C* r = static_cast<C*>(ry.mutable_data_ptr());
+  for (int64_t i = 0; i < count; ++i) {
+    const C by_both = third[i] * r[i] * r[count + i];
+    for (int64_t j = 0; j < 3; ++j) r[j * count + i] *= second[i];
+    r[2 * count + i] += by_both;
+  }
+}
+
+std::vector<Tensor> absolute_form_op(Tensor z, int64_t num_steps, double smoothing, double weight,
+                                     double breakdown, bool with_gradient, Tensor x,
+                                     std::vector<Tensor> weights, std::vector<Tensor> a,
+                                     std::vector<Tensor> d1, std::vector<Tensor> d2,
+                                     std::vector<Tensor> delta, std::vector<Tensor> s,
+                                     std::vector<Tensor> t, Tensor loss, Offsets weight_offsets,
+                                     Offsets bias_offsets) {
+  STD_TORCH_CHECK(z.dim() == 1 && num_steps > 0, "hvp: z must be [n], and num_steps positive");
+  const bool wide = wide_element_of(z) == Element::kFloat64;
+  const int64_t n = z.size(0);
+  STD_TORCH_CHECK(!weights.empty() && x.dim() == 2 && loss.is_contiguous() &&
+                      loss.scalar_type() == z.scalar_type() &&
+                      loss.sizes().equals({3, x.size(0), weights.back().size(0)}),
+                  "hvp: loss must be [3, batch, outputs] of the dtype of z, contiguous");
+  Tensor basis = torch::stable::new_empty(z, {std::min(num_steps, n) + 1, n});
+  Tensor row = torch::stable::select(basis, 0, 0);
+  torch::stable::copy_(row, z);
+  Tensor largest = torch::stable::new_zeros(z, {1}, ScalarType::Double);
+  const Tensor curvature = torch::stable::select(loss, 0, 1);
+  const std::vector<Tensor> steps =
+      lanczos_op(basis, 0, basis.size(0) - 1, breakdown, largest, x, weights, a, d1, delta, s,
+                 curvature, weight_offsets, bias_offsets, false);
+  const int64_t m = count_steps(steps);
+  if (m == 0) return {};
+  const Quadrature found = absolute_quadrature(steps, m, smoothing, weight);
+  Tensor v = torch::stable::new_empty(z, {2, n});
+  (wide ? combine_rows<double> : combine_rows<float>)(basis, found.coefficients, v);
+  Tensor second = torch::stable::select(v, 0, 1);
+  torch::stable::copy_(second, z);
+  Tensor value = torch::stable::full({}, found.value, z.scalar_type());
+  std::vector<Tensor> out{value, torch::stable::select(v, 0, 0)};
+  if (!with_gradient) return out;
+  std::vector<Tensor> moved =
+      second_tangent_op(x, weights, a, d1, d2, v, weight_offsets, bias_offsets);
+  (wide ? bend<double> : bend<float>)(loss, moved[0]);
+  const auto middle = moved.begin() + weights.size();
+  out.push_back(second_adjoint_op(x, weights, a, d1, d2, delta, s, t, {moved.begin() + 1, middle},
+                                  {middle, moved.end()}, v, moved[0], weight_offsets,
+                                  bias_offsets));
+  return out;
+}
+
+#endif
+
 }  // namespace
 
 #ifndef HESSREG_CUDA
@@ -431,6 +626,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hessreg, m) {
       "mlp_second_adjoint(Tensor x, Tensor[] weights, Tensor[] a, Tensor[] d1, Tensor[] d2,"
       " Tensor[] delta, Tensor[] s, Tensor[] t, Tensor[] rz, Tensor[] ra, Tensor v, Tensor r_delta,"
       " int[] weight_offsets, int[] bias_offsets) -> Tensor");
+  m.def(
+      "mlp_lanczos(Tensor(a!) basis, int first, int num_steps, float breakdown, Tensor largest,"
+      " Tensor x, Tensor[] weights, Tensor[] a, Tensor[] d1, Tensor[] delta, Tensor[] s,"
+      " Tensor curvature, int[] weight_offsets, int[] bias_offsets, bool gauss_newton)"
+      " -> Tensor[]");
+  m.def(
+      "mlp_loss_terms(Tensor y, int[] rows, int[] activations, float[] parameters, float[] signs,"
+      " float[] scales) -> Tensor");
+  m.def(
+      "mlp_absolute_form(Tensor z, int num_steps, float smoothing, float weight, float breakdown,"
+      " bool with_gradient, Tensor x, Tensor[] weights, Tensor[] a, Tensor[] d1, Tensor[] d2,"
+      " Tensor[] delta, Tensor[] s, Tensor[] t, Tensor loss, int[] weight_offsets,"
+      " int[] bias_offsets) -> Tensor[]");
 }
 #endif
 
@@ -442,6 +650,11 @@ STABLE_TORCH_LIBRARY_IMPL(hessreg, HESSREG_DISPATCH_KEY, m) {
   m.impl("mlp_adjoint", TORCH_BOX(&adjoint_op));
   m.impl("mlp_second_tangent", TORCH_BOX(&second_tangent_op));
   m.impl("mlp_second_adjoint", TORCH_BOX(&second_adjoint_op));
+  m.impl("mlp_lanczos", TORCH_BOX(&lanczos_op));
+#ifndef HESSREG_CUDA  // where the small numbers would have to come to the host
+  m.impl("mlp_loss_terms", TORCH_BOX(&loss_terms_op));
+  m.impl("mlp_absolute_form", TORCH_BOX(&absolute_form_op));
+#endif
 }
 
 }  // namespace hessreg::hvp

@@ -1,7 +1,8 @@
+#include "spectral_op.h"
+
 #include <algorithm>
 #include <memory>
 
-#include "../common/binding.h"
 #include "spectral.h"
 #ifdef HESSREG_CUDA
 #include "spectral_cuda.h"
@@ -172,19 +173,6 @@ std::vector<Tensor> lanczos_op(Tensor a_, Tensor v0_, int64_t num_steps) {
   return {alpha, beta, q};
 }
 
-std::vector<Tensor> tridiagonal_eigh_op(Tensor alpha_, Tensor beta_) {
-  STD_TORCH_CHECK(alpha_.dim() == 2, "spectral: alpha must be [batch, m], got ", alpha_.dim(),
-                  " dimensions");
-  const Tensor alpha = as_contiguous(alpha_);
-  const int64_t batch = alpha.size(0), m = alpha.size(1);
-  const Tensor beta = checked_vectors(beta_, "beta", alpha, std::max<int64_t>(m - 1, 0));
-  Tensor values = new_like(alpha, {batch, m}), vectors = new_like(alpha, {batch, m, m});
-  run(TridiagonalEigh{alpha.const_data_ptr(), beta.const_data_ptr(), values.mutable_data_ptr(),
-                      vectors.mutable_data_ptr(), batch, m, wide_element_of(alpha)},
-      alpha);
-  return {values, vectors};
-}
-
 Tensor symmetric_eigvalsh_op(Tensor a_) {
   const Tensor a = checked_matrices(a_);
   Tensor values = new_like(a, {a.size(0), a.size(1)});
@@ -201,6 +189,21 @@ std::vector<Tensor> symmetric_eigh_op(Tensor a_) {
   run(SymmetricEigh{a.const_data_ptr(), values.mutable_data_ptr(), vectors.mutable_data_ptr(),
                     a.size(0), a.size(1), wide_element_of(a)},
       a);
+  return {values, vectors};
+}
+
+}  // namespace
+
+std::vector<Tensor> tridiagonal_eigh_op(Tensor alpha_, Tensor beta_) {
+  STD_TORCH_CHECK(alpha_.dim() == 2, "spectral: alpha must be [batch, m], got ", alpha_.dim(),
+                  " dimensions");
+  const Tensor alpha = as_contiguous(alpha_);
+  const int64_t batch = alpha.size(0), m = alpha.size(1);
+  const Tensor beta = checked_vectors(beta_, "beta", alpha, std::max<int64_t>(m - 1, 0));
+  Tensor values = new_like(alpha, {batch, m}), vectors = new_like(alpha, {batch, m, m});
+  run(TridiagonalEigh{alpha.const_data_ptr(), beta.const_data_ptr(), values.mutable_data_ptr(),
+                      vectors.mutable_data_ptr(), batch, m, wide_element_of(alpha)},
+      alpha);
   return {values, vectors};
 }
 
@@ -223,8 +226,6 @@ Tensor lanczos_step_op(Tensor basis, Tensor w, int64_t count, Tensor largest, do
       basis);
   return result;
 }
-
-}  // namespace
 
 #ifndef HESSREG_CUDA
 STABLE_TORCH_LIBRARY_FRAGMENT(hessreg, m) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar, cast
 
@@ -67,7 +68,7 @@ def check_not_negative(**numbers: float) -> None:
             raise ValueError(f"{name} must be finite and not negative, got {number}")
 
 
-def full_precision(device: torch.device) -> torch.autocast:
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """A context without autocast: where that is on, it is for the loss.
 
     Example:
@@ -75,6 +76,8 @@ def full_precision(device: torch.device) -> torch.autocast:
         ...     (torch.eye(2) @ torch.eye(2)).dtype
         torch.float32
     """
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 

@@ -7,9 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hessreg.curvature.lanczos import norm_of, normalize, report_non_finite
+from hessreg.curvature.lanczos import lanczos_steps, norm_of, normalize, report_non_finite
 from hessreg.curvature.operators import LinearOperator
-from hessreg.ops.spectral import lanczos_step
 
 __all__ = ["KrylovSpace", "RitzPairs", "random_signs", "random_vector"]
 
@@ -89,7 +88,10 @@ class KrylovSpace:
             NonFiniteError: NaN or infinity in a product.
         """
         first = self.num_deflated + self.size
-        results = [self._step(first + i) for i in range(num_steps)]
+        breakdown = _BREAKDOWN * torch.finfo(self.op.dtype).eps
+        steps = self.basis, first, num_steps, breakdown, self._largest
+        results = lanczos_steps(self.op, *steps)
+        self._largest = results[-1][-1:]
         lengths = [len(result) for result in results]
         for i, row in enumerate(torch.cat(results).cpu().split(lengths)):
             if not torch.isfinite(row).all():
@@ -121,14 +123,6 @@ class KrylovSpace:
             raise ValueError(
                 f"op must be {what} by {difference:.3g} where |H| is about {self.scale:.3g}"
             )
-
-    def _step(self, j: int) -> Tensor:
-        """One product, from which the next vector is made; returns what `lanczos_step` does."""
-        w = self.op.matvec(self.basis[j])
-        breakdown = _BREAKDOWN * torch.finfo(w.dtype).eps
-        result = lanczos_step(self.basis, w, j + 1, self._largest, breakdown)
-        self._largest = result[-1:]
-        return result
 
     def _absorb(self, row: Tensor, ends: Tensor) -> None:
         d, m = self.num_deflated, self.size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 
 from hessreg import _backend
-from hessreg.curvature.mlp_graph import Chain, find_chains, find_input_chain
+from hessreg.curvature.autograd_graph import AutogradGraph
+from hessreg.curvature.mlp_graph import Chain, LossTerm, find_chains, find_input_chain
 from hessreg.curvature.parameters import FlatParameters
-from hessreg.ops.hvp import MLPHessian
+from hessreg.ops.hvp import MLPHessian, loss_terms
 
 __all__ = ["FusedHessian", "FusedInputHessian", "FusedProducts"]
 
@@ -37,7 +39,8 @@ class FusedHessian:
 
     Args:
         chains: the perceptron's passes in the loss.
-        slopes: the gradients of the loss in their outputs, with their graphs.
+        network: the perceptron with the inputs of all passes.
+        head: what the loss makes of their outputs.
         params: the parameters.
         gauss_newton: leave out the curvature of the perceptron itself.
     """
@@ -45,37 +48,40 @@ class FusedHessian:
     def __init__(
         self,
         chains: Sequence[Chain],
-        slopes: Sequence[Tensor],
+        network: MLPHessian,
+        head: _Head | _SumHead,
         params: FlatParameters,
         gauss_newton: bool,
     ) -> None:
         fixed = [*params.tensors, *chains[0].leaves]
         self._versions = [(t, t._version) for t in fixed]
-        self._head = _Head(chains, slopes)
-        self._gauss_newton = gauss_newton
-        self._network = _network(chains, params, with_third=not gauss_newton)
+        self._network, self._head, self._gauss_newton = network, head, gauss_newton
         with torch.no_grad():
-            self._network.linearize(torch.cat(list(slopes)))
+            network.linearize(head.slopes)
 
     @classmethod
     def find(
-        cls, loss: Tensor, params: FlatParameters, of_outputs: Tensor | None = None
+        cls,
+        loss: Tensor,
+        params: FlatParameters,
+        nodes: AutogradGraph | None = None,
+        of_outputs: Tensor | None = None,
     ) -> FusedHessian | None:
         """The operator, if the loss is of that kind and there are kernels for its device.
 
         With ``of_outputs`` the Gauss-Newton matrix is meant, and these must be the perceptron's.
+        ``nodes`` is the loss's graph, if it has been walked.
         """
         if not _backend.runs_compiled(params.device):
             return None
-        chains = find_chains(loss, params.tensors)
+        chains = find_chains(loss, params.tensors, nodes)
         if chains is None or not all(chain.same_network(chains[0]) for chain in chains):
             return None
         if of_outputs is not None and [c.output.node for c in chains] != [of_outputs.grad_fn]:
             return None
-        slopes = _slopes(loss, chains)
-        if slopes is None:
-            return None
-        return cls(chains, slopes, params, of_outputs is not None)
+        network = _network(chains, params, with_third=of_outputs is None)
+        head = _SumHead.find(chains, network.outputs) or _Head.find(loss, chains)
+        return None if head is None else cls(chains, network, head, params, of_outputs is not None)
 
     @torch.no_grad()
     def products(self, vectors: Tensor) -> Tensor:
@@ -91,6 +97,43 @@ class FusedHessian:
     def elements_per_vector(self) -> int:
         """About how many numbers one vector more takes, beside itself and the product."""
         return self._network.elements_per_vector
+
+    @torch.no_grad()
+    def lanczos_steps(
+        self, basis: Tensor, first: int, num_steps: int, breakdown: float, largest: Tensor
+    ) -> list[Tensor] | None:
+        """As :func:`~hessreg.curvature.lanczos.lanczos_steps`, if the loss is a sum over outputs.
+
+        Raises:
+            ValueError: a parameter was changed since.
+        """
+        if not isinstance(self._head, _SumHead):
+            return None
+        self._check_versions()
+        steps = basis, first, num_steps, breakdown, largest
+        curvature = self._head.curvature
+        return self._network.lanczos_steps(*steps, curvature, gauss_newton=self._gauss_newton)
+
+    @torch.no_grad()
+    def absolute_form(
+        self, z: Tensor, num_steps: int, smoothing: float, weight: float, with_gradient: bool
+    ) -> list[Tensor]:
+        """As :meth:`MLPHessian.absolute_form`; nothing for other losses than sums over outputs.
+
+        Raises:
+            ValueError: a parameter was changed since.
+        """
+        if self._gauss_newton or not isinstance(self._head, _SumHead):
+            return []
+        self._check_versions()
+        return self._network.absolute_form(
+            z,
+            num_steps,
+            self._head.derivatives,
+            smoothing=smoothing,
+            weight=weight,
+            with_gradient=with_gradient,
+        )
 
     @torch.no_grad()
     def third_derivative(self, w: Tensor, z: Tensor) -> Tensor:
@@ -112,14 +155,14 @@ class FusedInputHessian:
 
     Args:
         chain: the pass.
-        slope: the gradient of the loss in its outputs, with its graph.
+        head: what the loss makes of its outputs.
         x: what the pass takes, in its own shape.
     """
 
-    def __init__(self, chain: Chain, slope: Tensor, x: Tensor) -> None:
+    def __init__(self, chain: Chain, head: _Head, x: Tensor) -> None:
         self._versions = [(t, t._version) for t in (x, *chain.leaves)]
         self._shape = chain.input.shape
-        self._head = _Head([chain], [slope])
+        self._head = head
         with torch.no_grad():
             self._network = MLPHessian(
                 [w.detach() for w in chain.weights],
@@ -127,7 +170,7 @@ class FusedInputHessian:
                 chain.activations,
                 chain.input,
             )
-            self._network.linearize(slope)
+            self._network.linearize(head.slopes)
 
     @classmethod
     def find(cls, loss: Tensor, params: FlatParameters) -> FusedInputHessian | None:
@@ -137,8 +180,8 @@ class FusedInputHessian:
         chain = find_input_chain(loss, params.tensors[0])
         if chain is None:
             return None
-        slopes = _slopes(loss, [chain])
-        return None if slopes is None else cls(chain, slopes[0], params.tensors[0])
+        head = _Head.find(loss, [chain])
+        return None if head is None else cls(chain, head, params.tensors[0])
 
     @torch.no_grad()
     def products(self, vectors: Tensor) -> Tensor:
@@ -160,12 +203,40 @@ class FusedInputHessian:
         return self._network.elements_per_vector
 
 
-def _slopes(loss: Tensor, chains: Sequence[Chain]) -> Sequence[Tensor] | None:
-    """The gradients in the outputs of passes, or None where the general way is to say more."""
-    edges = [chain.output for chain in chains]
-    slopes = torch.autograd.grad(loss, edges, create_graph=True, allow_unused=True)
-    undefined = any(slope is None or not torch.isfinite(slope).all() for slope in slopes)
-    return None if undefined else slopes
+class _SumHead:
+    """A loss that is a sum over the outputs of passes: its derivatives are numbers for each.
+
+    Args:
+        terms: what the sums are of, one for each pass.
+        rows: of each pass.
+        outputs: of all passes, [rows, outputs].
+    """
+
+    def __init__(self, terms: Sequence[LossTerm], rows: Sequence[int], outputs: Tensor) -> None:
+        kinds = zip(*((t.activation, t.sign, t.scale) for t in terms), strict=True)
+        self.derivatives = loss_terms(outputs, rows, *map(list, kinds))
+        self.slopes, self.curvature, self._third = self.derivatives
+
+    @classmethod
+    @torch.no_grad()
+    def find(cls, chains: Sequence[Chain], outputs: Tensor) -> _SumHead | None:
+        """Of the outputs of all passes, if the loss is that, and its slopes are finite."""
+        terms = [chain.term for chain in chains if chain.term is not None]
+        if len(terms) < len(chains):
+            return None
+        head = cls(terms, [len(chain.input) for chain in chains], outputs)
+        return head if math.isfinite(head.slopes.sum()) else None
+
+    def __call__(self, moved: Tensor) -> Tensor:
+        """[k, rows, outputs] to the same."""
+        return self.curvature * moved
+
+    def third_derivative(
+        self, y_w: Tensor, y_z: Tensor, y_wz: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As :meth:`MLPHessian.third` takes it: [rows, outputs] each, and returned likewise."""
+        slope = self.curvature * y_wz + self._third * y_w * y_z
+        return slope, self.curvature * y_z, self.curvature * y_w
 
 
 class _Head:
@@ -179,9 +250,18 @@ class _Head:
     def __init__(self, chains: Sequence[Chain], slopes: Sequence[Tensor]) -> None:
         self._edges = [chain.output for chain in chains]
         self._lengths = [len(chain.input) for chain in chains]
+        self.slopes = torch.cat([slope.detach() for slope in slopes])
         # Where a slope is constant, the loss has no curvature in that pass's outputs.
         self._live = [i for i, slope in enumerate(slopes) if slope.requires_grad]
         self._slopes = [slopes[i] for i in self._live]
+
+    @classmethod
+    def find(cls, loss: Tensor, chains: Sequence[Chain]) -> _Head | None:
+        """Of a loss, or None where the general way is to say more."""
+        edges = [chain.output for chain in chains]
+        slopes = torch.autograd.grad(loss, edges, create_graph=True, allow_unused=True)
+        undefined = any(slope is None or not torch.isfinite(slope).all() for slope in slopes)
+        return None if undefined else cls(chains, slopes)
 
     def __call__(self, moved: Tensor) -> Tensor:
         """[k, rows, outputs] to the same."""

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hessreg.curvature.autograd_graph import AutogradGraph
 from hessreg.curvature.evaluation import RandomState, evaluate
 from hessreg.curvature.fused import FusedHessian
 from hessreg.curvature.parameter_operator import CurvatureGraph, ParameterOperator, check_loss
@@ -83,9 +84,10 @@ class _GaussNewtonGraph(CurvatureGraph):
         if not isinstance(outputs, Tensor) or not outputs.requires_grad:
             raise ValueError("outputs must be a Tensor with its graph")
         value = check_loss(loss(outputs))
-        refuse_opaque(value)
-        require_third_order_safe(value, derivatives=2)
-        super().__init__(params, value, FusedHessian.find(value, params, of_outputs=outputs))
+        graph = AutogradGraph([value])
+        refuse_opaque(graph)
+        require_third_order_safe(graph, derivatives=2)
+        super().__init__(params, value, FusedHessian.find(value, params, graph, outputs))
         self._outputs = outputs
         if self._fused is None:
             _ = self.gradient  # an infinite one is reported here, not at the first product

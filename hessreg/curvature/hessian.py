@@ -10,15 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hessreg.curvature.autograd_graph import AutogradGraph
 from hessreg.curvature.evaluation import RandomState, evaluate
 from hessreg.curvature.fused import FusedHessian, FusedInputHessian
 from hessreg.curvature.parameter_operator import CurvatureGraph, ParameterOperator, check_loss
 from hessreg.curvature.parameters import FlatParameters
-from hessreg.curvature.third_order import (
-    graph_nodes,
-    refuse_opaque,
-    require_third_order_safe,
-)
+from hessreg.curvature.third_order import refuse_opaque, require_third_order_safe
 
 __all__ = ["HessianGraph", "HessianOperator"]
 
@@ -29,7 +26,8 @@ class HessianOperator(ParameterOperator):
     The gradient is built once, with its graph; each product is one reverse pass through it, about
     2 gradients. Where all of the parameters are those of one multilayer perceptron, as built of
     ``nn.Linear`` and the usual activations, or are its input, a product is a fused pass forward and
-    back instead, less than one gradient; hooks on tensors between its layers are not called. The
+    back instead, less than one gradient; hooks on tensors between its layers are not called, nor
+    those on its outputs where the loss is a sum or mean of one activation of them. The
     operator is the Hessian at the parameters' values when it was made. It leaves ``.grad``, the
     modules' mode and buffers and the random state as they were; dropout keeps its masks from
     product to product.
@@ -124,10 +122,11 @@ class HessianGraph(CurvatureGraph):
     """
 
     def __init__(self, loss: Tensor, params: FlatParameters, only_params: bool = False) -> None:
-        refuse_opaque(loss, params.tensors)
-        require_third_order_safe(loss, derivatives=2, inputs=params.tensors)
-        fused = FusedHessian.find(loss, params) or FusedInputHessian.find(loss, params)
-        super().__init__(params, loss, fused)
+        self._nodes = AutogradGraph([loss], params.tensors)
+        refuse_opaque(self._nodes)
+        require_third_order_safe(self._nodes, derivatives=2)
+        fused = FusedHessian.find(loss, params, self._nodes)
+        super().__init__(params, loss, fused or FusedInputHessian.find(loss, params))
         self._only_params = only_params
         if self._fused is None:
             _ = self.gradient  # an infinite one is reported here, not at the first product
@@ -167,26 +166,44 @@ class HessianGraph(CurvatureGraph):
         """The number w' H z [], with its graph; the value may be known."""
         if not (isinstance(self._fused, FusedHessian) and self._depends_on_params_only):
             return super().bilinear(w, z, value)
-        require_third_order_safe(self.loss, inputs=self.params.tensors)
+        require_third_order_safe(self._nodes)
         value = w @ self.product(z, create_graph=False) if value is None else value
-        result: Tensor = _Bilinear.apply(self, w, z, value, *self.params.tensors)
+        result: Tensor = _Bilinear.apply(self, w, z, value, None, *self.params.tensors)
+        return result
+
+    def absolute_form(
+        self, z: Tensor, num_steps: int, smoothing: float, weight: float
+    ) -> Tensor | None:
+        """The number z' |H| z, and its gradient at once if the parameters' is all there can be."""
+        with_gradient = torch.is_grad_enabled()
+        if not isinstance(self._fused, FusedHessian) or not (
+            self._depends_on_params_only or not with_gradient
+        ):
+            return None
+        if with_gradient:
+            require_third_order_safe(self._nodes)
+        found = self._fused.absolute_form(z, num_steps, smoothing, weight, with_gradient)
+        if len(found) < 3:
+            return found[0] if found else None
+        value, w, gradient = found
+        result: Tensor = _Bilinear.apply(self, w, z, value, gradient, *self.params.tensors)
         return result
 
     @cached_property
     def _depends_on_params_only(self) -> bool:
         known = set(map(id, self.params.tensors))
-        leaves = (getattr(node, "variable", None) for node in graph_nodes([self.loss]))
-        return self._only_params or all(leaf is None or id(leaf) in known for leaf in leaves)
+        leaves = self._nodes.leaves.values()
+        return self._only_params or all(id(leaf) in known for leaf in leaves)
 
-    def third_derivative(self, w: Tensor, z: Tensor, create_graph: bool) -> Sequence[Tensor]:
-        """The gradient of w' H z by parameter."""
+    def third_derivative(
+        self, w: Tensor, z: Tensor, scale: Tensor, create_graph: bool
+    ) -> Sequence[Tensor]:
+        """The gradient of w' H z by parameter, times a number."""
         if isinstance(self._fused, FusedHessian) and not create_graph:
-            return self.params.split(self._fused.third_derivative(w, z))
-        params = self.params.tensors
+            return self.params.split(self._fused.third_derivative(scale * w, z))
         value = w @ self.product(z, create_graph=True)
-        return torch.autograd.grad(
-            value, params, create_graph=create_graph, materialize_grads=True, retain_graph=True
-        )
+        options = {"create_graph": create_graph, "materialize_grads": True, "retain_graph": True}
+        return torch.autograd.grad(value, self.params.tensors, scale, **options)
 
     def roots(self) -> Sequence[Tensor]:
         """The gradients."""
@@ -194,16 +211,25 @@ class HessianGraph(CurvatureGraph):
 
 
 class _Bilinear(torch.autograd.Function):
-    """The number w' H z as a function of the parameters."""
+    """The number w' H z as a function of the parameters, of which the gradient may be known."""
 
     @staticmethod
     def forward(
-        ctx: Any, graph: HessianGraph, w: Tensor, z: Tensor, value: Tensor, *params: Tensor
+        ctx: Any,
+        graph: HessianGraph,
+        w: Tensor,
+        z: Tensor,
+        value: Tensor,
+        gradient: Tensor | None,
+        *params: Tensor,
     ) -> Tensor:
-        ctx.graph, ctx.vectors = graph, (w, z)
+        ctx.graph, ctx.vectors, ctx.gradient = graph, (w, z), gradient
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        found = ctx.graph.third_derivative(*ctx.vectors, create_graph=torch.is_grad_enabled())
-        return None, None, None, None, *(cotangent * gradient for gradient in found)
+        if ctx.gradient is None or torch.is_grad_enabled():
+            found = ctx.graph.third_derivative(*ctx.vectors, cotangent, torch.is_grad_enabled())
+        else:
+            found = ctx.graph.params.split(cotangent * ctx.gradient)
+        return None, None, None, None, None, *found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NoReturn
 
 import torch
@@ -9,11 +10,12 @@ from torch import Tensor
 
 from hessreg.curvature._checks import NonFiniteError, check_at_least, of_operator
 from hessreg.curvature.operators import LinearOperator
-from hessreg.ops.spectral import lanczos_step
+from hessreg.ops.spectral import BREAKDOWN, lanczos_step
 
 __all__ = [
     "deflated_lanczos",
     "lanczos",
+    "lanczos_steps",
     "norm_of",
     "normalize",
     "power_iteration",
@@ -106,7 +108,8 @@ def lanczos(
     """
     check_at_least(1, num_steps=num_steps)
     start = start_vector(op, v0, generator)
-    return deflated_lanczos(op, num_steps, start, start.new_empty(len(start), 0))
+    alpha, beta, Q = deflated_lanczos(op, num_steps, start, start.new_empty(len(start), 0))
+    return alpha.to(Q), beta.to(Q), Q
 
 
 @torch.no_grad()
@@ -114,6 +117,8 @@ def deflated_lanczos(
     op: LinearOperator, num_steps: int, start: Tensor, deflated: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`lanczos`, of what the operator is between vectors orthogonal to some.
+
+    T is returned on the CPU, in float64.
 
     Args:
         op: symmetric operator, (n, n).
@@ -126,26 +131,57 @@ def deflated_lanczos(
     basis = torch.empty(d + m + 1, op.shape[0], dtype=op.dtype, device=op.device)
     basis[:d] = deflated.mT
     basis[d] = start
-    breakdown = 64 * torch.finfo(op.dtype).eps
-    largest, ends = basis.new_zeros(1, dtype=torch.float64), []
-    for j in range(d, d + m):  # after a breakdown the vectors stay zero: no branch, so no wait
-        result = lanczos_step(basis, op.matvec(basis[j]), j + 1, largest, breakdown)
-        largest = result[-1:]
-        ends.append(result[-4:-1])
-    return _truncate(op, torch.stack(ends), basis[d:])
+    breakdown = BREAKDOWN * torch.finfo(op.dtype).eps
+    largest = basis.new_zeros(1, dtype=torch.float64)
+    results = lanczos_steps(op, basis, d, m, breakdown, largest)
+    return _truncate(op, torch.stack([result[-4:-1] for result in results]), basis[d:])
+
+
+def lanczos_steps(
+    op: LinearOperator,
+    basis: Tensor,
+    first: int,
+    num_steps: int,
+    breakdown: float,
+    largest: Tensor,
+) -> list[Tensor]:
+    """Multiplies rows of an orthonormal basis, each product becoming the next row.
+
+    After a breakdown the rows are zero: no branch, so no wait for the device.
+
+    Args:
+        op: symmetric operator, (n, n).
+        basis: [more than first + num_steps, n].
+        first: the row to begin with.
+        num_steps: products.
+        breakdown: as :func:`~hessreg.ops.spectral.lanczos_step` takes it.
+        largest: likewise.
+
+    Returns:
+        What that returns, for each step.
+    """
+    at_once = getattr(op, "lanczos_steps", None)
+    if at_once is not None:
+        found: list[Tensor] | None = at_once(basis, first, num_steps, breakdown, largest)
+        if found is not None:
+            return found
+    results = []
+    for row in range(first, first + num_steps):
+        results.append(lanczos_step(basis, op.matvec(basis[row]), row + 1, largest, breakdown))
+        largest = results[-1][-1:]
+    return results
 
 
 def _truncate(op: LinearOperator, ends: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What `lanczos` returns, of alpha, beta and whether the space is invariant, [steps, 3]."""
-    host = ends.cpu()
-    bad = ~torch.isfinite(host).all(1)
-    if bad.any():
-        report_non_finite(op, op.matvec(basis[int(bad.nonzero()[0])]))
-    broken = host[:, 2].nonzero()
-    m = int(broken[0]) + 1 if len(broken) else len(host)
-    alpha, beta, is_invariant = ends[:m].mT
-    beta = beta.masked_fill(is_invariant > 0, 0)
-    return alpha.to(op.dtype), beta.to(op.dtype), basis[:m].mT
+    """What is returned, of alpha, beta and whether the space is invariant, [steps, 3]."""
+    rows = ends.tolist()
+    for v, row in zip(basis, rows, strict=False):
+        if not math.isfinite(sum(row)):
+            report_non_finite(op, op.matvec(v))
+    m = next((i for i, row in enumerate(rows, 1) if row[2]), len(rows))
+    T = [(alpha, 0.0 if is_invariant else beta) for alpha, beta, is_invariant in rows[:m]]
+    alpha, beta = torch.tensor(T, dtype=torch.float64).mT
+    return alpha, beta, basis[:m].mT
 
 
 def report_non_finite(op: LinearOperator, product: Tensor) -> NoReturn:

@@ -16,9 +16,10 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from hessreg.curvature.autograd_graph import AutogradGraph
 from hessreg.ops.hvp import Activation
 
-__all__ = ["Chain", "find_chains", "find_input_chain"]
+__all__ = ["Chain", "LossTerm", "find_chains", "find_input_chain"]
 
 # Activations by the names of their nodes, with the attributes that hold a parameter.
 _ACTIVATIONS: dict[str, tuple[str, str | None]] = {
@@ -32,9 +33,26 @@ _ACTIVATIONS: dict[str, tuple[str, str | None]] = {
     "EluBackward0": ("elu", "_saved_alpha"),
 }
 
-# Nodes that keep the order of the elements.
 _SOFTPLUS_THRESHOLD = 20  # above it softplus is the identity: off by 2e-9, which ours is not
+_PRODUCTS = ("AddmmBackward0", "MmBackward0")
+# Nodes that keep the order of the elements.
 _VIEWS = ("ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0")
+_SQUEEZES = ("SqueezeBackward0", "SqueezeBackward1", "UnsqueezeBackward0")
+
+
+@dataclass
+class LossTerm:
+    """What a loss adds up of the outputs of one pass: scale times f(sign y), for each output y.
+
+    Attributes:
+        activation: f, as :class:`~hessreg.MLPHessian` takes it.
+        sign: 1 or -1.
+        scale: that of the sum.
+    """
+
+    activation: Activation
+    sign: float
+    scale: float
 
 
 @dataclass
@@ -47,6 +65,7 @@ class Chain:
         biases: leaves [out] of the layers; None for a layer without.
         activations: between the layers, as :class:`~hessreg.MLPHessian` takes them.
         output: the last layer's place in the graph.
+        term: what the loss makes of the outputs, if it is a sum over them of a known kind.
     """
 
     input: Tensor
@@ -54,6 +73,7 @@ class Chain:
     biases: list[Tensor | None]
     activations: list[Activation]
     output: GradientEdge
+    term: LossTerm | None = None
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -79,12 +99,15 @@ class _Layer:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
 
-def find_chains(loss: Tensor, params: Sequence[Tensor]) -> list[Chain] | None:
+def find_chains(
+    loss: Tensor, params: Sequence[Tensor], nodes: AutogradGraph | None = None
+) -> list[Chain] | None:
     """The chains through which all of the parameters enter a loss.
 
     Args:
         loss: scalar with its graph.
         params: tensors; those that are no leaves are never weights or biases.
+        nodes: that graph, if it has been walked.
 
     Returns:
         The chains, each with different layers; None if a parameter enters in any other way, or
@@ -94,13 +117,17 @@ def find_chains(loss: Tensor, params: Sequence[Tensor]) -> list[Chain] | None:
         >>> import torch
         >>> from torch import nn
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
-        >>> chains = find_chains(net(torch.randn(4, 2)).square().mean(), list(net.parameters()))
+        >>> chains = find_chains(net(torch.randn(4, 2)).sigmoid().mean(), list(net.parameters()))
         >>> len(chains), chains[0].activations, [tuple(w.shape) for w in chains[0].weights]
         (1, ['tanh'], [(3, 2), (1, 3)])
+        >>> chains[0].term
+        LossTerm(activation='sigmoid', sign=1.0, scale=0.25)
     """
-    graph = _Graph(loss, params)
+    if not all(p.is_leaf for p in params):
+        return None
+    graph = _Graph(nodes or AutogradGraph([loss]), params)
     layers = graph.layers()
-    if layers is None or not all(p.is_leaf for p in params):
+    if layers is None:
         return None
     chains: list[Chain] = []
     used = 0
@@ -111,6 +138,7 @@ def find_chains(loss: Tensor, params: Sequence[Tensor]) -> list[Chain] | None:
         chain = _make_chain(path)
         if chain is None:
             return None
+        chain.term = _find_term(graph, path[-1][0], len(chain.input))
         chains.append(chain)
     return chains if chains and used == len(moving) else None
 
@@ -135,12 +163,12 @@ def find_input_chain(loss: Tensor, x: Tensor) -> Chain | None:
         torch.Size([5, 4])
     """
     node, output_nr, *_ = get_gradient_edge(x)
-    graph = _Graph(loss, entry=node)
+    graph = _Graph(AutogradGraph([loss], [x]), entry=node)
     layers = graph.layers() or {}
     user = graph.only_consumer(node)
     if user is None or (node, output_nr) not in user.next_functions:  # a sibling of x
         return None
-    while user is not None and user.name() in _VIEWS:
+    while user is not None and graph.names[user] in _VIEWS:
         node, user = user, graph.only_consumer(user)
     first = None if user is None else layers.get(user)
     if first is None or first.source is not node:
@@ -150,47 +178,35 @@ def find_input_chain(loss: Tensor, x: Tensor) -> Chain | None:
 
 
 class _Graph:
-    """The nodes of a loss, who consumes whom, and which of them depend on the parameters.
+    """Who consumes whom among the nodes of a loss, and which of them depend on the parameters.
 
-    With an entry instead of parameters, what is behind it is left out and every leaf is one.
+    With an entry instead of parameters, every leaf but that is one.
     """
 
     def __init__(
-        self, loss: Tensor, params: Sequence[Tensor] | None = None, entry: Node | None = None
+        self,
+        nodes: AutogradGraph,
+        params: Sequence[Tensor] | None = None,
+        entry: Node | None = None,
     ) -> None:
+        self.names = nodes.names
         self.consumers: dict[Node, list[Node]] = {}
-        self._order: list[Node] = []
-        self._walk(loss.grad_fn, entry)
-        if params is None:
-            params = [n.variable for n in self._order if n is not entry and hasattr(n, "variable")]
-        self._params = {id(p): p for p in params}
+        for node in self.names:
+            for parent in nodes.parents[node]:
+                self.consumers.setdefault(parent, []).append(node)
+        self._leaves = {node: leaf for node, leaf in nodes.leaves.items() if node is not entry}
+        self._params = set(map(id, self._leaves.values() if params is None else params))
         self._dependent: set[Node] = set()
-        for node in self._order:  # inputs before what is made from them
-            inputs = (parent for parent, _ in node.next_functions)
-            if self.parameter(node) is not None or any(n in self._dependent for n in inputs):
+        for node in self.names:  # inputs before what is made from them
+            if self._is_param(node) or not self._dependent.isdisjoint(nodes.parents[node]):
                 self._dependent.add(node)
 
-    def _walk(self, root: Node | None, entry: Node | None) -> None:
-        done: set[Node] = set()
-        pending: list[tuple[Node | None, bool]] = [(root, False)]
-        while pending:
-            node, finished = pending.pop()
-            if node is None or (node in done and not finished):
-                continue
-            if finished:
-                self._order.append(node)
-                continue
-            done.add(node)
-            pending.append((node, True))
-            for parent, _ in () if node is entry else node.next_functions:
-                if parent is not None:
-                    self.consumers.setdefault(parent, []).append(node)
-                    pending.append((parent, False))
+    def _is_param(self, node: Node) -> bool:
+        return node in self._leaves and id(self._leaves[node]) in self._params
 
-    def parameter(self, node: Node | None) -> Tensor | None:
-        """The parameter that a leaf of the graph stands for."""
-        leaf = _leaf(node)
-        return None if leaf is None else self._params.get(id(leaf))
+    def leaf(self, node: Node | None) -> Tensor | None:
+        """The tensor that a leaf of the graph stands for."""
+        return None if node is None else self._leaves.get(node)
 
     def is_moving(self, layer: _Layer) -> bool:
         """Whether a layer has a parameter."""
@@ -206,39 +222,35 @@ class _Graph:
 
     def layers(self) -> dict[Node, _Layer] | None:
         """All layers, also those without a parameter; None if one is used otherwise."""
-        layers = {node: _layer(node) for node in self._order}
+        products = [node for node, name in self.names.items() if name in _PRODUCTS]
+        layers = {node: _layer(self, node) for node in products}
         found = {node: layer for node, layer in layers.items() if layer is not None}
         seen = {id(p) for layer in found.values() for p in layer.tensors}
-        for leaf in (node for node in self._order if self.parameter(node) is not None):
-            uses = self.consumers.get(leaf, [])
-            users = [self._through_transpose(user) for user in uses]
-            if id(self.parameter(leaf)) not in seen or any(user not in found for user in users):
-                return None
+        for node, leaf in self._leaves.items():
+            if id(leaf) in self._params:
+                users = [self._through_transpose(user) for user in self.consumers.get(node, [])]
+                if id(leaf) not in seen or any(user not in found for user in users):
+                    return None
         return found
 
     def _through_transpose(self, node: Node) -> Node:
-        users = self.consumers.get(node, [])
-        return users[0] if node.name() == "TBackward0" and len(users) == 1 else node
+        user = self.only_consumer(node) if self.names[node] == "TBackward0" else None
+        return user or node
 
 
-def _leaf(node: Node | None) -> Tensor | None:
-    return getattr(node, "variable", None)
-
-
-def _layer(node: Node) -> _Layer | None:
-    name = node.name()
-    if name == "AddmmBackward0" and _saved(node, "alpha", "beta") == [1, 1]:
+def _layer(graph: _Graph, node: Node) -> _Layer | None:
+    if graph.names[node] == "MmBackward0":
+        bias, (source, transposed) = None, (parent for parent, _ in node.next_functions)
+    elif _saved(node, "alpha", "beta") == [1, 1]:
         before, source, transposed = (parent for parent, _ in node.next_functions)
-        bias = _leaf(before)
+        bias = graph.leaf(before)
         if bias is None:  # one that requires no gradient leaves no trace of its value
             return None
-    elif name == "MmBackward0":
-        bias, (source, transposed) = None, (parent for parent, _ in node.next_functions)
     else:
         return None
-    if transposed is None or transposed.name() != "TBackward0":
+    if transposed is None or graph.names.get(transposed) != "TBackward0":
         return None
-    weight = _leaf(transposed.next_functions[0][0])
+    weight = graph.leaf(transposed.next_functions[0][0])
     if weight is None or (bias is not None and bias.shape != weight.shape[:1]):
         return None
     return _Layer(node, weight, bias, source)
@@ -267,8 +279,8 @@ def _next_layer(
     node, user = layer.node, graph.only_consumer(layer.node)
     activation: Activation | None = None
     while user is not None and user not in layers:
-        is_view = user.name() in _VIEWS
-        if not is_view and (activation or not (activation := _activation(user))):
+        is_view = graph.names[user] in _VIEWS
+        if not is_view and (activation or not (activation := _activation(graph, user))):
             return None
         node, user = user, graph.only_consumer(user)
     if user is None or layers[user].source is not node:
@@ -282,7 +294,7 @@ def _make_chain(path: Sequence[tuple[_Layer, Activation]]) -> Chain | None:
     layers = [layer for layer, _ in path]
     first, last = layers[0], layers[-1]
     tensors = [id(t) for layer in layers for t in layer.tensors]
-    (entered,) = _saved(first.node, "self" if first.node.name() == "MmBackward0" else "mat1")
+    (entered,) = _saved(first.node, "self" if first.bias is None else "mat1")
     if entered is None or len(set(tensors)) < len(tensors):
         return None
     kinds = [(t.dtype, t.device, t.layout) for t in (entered, first.weight)]
@@ -297,14 +309,37 @@ def _make_chain(path: Sequence[tuple[_Layer, Activation]]) -> Chain | None:
     )
 
 
-def _activation(node: Node) -> Activation | None:
-    if node.name() not in _ACTIVATIONS:
-        return None
-    name, attribute = _ACTIVATIONS[node.name()]
-    if _saved(node, "scale", "input_scale") not in ([None, None], [1, 1]):  # SELU, CELU
-        return None
+def _activation(graph: _Graph, node: Node) -> Activation | None:
+    found = _ACTIVATIONS.get(graph.names[node])
+    if found is None or _saved(node, "scale", "input_scale") not in ([None, None], [1, 1]):
+        return None  # SELU and CELU have such scales
+    name, attribute = found
     if name == "softplus" and getattr(node, "_saved_threshold", 0) < _SOFTPLUS_THRESHOLD:
         return None
     if name == "gelu" and getattr(node, "_saved_approximate", "none") == "tanh":
         name = "gelu_tanh"
     return (name, float(getattr(node, attribute))) if attribute else name
+
+
+def _find_term(graph: _Graph, last: _Layer, rows: int) -> LossTerm | None:
+    """What becomes of the last layer's outputs: sign, one activation, sign, sum or mean, sign."""
+    node: Node | None = last.node
+    activation: Activation | None = None
+    before, after, is_sum = 1.0, 1.0, False
+    while node is not None and graph.consumers.get(node):
+        node = graph.only_consumer(node)
+        name = "" if node is None else graph.names[node]
+        if name == "NegBackward0":
+            before, after = (-before, after) if activation is None else (before, -after)
+        elif name in ("MeanBackward0", "SumBackward0") and not is_sum:
+            activation, is_sum = activation or "identity", True
+            after /= rows * len(last.weight) if name == "MeanBackward0" else 1
+        elif name not in (*_VIEWS, *_SQUEEZES) and not (is_sum and _is_addition(node, name)):
+            activation = None if node is None or activation else _activation(graph, node)
+            if activation is None:
+                return None
+    return LossTerm(activation, before, after) if activation and is_sum else None
+
+
+def _is_addition(node: Any, name: str) -> bool:
+    return name == "AddBackward0" and bool(node._saved_alpha == 1)

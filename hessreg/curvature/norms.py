@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import NamedTuple, get_args
+from typing import NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -316,26 +316,51 @@ def _nuclear(
     generator: torch.Generator,
 ) -> NormEstimate:
     U = leading.vectors
-    value = torch.zeros((), dtype=op.dtype, device=op.device)
-    for theta, u in zip(leading.values, U.unbind(1), strict=True):
-        value = value + theta.sign().item() * bilinear(op, u, u, scalar(op, theta))
+    terms = [
+        theta.sign().item() * bilinear(op, u, u, scalar(op, theta))
+        for theta, u in zip(leading.values, U.unbind(1), strict=True)
+    ]
     samples = []
     for _ in range(num_probes):
-        z = random_signs(op, 1, generator).squeeze(1)
-        z = z - U @ (U.mT @ z)
-        if not z.any() or U.shape[1] == len(z):  # what is left then is rounding error
+        z, length = _probe(op, U, generator)
+        if length == 0:
             samples.append([0.0, 0.0, 0.0])
             continue
-        ritz = _ritz_pairs(op, num_steps, normalize(z), U)
-        signs = _smooth_sign(ritz.values, smoothing)
-        w = norm_of(z) * ritz.function(signs)
-        known = norm_of(z) ** 2 * scalar(op, ritz.at_start(ritz.values * signs))
-        value = value + bilinear(op, w, z, known) / num_probes
+        if num_probes == 1 and U.shape[1] == 0:
+            term = _at_once(op, z, num_steps, smoothing, length**2)
+            if term is not None:
+                terms.append(term)
+                continue
+        ritz = _ritz_pairs(op, num_steps, z, U)
+        signs = length**2 / num_probes * _smooth_sign(ritz.values, smoothing)
+        known = scalar(op, ritz.at_start(ritz.values * signs))
+        terms.append(bilinear(op, ritz.function(signs), z, known))
         if num_probes > 1:
-            samples.append(_moduli(ritz, smoothing, norm_of(z).item()))
-    error = _error_of_probes(samples) + leading.residual if samples else math.inf
+            samples.append(_moduli(ritz, smoothing, length))
     start = U.sum(1) if U.shape[1] else None
+    value = sum(terms[1:], start=terms[0]) if terms else scalar(op, 0.0)
+    if not samples:
+        return NormEstimate(value, start, scalar(op, math.inf), False)
+    error = _error_of_probes(samples) + leading.residual
     return NormEstimate(value, start, scalar(op, error) + rounding(value), math.isfinite(error))
+
+
+def _at_once(
+    op: LinearOperator, z: Tensor, num_steps: int, smoothing: float, weight: float
+) -> Tensor | None:
+    """As `ParameterOperator.absolute_form`, where an operator has it."""
+    fast = getattr(op, "absolute_form", None)
+    return None if fast is None else cast("Tensor | None", fast(z, num_steps, smoothing, weight))
+
+
+def _probe(op: LinearOperator, U: Tensor, generator: torch.Generator) -> tuple[Tensor, float]:
+    """Random signs orthogonal to the columns of U, as a unit vector [n], and their length."""
+    z = random_signs(op, 1, generator).squeeze(1)
+    if U.shape[1] == 0:
+        return z / len(z) ** 0.5, len(z) ** 0.5
+    z = z - U @ (U.mT @ z)
+    # What is left where nothing should be is rounding error.
+    return normalize(z), 0.0 if U.shape[1] == len(z) else norm_of(z).item()
 
 
 def _moduli(ritz: _RitzPairs, smoothing: float, length: float) -> list[float]:
@@ -495,9 +520,8 @@ def _ritz_pairs(
 ) -> _RitzPairs:
     check_at_least(1, num_steps=num_steps)
     deflated = _no_pairs(op).vectors if deflated is None else deflated
-    alpha, beta, Q = deflated_lanczos(op, num_steps, start, deflated)
+    diagonal, off, Q = deflated_lanczos(op, num_steps, start, deflated)
     # A matrix of a few rows: the CPU in float64 is as fast as any device, and more accurate.
-    diagonal, off = torch.stack([alpha, beta]).cpu().double()
     T = torch.diag(diagonal) + torch.diag(off[:-1], 1) + torch.diag(off[:-1], -1)
     values, coordinates = torch.linalg.eigh(T)
     is_exact = len(T) < num_steps or len(T) == op.shape[0] - deflated.shape[1]

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from hessreg.curvature._checks import NonFiniteError, check_at_least, full_precision
+from hessreg.curvature.autograd_graph import AutogradGraph
 from hessreg.curvature.evaluation import RandomState
-from hessreg.curvature.fused import FusedProducts
+from hessreg.curvature.fused import FusedHessian, FusedProducts
 from hessreg.curvature.operators import SymmetricOperator
 from hessreg.curvature.parameters import FlatParameters
-from hessreg.curvature.third_order import graph_nodes, require_third_order_safe
+from hessreg.curvature.third_order import require_third_order_safe
 
 __all__ = ["CurvatureGraph", "ParameterOperator", "check_loss"]
 
@@ -65,9 +66,23 @@ class CurvatureGraph(ABC):
         p = self.params.tensors[0]
         return torch.where(torch.zeros_like(p, dtype=torch.bool), p, 0).sum()
 
+    def lanczos_steps(
+        self, basis: Tensor, first: int, num_steps: int, breakdown: float, largest: Tensor
+    ) -> list[Tensor] | None:
+        """As :func:`~hessreg.curvature.lanczos.lanczos_steps`; None where products are single."""
+        if not isinstance(self._fused, FusedHessian):
+            return None
+        return self._fused.lanczos_steps(basis, first, num_steps, breakdown, largest)
+
     def bilinear(self, w: Tensor, z: Tensor, value: Tensor | None) -> Tensor:
         """The number w' H z [], with its graph; the value may be known."""
         return w @ self.product(z, create_graph=True)
+
+    def absolute_form(
+        self, z: Tensor, num_steps: int, smoothing: float, weight: float
+    ) -> Tensor | None:
+        """As :meth:`ParameterOperator.absolute_form`."""
+        return None
 
     def products(self, vectors: Tensor, max_bytes: int) -> Tensor:
         """Products with k vectors [k, n], several at a time as far as memory goes."""
@@ -92,7 +107,7 @@ class CurvatureGraph(ABC):
         if self._fused is not None:
             elements = self._fused.elements_per_vector
         else:
-            elements = sum(_output_elements(node) for node in graph_nodes(self.roots()))
+            elements = sum(map(_output_elements, AutogradGraph(self.roots()).names))
         return self.params.dtype.itemsize * (2 * self.params.size + elements)
 
 
@@ -189,6 +204,45 @@ class ParameterOperator(SymmetricOperator):
             return w @ self.matvec(z) if value is None else value
         w, z = w.detach(), z.detach()
         return self._sum(lambda graph: graph.bilinear(w, z, value))
+
+    def lanczos_steps(
+        self, basis: Tensor, first: int, num_steps: int, breakdown: float, largest: Tensor
+    ) -> list[Tensor] | None:
+        """Several steps of :func:`lanczos` in one call, for a perceptron; None elsewhere.
+
+        Args:
+            basis: [more than first + num_steps, n], changed as ``lanczos_step`` does.
+            first: the row to begin with.
+            num_steps: products.
+            breakdown: as ``lanczos_step`` takes it.
+            largest: likewise.
+
+        Returns:
+            What ``lanczos_step`` returns, for each step.
+        """
+        if self._graph is None or self._group is not None:
+            return None
+        return self._graph.lanczos_steps(basis, first, num_steps, breakdown, largest)
+
+    def absolute_form(
+        self, z: Tensor, num_steps: int, smoothing: float, weight: float
+    ) -> Tensor | None:
+        """The number z' |A| z by Lanczos in one call, where that can be had, with its graph.
+
+        Args:
+            z: unit vector [n].
+            num_steps: of Lanczos.
+            smoothing: of the sign of A, relative to the largest Ritz value.
+            weight: multiplies the number.
+
+        Returns:
+            Scalar []; None where it is to be put together from products, also because one of them
+            has NaN or infinity.
+        """
+        if self._graph is None or self._group is not None:
+            return None
+        with full_precision(self.device):
+            return self._graph.absolute_form(z, num_steps, smoothing, weight)
 
     def check_finite(self, product: Tensor) -> None:
         """Reports NaN or infinity in a product [n] by parameter and position.

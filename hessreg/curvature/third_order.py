@@ -10,6 +10,7 @@ are written in primitive operations, which are right to every order.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,11 +18,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
+from hessreg.curvature.autograd_graph import AutogradGraph
+
 __all__ = [
-    "graph_nodes",
     "native_norms",
     "refuse_opaque",
     "require_third_order_safe",
@@ -103,31 +104,36 @@ def native_norms(tensor: Tensor, derivatives: int = 3, inputs: Sequence[Tensor] 
         >>> native_norms(loss), native_norms(loss, derivatives=2)
         (['layer normalisation'], [])
     """
-    found = set()
-    for node in graph_nodes([tensor], inputs):
-        kind, right = _normalisation(node.name())
+    return _wrong_norms(AutogradGraph([tensor], inputs), derivatives)
+
+
+def _wrong_norms(graph: AutogradGraph, derivatives: int) -> list[str]:
+    found: set[str] = set()
+    wrong = {name for name in set(graph.names.values()) if derivatives > _normalisation(name)[1]}
+    for node, name in graph.names.items() if wrong else ():
         # Forward and first gradient call their mode by different names.
-        if kind and derivatives > right:
+        if name in wrong:
+            kind, _ = _normalisation(name)
             training = getattr(node, "_saved_training", getattr(node, "_saved_train", True))
             found.update([kind] if training else [])
     return sorted(found)
 
 
 @functools.cache
-def _normalisation(node_name: str) -> tuple[str, int]:
-    """The kind of normalisation of a node, or none, and how many derivatives of it are right."""
+def _normalisation(node_name: str) -> tuple[str, float]:
+    """The kind of normalisation of a node, and how many derivatives of it are right."""
     layer, *passes = node_name.lstrip("_").split("Backward")
-    kind, right = _NATIVE_NODES.get(layer, ("", 0))
+    kind, right = _NATIVE_NODES.get(layer, ("none", math.inf))
     return kind, right - len(passes) + 1
 
 
 def require_third_order_safe(
-    loss: Tensor, derivatives: int = 3, inputs: Sequence[Tensor] = ()
+    loss: Tensor | AutogradGraph, derivatives: int = 3, inputs: Sequence[Tensor] = ()
 ) -> None:
     """Refuses a loss that torch would differentiate wrongly.
 
     Args:
-        loss: tensor with its autograd graph.
+        loss: tensor with its autograd graph, or that graph.
         derivatives: how many times it is to be differentiated.
         inputs: what it is differentiated by: how these were made is not looked at.
 
@@ -138,7 +144,8 @@ def require_third_order_safe(
         >>> x = torch.randn(5, 3, requires_grad=True)
         >>> require_third_order_safe(x.square().sum())
     """
-    found = native_norms(loss, derivatives, inputs)
+    graph = AutogradGraph([loss], inputs) if isinstance(loss, Tensor) else loss
+    found = _wrong_norms(graph, derivatives)
     if found:
         raise ValueError(
             f"loss went through torch's native {' and '.join(found)}, which torch"
@@ -147,12 +154,11 @@ def require_third_order_safe(
         )
 
 
-def refuse_opaque(loss: Tensor, inputs: Sequence[Tensor] = ()) -> None:
+def refuse_opaque(graph: AutogradGraph) -> None:
     """Refuses a loss with a part whose gradient cannot be differentiated.
 
     Args:
-        loss: tensor with its autograd graph.
-        inputs: what it is differentiated by: how these were made is not looked at.
+        graph: that of the loss.
 
     Raises:
         ValueError: a reentrant checkpoint, whose parameters would count as unused, or a compiled
@@ -160,25 +166,10 @@ def refuse_opaque(loss: Tensor, inputs: Sequence[Tensor] = ()) -> None:
 
     Example:
         >>> x = torch.randn(5, 3, requires_grad=True)
-        >>> refuse_opaque(x.square().sum())
+        >>> refuse_opaque(AutogradGraph([x.square().sum()]))
     """
-    for node in graph_nodes([loss], inputs):
-        if node.name() in _OPAQUE_NODES:
-            raise ValueError(
-                f"loss cannot be differentiated twice through {_OPAQUE_NODES[node.name()]}"
-            )
-
-
-def graph_nodes(roots: Sequence[Tensor], inputs: Sequence[Tensor] = ()) -> Iterator[Node]:
-    """Each node of the graphs behind some tensors once, without what is behind the inputs."""
-    seen = {x.grad_fn for x in inputs}
-    pending = [root.grad_fn for root in roots]
-    while pending:
-        node = pending.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            pending.extend(parent for parent, _ in node.next_functions)
-            yield node
+    for name in _OPAQUE_NODES.keys() & graph.names.values():
+        raise ValueError(f"loss cannot be differentiated twice through {_OPAQUE_NODES[name]}")
 
 
 def _refuse_scripted(module: nn.Module) -> None:

@@ -21,6 +21,10 @@ For third derivatives, along two directions and with ``R_12 = R_1 R_2``:
 - ``mlp_second_adjoint``: ``R_12`` of the gradient of the loss, which is the product rule applied
   twice to ``delta_l a_{l-1}'`` and to ``delta_l = d1_l o W_{l+1}' delta_{l+1}``.
 
+Where the loss is a sum over the outputs, three operators spare the calls of many:
+``mlp_loss_terms`` has its derivatives, ``mlp_lanczos`` multiplies and orthogonalises step
+after step, and ``mlp_absolute_form`` goes on from there to ``z' |H| z`` and its gradient.
+
 ``x``, ``y`` and ``delta_L`` are ``[batch, width]``; what one operator keeps for another is
 ``[width, batch]``. A direction is one flat vector, ``V_l`` and ``c_l`` at given offsets in it (-1:
 none).
@@ -36,7 +40,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hessreg import _backend
 from hessreg.ops._registry import Arguments, Operator, is_tracked, reverse_of, vmap_of
+from hessreg.ops.spectral import BREAKDOWN, lanczos_step
 
 Activation = str | tuple[str, float]
 Head = Callable[[Tensor], Tensor]  # R y [k, batch, outputs] -> R delta_L, of the same shape
@@ -336,6 +342,99 @@ def second_adjoint_reference(
         r = d1[i - 1] * g + s[i - 1] * z
         r = torch.cat([r[:2], (r[2] + bent)[None]])
     return torch.cat(list(_with_gaps(parts, v[:1])), 1)[0]
+
+
+def lanczos_reference(
+    basis: Tensor,
+    first: int,
+    num_steps: int,
+    breakdown: float,
+    largest: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    d1: Sequence[Tensor],
+    delta: Sequence[Tensor],
+    s: Sequence[Tensor],
+    curvature: Tensor,
+    weight_offsets: Sequence[int],
+    bias_offsets: Sequence[int],
+    gauss_newton: bool,
+) -> list[Tensor]:
+    """`lanczos_step` of ``num_steps`` products, from that with row ``first`` on, one by one."""
+    none, offsets = x.new_empty(0), (weight_offsets, bias_offsets)
+    results = []
+    for row in range(first, first + num_steps):
+        v = basis[row : row + 1]
+        ry, *rz = mlp_tangent(x, weights, a, d1, none, v, *offsets)
+        second = delta, s, [] if gauss_newton else rz
+        rest = none, v, ry * curvature, *offsets, gauss_newton, False
+        (product,) = mlp_adjoint(x, weights, a, d1, *second, *rest)
+        results.append(lanczos_step(basis, product[0], row + 1, largest, breakdown))
+        largest = results[-1][-1:]
+    return results
+
+
+def absolute_form_reference(
+    z: Tensor,
+    num_steps: int,
+    smoothing: float,
+    weight: float,
+    breakdown: float,
+    with_gradient: bool,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    d1: Sequence[Tensor],
+    d2: Sequence[Tensor],
+    delta: Sequence[Tensor],
+    s: Sequence[Tensor],
+    t: Sequence[Tensor],
+    loss: Tensor,
+    weight_offsets: Sequence[int],
+    bias_offsets: Sequence[int],
+) -> list[Tensor]:
+    """As `MLPHessian.absolute_form`, by the other operators."""
+    offsets = weight_offsets, bias_offsets
+    basis = z.repeat(min(num_steps, len(z)) + 1, 1)
+    start = basis, 0, len(basis) - 1, breakdown, basis.new_zeros(1, dtype=torch.float64)
+    steps = lanczos_reference(*start, x, weights, a, d1, delta, s, loss[1], *offsets, False)
+    ends = torch.stack([step[-4:-1] for step in steps]).cpu()
+    if not ends.isfinite().all():
+        return []
+    m = int(torch.cat([ends[:, 2], ends.new_ones(1)]).argmax()) + 1
+    diagonal, off, _ = ends[:m].mT
+    T = torch.diag(diagonal) + torch.diag(off[:-1], 1) + torch.diag(off[:-1], -1)
+    values, V = torch.linalg.eigh(T)
+    signs = (values / values.hypot(smoothing * values.abs().max())).nan_to_num(0.0)
+    parts = weight * signs * V[0]
+    found = [(values * parts @ V[0]).to(z), (V @ parts).to(z) @ basis[: len(V)]]
+    if not with_gradient:
+        return found
+    v, caches = torch.stack([found[1], z]), (x, weights, a, d1, d2)
+    ry, *moved = mlp_second_tangent(*caches, v, *offsets)
+    r_delta = loss[1] * ry
+    r_delta[2] += loss[2] * ry[0] * ry[1]
+    second = delta, s, t, moved[: len(a)], moved[len(a) :]
+    return [*found, mlp_second_adjoint(*caches, *second, v, r_delta, *offsets)]
+
+
+def loss_terms_reference(
+    y: Tensor,
+    rows: Sequence[int],
+    activations: Sequence[int],
+    parameters: Sequence[float],
+    signs: Sequence[float],
+    scales: Sequence[float],
+) -> Tensor:
+    """``[3, batch, outputs]``: three derivatives of scale f(sign y), by definition."""
+    parts = []
+    for part, number, parameter, sign, scale in zip(
+        y.split(list(rows)), activations, parameters, signs, scales, strict=True
+    ):
+        _, first, second, third = _JETS[number](sign * part, parameter)
+        parts.append(torch.stack([scale * sign * first, scale * second, scale * sign * third]))
+    return torch.cat(parts, 1)
 
 
 def _with_gaps(parts: dict[int, Tensor], v: Tensor) -> Iterator[Tensor]:
@@ -693,6 +792,91 @@ class MLPHessian:
         self._check(u, "u", u.shape[:1] + self._x.shape)
         return self._run(u.new_empty(len(u), 0), u, head or torch.zeros_like, False, True)[1]
 
+    def lanczos_steps(
+        self,
+        basis: Tensor,
+        first: int,
+        num_steps: int,
+        breakdown: float,
+        largest: Tensor,
+        curvature: Tensor,
+        *,
+        gauss_newton: bool = False,
+    ) -> list[Tensor]:
+        """Steps of Lanczos with the Hessian of a loss that is a sum over the outputs, in one call.
+
+        Args:
+            basis: ``[rows, p]``, contiguous: each of the rows from ``first`` on is multiplied and
+                the product made the next row by :func:`~hessreg.ops.spectral.lanczos_step`.
+            first: the row to begin with.
+            num_steps: as many rows are multiplied.
+            breakdown: as `lanczos_step` takes it.
+            largest: likewise.
+            curvature: the second derivatives of the loss in the outputs, ``[batch, outputs]``.
+            gauss_newton: as for `product`.
+
+        Returns:
+            What `lanczos_step` returns, for each step.
+
+        Raises:
+            RuntimeError: before `linearize`, unless ``gauss_newton``.
+            ValueError: for shapes that do not match.
+        """
+        self._check_flat(basis, "basis", 2)
+        self._check(curvature, "curvature", self.outputs.shape)
+        self._check_linear(gauss_newton)
+        compiled = _backend.runs_compiled(basis.device)
+        run: Any = torch.ops.hessreg.mlp_lanczos.default if compiled else lanczos_reference
+        second = ([], []) if gauss_newton else (self._delta, self._s)
+        caches = self._x, self._weights, self._a, self._d1, *second
+        steps = basis, first, num_steps, breakdown, largest
+        found: list[Tensor] = run(*steps, *caches, curvature, *self._offsets, gauss_newton)
+        return found
+
+    def absolute_form(
+        self,
+        z: Tensor,
+        num_steps: int,
+        loss: Tensor,
+        *,
+        smoothing: float,
+        weight: float,
+        with_gradient: bool,
+    ) -> list[Tensor]:
+        """The number z' |H| z and its gradient, of a loss that is a sum over the outputs.
+
+        With f(t) = t / sqrt(t^2 + d^2) in the place of the sign, d being ``smoothing`` times the
+        largest Ritz value, and w = f(H) z from the Lanczos decomposition that begins with z: the
+        number is w' H z, and its gradient is taken with w and z held fixed. `linearize` comes
+        first.
+
+        Args:
+            z: a unit vector, ``[p]``.
+            num_steps: of Lanczos.
+            loss: the first three derivatives of the loss in the outputs, ``[3, batch, outputs]``.
+            smoothing: as above.
+            weight: what w is multiplied by.
+            with_gradient: whether that is wanted, which needs ``with_third``.
+
+        Returns:
+            The number ``[]``, w ``[p]`` and the gradient ``[p]``; nothing if a product has NaN or
+            infinity.
+
+        Raises:
+            RuntimeError: before `linearize`, or a gradient without ``with_third``.
+            ValueError: for shapes that do not match.
+        """
+        self._check_flat(z, "z", 1)
+        self._check(loss, "loss", (3, *self.outputs.shape))
+        self._check_third() if with_gradient else self._check_linear(False)
+        breakdown = BREAKDOWN * torch.finfo(z.dtype).eps
+        how = num_steps, smoothing, weight, breakdown, with_gradient
+        caches = self._x, self._weights, self._a, self._d1, self._d2
+        second = self._delta, self._s, self._t
+        run = _on_host("mlp_absolute_form", z.device) or absolute_form_reference
+        found: list[Tensor] = run(z, *how, *caches, *second, loss.contiguous(), *self._offsets)
+        return found
+
     def third(self, w: Tensor, z: Tensor, head: ThirdHead) -> Tensor:
         r"""The third derivative in the parameters, applied to two flat vectors.
 
@@ -735,8 +919,7 @@ class MLPHessian:
             >>> curvature.third(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), head)
             tensor([12., 24.])
         """
-        if not self._with_third or not self._delta:
-            raise RuntimeError("third needs MLPHessian(..., with_third=True) and linearize first")
+        self._check_third()
         self._check_flat(w, "w", 1)
         self._check(z, "z", w.shape)
         v, hidden = torch.stack([w, z]), len(self._a)
@@ -746,6 +929,14 @@ class MLPHessian:
         r_delta = torch.stack([by_z, by_w, slope])  # the derivative in y_z is that along w
         second = self._delta, self._s, self._t, moved[:hidden], moved[hidden:]
         return mlp_second_adjoint(*caches, *second, v, r_delta, *self._offsets)
+
+    def _check_linear(self, gauss_newton: bool) -> None:
+        if not self._delta and not gauss_newton:
+            raise RuntimeError("linearize must be called before a product with the Hessian")
+
+    def _check_third(self) -> None:
+        if not self._with_third or not self._delta:
+            raise RuntimeError("third needs MLPHessian(..., with_third=True) and linearize first")
 
     def _check(self, t: Tensor, name: str, shape: Sequence[int]) -> None:
         _check_like(self._x, t, name, "x")
@@ -765,13 +956,46 @@ class MLPHessian:
     def _run(
         self, v: Tensor, u: Tensor, head: Head, gauss_newton: bool, of_input: bool
     ) -> list[Tensor]:
-        if not self._delta and not gauss_newton:
-            raise RuntimeError("linearize must be called before a product with the Hessian")
+        self._check_linear(gauss_newton)
         offsets = [[-1] * len(self._weights)] * 2 if of_input else self._offsets
         caches = self._x, self._weights, self._a, self._d1
         ry, *rz = mlp_tangent(*caches, u, v, *offsets)
         second = ([], [], []) if gauss_newton else (self._delta, self._s, rz)
         return mlp_adjoint(*caches, *second, u, v, head(ry), *offsets, gauss_newton, of_input)
+
+
+def loss_terms(
+    y: Tensor,
+    rows: Sequence[int],
+    activations: Sequence[Activation],
+    signs: Sequence[float],
+    scales: Sequence[float],
+) -> Tensor:
+    """Derivatives of a loss that adds up scale f(sign y) over outputs y, with an f for some rows.
+
+    It is not differentiable.
+
+    Args:
+        y: ``[batch, outputs]``, float32 or float64.
+        rows: how many of them have the same f, one part after another.
+        activations: f of each part, as :class:`MLPHessian` takes them.
+        signs: 1 or -1 for each part.
+        scales: of each part.
+
+    Returns:
+        The first, the second and the third derivative in each output, ``[3, batch, outputs]``.
+    """
+    numbers, parameters = _checked_activations(activations, len(rows))
+    run = _on_host("mlp_loss_terms", y.device) or loss_terms_reference
+    found: Tensor = run(y, rows, numbers, parameters, signs, scales)
+    return found
+
+
+def _on_host(name: str, device: torch.device) -> Any:
+    """An operator that is compiled for the CPU only, if it serves that device now."""
+    if device.type != "cpu" or not _backend.runs_compiled(device):
+        return None
+    return getattr(torch.ops.hessreg, name).default
 
 
 def mlp_hvp(

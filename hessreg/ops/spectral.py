@@ -27,6 +27,7 @@ from hessreg.ops._registry import Arguments, Operator, is_tracked, reverse_of
 _COMPUTED = (torch.float32, torch.float64)
 _DTYPES = (torch.float16, torch.bfloat16, *_COMPUTED)
 _NORMS = ("spectral", "nuclear", "one", "fro")
+BREAKDOWN = 64  # rounding errors of the largest product that Lanczos takes for zero
 _LARGEST_KERNEL = 128  # rows; beyond, LAPACK and its kin are as fast
 
 

@@ -235,7 +235,8 @@ class HSN1R(BaseRegularizer):
         self._norms[name] = estimate.value.detach()
         if self.warm_start and estimate.start is not None:
             self._starts[name] = estimate.start
-        return (estimate.value - self.target).clamp_min(0)
+        value = estimate.value
+        return (value - self.target).clamp_min(0) if self.target else value
 
     def _start(self, name: str, op: HessianOperator) -> Tensor | None:
         start = self._starts.get(name)
