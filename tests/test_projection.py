@@ -252,25 +252,54 @@ def test_pcgrad_equals_definition_across_pieces(device, scope, reduction, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_directions", [1, 3])
+@pytest.mark.parametrize(
+    ("num_directions", "mode", "strength", "rescale"),
+    [(1, "always", 1.0, False), (1, "conflict", 0.5, True), (3, "conflict", 1.0, True)],
+)
 @pytest.mark.parametrize("scope", SCOPES)
-def test_in_place_gives_the_same_and_the_cosines(device, scope, num_directions, dtype):
+def test_in_place_gives_the_same_and_the_cosines(
+    device, scope, num_directions, mode, strength, rescale, dtype
+):
     shapes = [(3, 4097), (1,), (257,)]
     tensors = lists(1 + num_directions, shapes, dtype, device)
-    options = num_directions, 1.0, False, False, SCOPES[scope]
+    options = num_directions, strength, mode == "conflict", rescale, SCOPES[scope]
     expected = [t.clone() for t in tensors[:3]]
     cosines = project_inplace_reference(expected, tensors[3:], *options)
     g, directions = tensors[:3], [tensors[3 * (j + 1) :][:3] for j in range(num_directions)]
+    alone = [t.clone() for t in g]
     before = [t.data_ptr() for t in g], [t._version for t in g]
-    found = project_orthogonal_(g, directions, scope=scope)
+    found = project_orthogonal_(g, directions, mode, scope, strength, rescale)
     assert_close_lists(g, expected, torch.finfo(dtype).eps)
     assert [t.data_ptr() for t in g] == before[0]
     assert all(t._version > version for t, version in zip(g, before[1], strict=True))
-    expected = cosines[0] if scope == "global" else cosines
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    if num_directions == 1:
-        one = project_orthogonal_(lists(1, shapes, dtype, device), directions[0], scope=scope)
-        assert one.shape == expected.shape[:-1]
+    cosines = cosines[0] if scope == "global" else cosines
+    torch.testing.assert_close(found, cosines, rtol=0, atol=1e-12)
+    one = project_orthogonal_(alone, directions[0], scope=scope)
+    torch.testing.assert_close(one, cosines[..., 0], rtol=0, atol=1e-12)
+
+
+def test_in_place_refuses_to_overwrite_what_it_reads_later():
+    s, a, b = torch.randn(101), torch.randn(5), torch.randn(5)
+    with pytest.raises(RuntimeError, match="tensor 0 of g shares memory with a direction at"):
+        project_orthogonal_(s[1:], s[:-1])
+    with pytest.raises(RuntimeError, match=r"tensor [01] of g shares memory with a direction at"):
+        project_orthogonal_([a, b], [b, a])
+    with pytest.raises(RuntimeError, match=r"tensors [01] and [01] of g share memory"):
+        project_orthogonal_([a, a], [b, b])
+    project_orthogonal_(a, [b, a])
+    assert not a.any()
+
+
+def test_in_place_refuses_transforms(device):
+    g, v = (torch.randn(3, device=device) for _ in range(2))
+
+    def project(x):
+        y = x.clone()
+        project_orthogonal_(y, v)
+        return y
+
+    with pytest.raises(ValueError, match=r"transformed by torch\.func .* use project_orthogonal"):
+        torch.func.jvp(project, (g,), (v,))
 
 
 def test_in_place_on_views_and_other_layouts(device):
@@ -293,7 +322,7 @@ def test_in_place_compiles():
 
 def test_in_place_refuses_what_gradients_flow_through(device):
     g, v = (torch.randn(3, device=device, requires_grad=True) for _ in range(2))
-    with pytest.raises(ValueError, match="g must not require gradients"):
+    with pytest.raises(ValueError, match="g must not require gradients or be transformed"):
         project_orthogonal_(g, v)
     expected = project_orthogonal(g, v)
     with torch.no_grad():
@@ -450,13 +479,93 @@ def test_rescaled_result_has_the_norm_of_the_gradient(device):
     torch.testing.assert_close(half.norm(), g.norm())
 
 
+@pytest.mark.parametrize("distance", [1e-3, 1e-5])
+def test_rescaled_result_is_as_orthogonal_near_the_direction(device, distance):
+    v, w = (torch.randn(20_000, dtype=torch.float64).to(device) for _ in range(2))
+    g = (v + distance * w).float()
+    y = project_orthogonal(g, v.float(), rescale=True)
+    assert abs(cosine([y], [v.float()])) < 1e-7
+    torch.testing.assert_close(y.norm(), g.norm(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("num_directions", [2, 3, 4])
+def test_nothing_is_rescaled_where_the_directions_span_everything(device, num_directions):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        g, *directions = lists(1 + num_directions, [(2,)], device=device)
+        assert not project_orthogonal(g, directions, rescale=True).any()
+
+
+def by_least_squares(g, *directions, strength, rescale):
+    """The definition, for independent directions."""
+    V = torch.stack(directions, -1)
+    y = g - strength * V @ torch.linalg.solve(V.mT @ V, V.mT @ g)
+    return y * (g.norm() / y.norm()) if rescale else y
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+@pytest.mark.parametrize("strength", [0.7, 1.0])
+def test_derivatives_where_coefficients_are_zero(device, strength, rescale):
+    rows = [[1.0, 0, 1, 0.5], [1.0, 0, 0, 0], [1.0, 1, 0, 0]]  # P g = the first direction
+    x = [torch.tensor(row, dtype=torch.float64, device=device) for row in rows]
+
+    def ours(*x):
+        return project_orthogonal(x[0], list(x[1:]), strength=strength, rescale=rescale)
+
+    def definition(*x):
+        return by_least_squares(*x, strength=strength, rescale=rescale)
+
+    torch.testing.assert_close(ours(*x), definition(*x))
+    for function in (torch.func.jacrev, torch.func.hessian):
+        for i in range(3):
+            found, expected = (function(f, argnums=i)(*x) for f in (ours, definition))
+            torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("mode", ["always", "conflict"])
+@pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
+def test_directions_that_are_left_out_have_no_gradient(device, value, mode, request):
+    if value != 0 and request.node.callspec.params["device"] == "reference":
+        pytest.skip("plain torch multiplies infinity by zero in its derivatives")
+    g, v, w = lists(3, [(5,)], device=device)
+    v = -v * (v @ g).sign()
+    w = (
+        torch.zeros_like(w)
+        if value == 0
+        else w.index_fill(0, torch.tensor([2], device=device), value)
+    )
+    leaves = [t.clone().requires_grad_() for t in (g, v, w)]
+    alone = [t.clone().requires_grad_() for t in (g, v)]
+    y = project_orthogonal(leaves[0], leaves[1:], mode=mode)
+    found = torch.autograd.grad(y.sin().sum(), leaves)
+    expected = torch.autograd.grad(project_orthogonal(*alone, mode=mode).sin().sum(), alone)
+    torch.testing.assert_close(found[:2], expected)
+    assert not found[2].any()
+
+
+def test_a_task_that_is_not_finite_spoils_no_other(device):
+    a, b, c = conflicting(3, device)[::2]
+    alone = pcgrad([a, b], reduction="none")
+    c = c.clone()
+    c[0, 0] = math.inf
+    torch.testing.assert_close(pcgrad([a, b, c], reduction="none")[:2], alone)
+
+
+@pytest.mark.parametrize("sine", [1e-4, 1e-6])
+def test_nearly_dependent_directions_in_float64(device, sine):
+    g, v, w = lists(3, [(50,)], device=device)
+    w = v + sine * w
+    y = project_orthogonal(g, [v, w])
+    for direction in (v, w):
+        assert abs(y @ direction) <= 1e-12 / sine * 1e-3 * g.norm() * direction.norm()
+
+
 @pytest.mark.parametrize("num_tasks", [2, 5])
 @pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
 def test_pcgrad_agrees_with_torchjd(device, num_tasks, scale):
     torch.manual_seed(num_tasks)
     J = torch.randn(num_tasks, 30, dtype=torch.float64)
     J = (J - 0.9 * J.mean(0)) * scale
-    orders = torch.stack([torch.randperm(num_tasks) for _ in range(num_tasks)])
     torch.manual_seed(1)
     expected = PCGrad()(J)
     torch.manual_seed(1)
@@ -651,9 +760,9 @@ def test_emulated_kernels_are_what_runs():
     before = module.emulator.statistics()["blocks"]
     with emulated.kernels():
         project_orthogonal(torch.ones(3), torch.ones(3))
-    assert module.emulator.statistics()["blocks"] == before + 4
+    assert module.emulator.statistics()["blocks"] == before + 6
     project_orthogonal(torch.ones(3), torch.ones(3))
-    assert module.emulator.statistics()["blocks"] == before + 4
+    assert module.emulator.statistics()["blocks"] == before + 6
 
 
 # ---- wrong input ---------------------------------------------------------------------------------
@@ -678,8 +787,14 @@ WEIGHT = torch.ones(1, 1, dtype=torch.float64).expand(2, 1, 1)
             ValueError,
             r"against\[1\] must hold as many tensors as g",
         ),
-        ([ONE], [[torch.ones(4)]], {}, ValueError, r"against\[0\]\[0\] must have the shape of g"),
-        ([None, ONE], [ONE, torch.ones(4)], {}, ValueError, r"against\[1\] must have .* of g\[1\]"),
+        ([ONE], [[torch.ones(4)]], {}, ValueError, r"against\[0\]\[0\] must have the shape of"),
+        (
+            [None, ONE],
+            [ONE, torch.ones(4)],
+            {},
+            ValueError,
+            r"against\[1\] must have the shape of its counterpart in g",
+        ),
         (ONE, ONE, {"rescale": 1}, TypeError, "rescale must be True or False"),
         (
             ONE.int(),
@@ -690,9 +805,15 @@ WEIGHT = torch.ones(1, 1, dtype=torch.float64).expand(2, 1, 1)
         ),
         (ONE, ONE.to_sparse(), {}, TypeError, r"against\[0\] must be a dense .* torch.sparse_coo"),
         ([ONE], [ONE, ONE], {}, ValueError, "as many tensors as g, got 2 against 1"),
-        (ONE, torch.ones(4), {}, ValueError, r"the shape of g\[0\], \(3,\), got \(4,\)"),
-        (ONE, ONE.double(), {}, ValueError, "dtype and device of .* got torch.float64"),
-        (ONE, ONE.to("meta"), {}, ValueError, "dtype and device of .* on meta"),
+        (ONE, torch.ones(4), {}, ValueError, r"shape of its counterpart in g, \(3,\), got \(4,\)"),
+        (
+            ONE,
+            ONE.double(),
+            {},
+            ValueError,
+            "dtype and device torch.float32 on cpu as in g, got torch.float64",
+        ),
+        (ONE, ONE.to("meta"), {}, ValueError, "dtype and device .* on cpu as in g, .* on meta"),
         (ONE, ONE, {"mode": "never"}, ValueError, "mode must be one of always, conflict"),
         (ONE, ONE, {"scope": "all"}, ValueError, "scope must be one of global, tensor, row"),
         (ONE, ONE, {"strength": math.nan}, ValueError, "strength must be finite, got nan"),
@@ -712,7 +833,12 @@ def test_wrong_input_is_named(g, against, options, error, message):
         ([], {}, ValueError, "gradients must hold at least one vector"),
         ([ONE, [ONE]], {}, ValueError, r"gradients\[1\] must hold as many tensors as"),
         ([[ONE], [ONE, ONE]], {}, ValueError, r"gradients\[1\] must hold as many tensors as"),
-        ([ONE, torch.ones(4)], {}, ValueError, r"gradients\[1\] must have the shape of grad"),
+        (
+            [ONE, torch.ones(4)],
+            {},
+            ValueError,
+            r"gradients\[1\] must have the shape of .* gradients\[0\]",
+        ),
         ([[ONE], [2]], {}, TypeError, r"gradients\[1\]\[0\] must be a tensor or None, got"),
         ([ONE, ONE], {"scope": "all"}, ValueError, "scope must be one of"),
     ],
@@ -729,6 +855,8 @@ def test_wrong_reduction_and_no_gradients():
     with pytest.raises(ValueError, match="gradients must hold at least one tensor"):
         gram_matrix([[None], [None]])
     assert pcgrad([[None], [None]]) == [None]
+    with pytest.raises(TypeError, match=r"generator must be a torch\.Generator or None, got"):
+        pcgrad([ONE, ONE, ONE], generator=3)
 
 
 @pytest.mark.parametrize(

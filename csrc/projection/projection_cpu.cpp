@@ -180,7 +180,7 @@ struct Terms {
   const T* x[2];
   double weights[2];
   int64_t count = 0;
-  bool fit = true;  // in the range of float32
+  bool fit = true;  // the weights: in the range of float32
 
   HESSREG_HD Terms(const Lists& lists, const Piece& piece, const double* all) {
     for (int64_t a = 0; a < lists.num_lists; ++a) {
@@ -195,7 +195,7 @@ struct Terms {
   }
 };
 
-// More lists, or weights out of the range of float32: in float64, since directions that are nearly
+// More lists, or weights that float32 does not fit: in float64, since directions that are nearly
 // dependent have large weights that cancel.
 template <typename T, bool kStream>
 void combine_in_float64(const Lists& x, const Piece& piece, const double* weights, T* out) {
@@ -225,7 +225,10 @@ void combine_any(const Lists& x, const Piece& piece, const double* weights, T* o
   const Terms<T> terms(x, piece, weights);
   const T *one[] = {terms.x[0]}, *two[] = {terms.x[0], terms.x[1]};
   if (terms.count == 0) return fill_zero(out, piece.length);
-  if (terms.count > 2 || !terms.fit) return combine_in_float64<T, kStream>(x, piece, weights, out);
+  // Two products may cancel: then one of them must be exact.
+  const bool exact = terms.count == 1 || terms.weights[0] == 1;
+  if (terms.count > 2 || !terms.fit || !exact)
+    return combine_in_float64<T, kStream>(x, piece, weights, out);
   if (terms.count == 1) return combine_piece<T, 1, kStream>(one, terms.weights, piece.length, out);
   combine_piece<T, 2, kStream>(two, terms.weights, piece.length, out);
 }

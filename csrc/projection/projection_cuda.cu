@@ -62,10 +62,19 @@ __device__ const T* element_pointer(const Table& x, int64_t list, const Piece& p
   return static_cast<const T*>(x.data[list * x.count + piece.position]) + piece.offset;
 }
 
-__device__ Piece piece_of_block(const Table& x) {
-  const int64_t position = position_of(x.positions, x.count, blockIdx.x);
-  return locate(x.positions, position, x.segments, kPieceLength, blockIdx.x);
+__device__ Piece piece_of(const Table& x, int64_t number) {
+  const int64_t position = position_of(x.positions, x.count, number);
+  return locate(x.positions, position, x.segments, kPieceLength, number);
 }
+
+// Which two of `count` things the pair number `pair` is, first <= second.
+struct PairOf {
+  int64_t first = 0, second;
+  __device__ PairOf(int64_t pair, int64_t count) {
+    for (; pair >= count - first; ++first) pair -= count - first;
+    second = first + pair;
+  }
+};
 
 // The sum over the block, in thread 0. The order is fixed, so that equal inputs give equal bits.
 __device__ double block_sum(double value) {
@@ -119,7 +128,7 @@ template <typename T, int M>
 __global__ void __launch_bounds__(kThreads)
     gram_kernel(const Table __grid_constant__ x, double* partials) {
   constexpr int kPairs = M * (M + 1) / 2;
-  const Piece piece = piece_of_block(x);
+  const Piece piece = piece_of(x, blockIdx.x);
   const T* pointers[M];
   HESSREG_UNROLL
   for (int a = 0; a < M; ++a) pointers[a] = element_pointer<T>(x, a, piece);
@@ -161,16 +170,16 @@ __device__ void accumulate_cross(const T* const (&x)[kMaxFused], const T* const 
   }
 }
 
-// The same for many lists, one block a piece and pair of blocks of kMaxFused lists (blockIdx.y).
-// Lists that are not there stand for the last one.
+// The same for many lists, one block a piece and pair of blocks of kMaxFused lists. The pairs of a
+// piece are neighbours, so that its elements are read from memory once. Lists that are not there
+// stand for the last one.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    gram_blocks_kernel(const Table __grid_constant__ x, double* partials) {
-  const Piece piece = piece_of_block(x);
-  const int64_t blocks = (x.num_lists + kMaxFused - 1) / kMaxFused;
-  int64_t first = 0, offset = blockIdx.y;
-  while (offset >= blocks - first) offset -= blocks - first++;
-  const int64_t second = first + offset;
+    gram_blocks_kernel(const Table __grid_constant__ x, int64_t blocks, double* partials) {
+  const int64_t number = blockIdx.x / num_pairs(blocks);
+  const Piece piece = piece_of(x, number);
+  const PairOf tile(blockIdx.x % num_pairs(blocks), blocks);
+  const int64_t first = tile.first, second = tile.second;
   const T *p[kMaxFused], *q[kMaxFused];
   for (int a = 0; a < kMaxFused; ++a) {
     const int64_t i = first * kMaxFused + a, j = second * kMaxFused + a, last = x.num_lists - 1;
@@ -184,8 +193,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t a = first * kMaxFused + e / kMaxFused, b = second * kMaxFused + e % kMaxFused;
     const double total = block_sum(sums[e / kMaxFused][e % kMaxFused]);
     if (threadIdx.x == 0 && a <= b && b < x.num_lists)
-      partials[int64_t(blockIdx.x) * num_pairs(x.num_lists) + pair_index(a, b, x.num_lists)] =
-          total;
+      partials[number * num_pairs(x.num_lists) + pair_index(a, b, x.num_lists)] = total;
   }
 }
 
@@ -204,18 +212,17 @@ __device__ double sum_of_pieces(const Table& x, const double* partials, int64_t 
   return sum;
 }
 
-// One block a segment: gram[segment] (+)= the sum over its pieces.
+// One block a segment and pair (blockIdx.y): gram[segment] (+)= the sum over its pieces.
 __global__ void __launch_bounds__(kThreads)
     sum_pieces_kernel(const Table __grid_constant__ x, const double* partials, double* gram,
                       bool first) {
   const int64_t m = x.num_lists;
+  const PairOf pair(blockIdx.y, m);
   double* out = gram + blockIdx.x * m * m;
-  for (int64_t a = 0; a < m; ++a) {
-    for (int64_t b = a; b < m; ++b) {
-      const double total = block_sum(sum_of_pieces(x, partials, pair_index(a, b, m)));
-      if (threadIdx.x == 0) out[a * m + b] = out[b * m + a] = total + (first ? 0 : out[a * m + b]);
-    }
-  }
+  const double total = block_sum(sum_of_pieces(x, partials, blockIdx.y));
+  if (threadIdx.x > 0) return;
+  double* here = out + pair.first * m + pair.second;
+  *here = out[pair.second * m + pair.first] = total + (first ? 0 : *here);
 }
 
 constexpr int kTeam = 32;
@@ -248,6 +255,8 @@ struct Weights {
       used[a] = weights[a] != 0;
       fit = fit && (sizeof(C) == sizeof(double) || fits_float32(weights[a]));
     }
+    // Two products may cancel: then one of them must be exact.
+    if (M > 1 && sizeof(C) < sizeof(double)) fit = fit && (weights[0] == 1 || !used[0] || !used[1]);
   }
 
   // The high parts first: where they cancel, the sum is small and rounds as finely as the low
@@ -321,7 +330,7 @@ template <typename T, int M>
 __global__ void __launch_bounds__(kThreads, 3)  // or ptxas spills to save registers
     combine_kernel(const Table __grid_constant__ x, const double* weights) {
   using C = Compute<T>;
-  const Piece piece = piece_of_block(x);
+  const Piece piece = piece_of(x, blockIdx.x);
   const double* own = weights + (piece.segment * gridDim.y + blockIdx.y) * M;
   const Weights<C, M> w(own);
   T* out = const_cast<T*>(element_pointer<T>(x, M + blockIdx.y, piece));
@@ -347,7 +356,7 @@ __global__ void __launch_bounds__(kThreads, 3)  // or ptxas spills to save regis
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     combine_many_kernel(const Table __grid_constant__ x, const double* weights) {
-  const Piece piece = piece_of_block(x);
+  const Piece piece = piece_of(x, blockIdx.x);
   const double* own = weights + (piece.segment * gridDim.y + blockIdx.y) * x.num_lists;
   T* out = const_cast<T*>(element_pointer<T>(x, x.num_lists + blockIdx.y, piece));
   combine_in_float64<T>(x, piece, own, out);
@@ -389,7 +398,9 @@ void for_each_table(const Lists& x, void* const* out, int64_t num_outputs, Body 
       for (int64_t c = 0; c < num_outputs; ++c)
         table.data[(x.num_lists + c) * table.count + t] = out[c * x.num_positions + begin + t];
     }
-    if (table.num_pieces > kMaxBlocks) throw std::invalid_argument("projection: too many rows");
+    const int64_t tiles = num_pairs((x.num_lists + kMaxFused - 1) / kMaxFused);
+    if (table.num_pieces > kMaxBlocks / tiles)
+      throw std::invalid_argument("projection: too many rows");
     body(table);
   }
 }
@@ -397,7 +408,7 @@ void for_each_table(const Lists& x, void* const* out, int64_t num_outputs, Body 
 template <typename T>
 void launch_gram(const Table& table, double* partials, cuda_stream stream) {
   const int64_t blocks = (table.num_lists + kMaxFused - 1) / kMaxFused;
-  const dim3 grid(table.num_pieces), tiles(table.num_pieces, num_pairs(blocks)), block(kThreads);
+  const dim3 grid(table.num_pieces), tiles(table.num_pieces * num_pairs(blocks)), block(kThreads);
   switch (table.num_lists) {
     case 1: return HESSREG_LAUNCH((gram_kernel<T, 1>), grid, block, 0, stream, table, partials);
     case 2: return HESSREG_LAUNCH((gram_kernel<T, 2>), grid, block, 0, stream, table, partials);
@@ -405,7 +416,8 @@ void launch_gram(const Table& table, double* partials, cuda_stream stream) {
     case kMaxFused:
       return HESSREG_LAUNCH((gram_kernel<T, kMaxFused>), grid, block, 0, stream, table, partials);
     default:
-      return HESSREG_LAUNCH((gram_blocks_kernel<T>), tiles, block, 0, stream, table, partials);
+      return HESSREG_LAUNCH((gram_blocks_kernel<T>), tiles, block, 0, stream, table, blocks,
+                            partials);
   }
 }
 
@@ -428,13 +440,15 @@ void gram(const Lists& x, double* partials, double* gram, const Outcome* outcome
   const int64_t num_segments = x.batch * x.segments;
   if (num_segments == 0) return;
   if (num_segments > kMaxBlocks) throw std::invalid_argument("projection: too many rows");
-  const dim3 segments(num_segments), block(kThreads);
+  const dim3 segments(num_segments), segment_pairs(num_segments, num_pairs(x.num_lists));
+  const dim3 block(kThreads);
   bool first = true;
   for_each_table(x, nullptr, 0, [&](const Table& table) {
     if (table.num_pieces > 0) {
       dispatch(x.element, [&](auto zero) { launch_gram<decltype(zero)>(table, partials, stream); });
     }
-    HESSREG_LAUNCH(sum_pieces_kernel, segments, block, 0, stream, table, partials, gram, first);
+    HESSREG_LAUNCH(sum_pieces_kernel, segment_pairs, block, 0, stream, table, partials, gram,
+                   first);
     first = false;
   });
   if (outcome)

@@ -307,11 +307,47 @@ std::vector<Tensor> project_op(std::vector<Tensor> tensors, int64_t num_directio
   return combined(x, rule);
 }
 
+// Where a tensor lies, and which of all it is.
+struct Range {
+  uintptr_t begin, end;
+  size_t index;
+};
+
+std::vector<Range> ranges_of(const std::vector<Tensor>& tensors) {
+  std::vector<Range> ranges;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const auto begin = reinterpret_cast<uintptr_t>(tensors[i].const_data_ptr());
+    if (tensors[i].numel() > 0 && tensors[i].is_contiguous())  // others are copied first
+      ranges.push_back({begin, begin + tensors[i].numel() * tensors[i].element_size(), i});
+  }
+  std::sort(ranges.begin(), ranges.end(),
+            [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  return ranges;
+}
+
+// What is overwritten must not be read later on: only a direction may be g itself, position by
+// position.
+void check_overlap(const std::vector<Tensor>& g, const std::vector<Tensor>& directions) {
+  const std::vector<Range> own = ranges_of(g), others = ranges_of(directions);
+  for (size_t i = 1; i < own.size(); ++i)
+    STD_TORCH_CHECK(own[i - 1].end <= own[i].begin, "projection: tensors ", own[i - 1].index,
+                    " and ", own[i].index, " of g share memory");
+  auto it = own.begin();
+  for (const Range& other : others) {
+    while (it != own.end() && it->end <= other.begin) ++it;
+    for (auto hit = it; hit != own.end() && hit->begin < other.end; ++hit)
+      STD_TORCH_CHECK(hit->index == other.index % g.size() && hit->begin == other.begin,
+                      "projection: tensor ", hit->index,
+                      " of g shares memory with a direction at another place");
+  }
+}
+
 Tensor project_inplace_op(std::vector<Tensor> g, std::vector<Tensor> directions,
                           int64_t num_directions, double strength, bool conflict_only, bool rescale,
                           int64_t scope) {
   for (size_t i = 0; i < g.size(); ++i)
     STD_TORCH_CHECK(g[i].is_contiguous(), "projection: tensor ", i, " of g must be contiguous");
+  check_overlap(g, directions);
   std::vector<Tensor> tensors = g;
   tensors.insert(tensors.end(), directions.begin(), directions.end());
   const Arguments x(tensors, 1 + num_directions, scope, false, kPieceLength);

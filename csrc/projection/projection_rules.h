@@ -111,9 +111,14 @@ class Elimination {
   HESSREG_HD int64_t pivot(int64_t t) const { return static_cast<int64_t>(pivots_[t]); }
   HESSREG_HD double& factor(int64_t j, int64_t t) const { return factor_[j * m_ + t]; }
 
+  // Whether what is left is rounding error. To be rescaled, it must be more than what inner
+  // products in float64 leave of nothing.
   HESSREG_HD bool vanishing(double square_of_result, double gg) const {
-    if (rule_.rescale)
-      return square_of_result <= rule_.pivot_tolerance * rule_.pivot_tolerance * gg;
+    if (rule_.rescale) {
+      const double smallest = rule_.pivot_tolerance * rule_.pivot_tolerance;
+      const double rounding = 64 * 0x1p-52 / least_;
+      return square_of_result <= (rounding > smallest ? rounding : smallest) * gg;
+    }
     return rule_.strength == 1 && square_of_result <= rule_.tolerance * rule_.tolerance * gg;
   }
 
@@ -134,6 +139,7 @@ class Elimination {
   HESSREG_HD void eliminate(int64_t p) {
     const double root = std::sqrt(rest_[p]), component = overlap_[p] / root;
     const int64_t t = rank_++;
+    if (rest_[p] < least_) least_ = rest_[p];
     for (int64_t j = team_.rank; j < m_; j += team_.size)
       factor(j, t) = j == 0         ? component
                      : j == p       ? root
@@ -160,6 +166,7 @@ class Elimination {
   const Team team_;
   const int64_t m_;
   int64_t rank_ = 0;  // of the span so far
+  double least_ = 1;  // squared sine of a pivot and the span of those before
   // rest[j]: squared distance of v_j / |v_j| from the span; overlap[j]: <g, v_j> / |v_j| of what is
   // left of g; factor: [num_lists, rank], row 0 for g.
   double *rest_, *overlap_, *pivots_, *alpha_, *factor_;

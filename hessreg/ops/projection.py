@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from hessreg import _backend
-from hessreg.ops._registry import Arguments, Operator
+from hessreg.ops._registry import Arguments, Operator, is_tracked
 
 _GLOBAL, _TENSOR, _ROW = range(3)
 _SCOPES = {"global": _GLOBAL, "tensor": _TENSOR, "row": _ROW}
@@ -78,12 +78,18 @@ def linear_combination_reference(
         shape = _shape(model, scope, batched)
         here = w if scope == _GLOBAL else w[:, segment : segment + shape[1]]
         x = torch.stack([t.double().reshape(shape) for t in position])
-        unused = (here == 0).all(-2).permute(2, 0, 1)[..., None]
-        x = torch.where(unused & ~x.isfinite(), 0, x)  # zero times infinity is zero here
-        y = torch.einsum("brca,abrn->cbrn", here, x).to(model.dtype)
-        combined.append([part.reshape(model.shape) for part in y])
+        combined.append(
+            [_combined(x, part).to(model.dtype).reshape(model.shape) for part in here.unbind(2)]
+        )
         segment += shape[1]
     return [combined[t][c] for c in range(num_outputs) for t in range(len(combined))]
+
+
+def _combined(x: Tensor, weights: Tensor) -> Tensor:
+    """One output [batch, rows, length] of lists [m, batch, rows, length]."""
+    unused = (weights == 0).permute(2, 0, 1)[..., None]
+    used = torch.where(unused & ~x.isfinite(), 0, x)  # zero times infinity is zero here
+    return torch.einsum("bra,abrn->brn", weights, used)
 
 
 def project_reference(
@@ -138,36 +144,41 @@ def _smallest_sine(eps: float) -> float:
     return max(16 * eps, 8 * math.sqrt(torch.finfo(torch.float64).eps))
 
 
-def _pivots(products: Tensor, conflict_only: bool, eps: float) -> Tensor:
+@torch.no_grad()
+def _pivots(products: Tensor, conflict_only: bool, eps: float) -> tuple[Tensor, Tensor]:
     """Which directions to project off: a basis of their span, or of the conflicting ones'.
 
     Pivoted Cholesky factorisation of their cosines. Next comes the direction farthest from the span
     of those before; where only conflicts count, the one that conflicts most with what is left of g.
+    Also the least squared sine of the angle between one and the span of those before it.
     """
     squares = products.diagonal(dim1=-2, dim2=-1)[..., 1:]
     usable = (squares > 0) & squares.isfinite()
     if squares.shape[-1] == 1:  # nothing to factorise
-        return usable & (products[..., 0, 1:] < 0) if conflict_only else usable
+        chosen = usable & (products[..., 0, 1:] < 0) if conflict_only else usable
+        return chosen, torch.ones_like(squares[..., 0])
     norms = torch.where(usable, squares, 1).sqrt()
     both = usable[..., None] & usable[..., None, :]
     cosines = torch.where(both, products[..., 1:, 1:], 0) / norms[..., None] / norms[..., None, :]
     overlap = torch.where(usable, products[..., 0, 1:], 0) / norms
     rest, chosen = usable.double(), torch.zeros_like(usable)
     columns: list[Tensor] = []
+    least = torch.ones_like(squares[..., 0])
     numbers = torch.arange(squares.shape[-1], device=products.device)
     for _ in numbers:
         eligible = rest > _smallest_sine(eps) ** 2
         eligible = eligible & (overlap < 0) if conflict_only else eligible
         score = torch.where(eligible, -overlap if conflict_only else rest, -math.inf)
         pivot = (numbers == score.argmax(-1, keepdim=True)) & eligible
-        root = _at(pivot, rest).sqrt() + ~pivot.any(-1, keepdim=True)
+        square = _at(pivot, rest) + ~pivot.any(-1, keepdim=True)
+        least, root = torch.minimum(least, square[..., 0]), square.sqrt()
         column = _at(pivot[..., None, :], cosines)[..., 0]
         column = (column - sum(c * _at(pivot, c) for c in columns)) / root
         overlap = overlap - _at(pivot, overlap) / root * column
         rest = torch.where(pivot, 0, rest - column.square())
         chosen = chosen | pivot
         columns.append(column)
-    return chosen
+    return chosen, least
 
 
 def _at(pivot: Tensor, values: Tensor) -> Tensor:
@@ -184,7 +195,8 @@ def _coefficients(products: Tensor, chosen: Tensor) -> Tensor:
     cosines = torch.where(both, products[..., 1:, 1:], 0) * scale[..., None] * scale[..., None, :]
     cosines = torch.where(both, cosines, eye)
     overlap = torch.where(chosen, products[..., 0, 1:], 0) * scale
-    return _solve(cosines, overlap) * scale
+    # Also for derivatives: what is left out may be infinite.
+    return torch.where(chosen, _solve(cosines, overlap) * scale, 0)
 
 
 def _solve(A: Tensor, b: Tensor) -> Tensor:
@@ -204,10 +216,12 @@ def _solve(A: Tensor, b: Tensor) -> Tensor:
     return x
 
 
-def _squares(products: Tensor, coefficients: Tensor, strength: float) -> tuple[Tensor, Tensor]:
+def _squares(
+    products: Tensor, chosen: Tensor, coefficients: Tensor, strength: float
+) -> tuple[Tensor, Tensor]:
     """Of the norms of g and of what the projection leaves of it."""
     gg = products[..., 0, 0]
-    inside = torch.where(coefficients != 0, products[..., 0, 1:], 0) * coefficients
+    inside = torch.where(chosen, products[..., 0, 1:], 0) * coefficients
     return gg, gg - strength * (2 - strength) * inside.sum(-1)
 
 
@@ -227,14 +241,14 @@ def projection_weights(
         return torch.eye(products.shape[-1], dtype=products.dtype, device=products.device)[
             :1
         ].expand(*products.shape[:-2], 1, -1)
-    chosen = _pivots(products, conflict_only, eps)
+    chosen, least = _pivots(products, conflict_only, eps)
     coefficients = _coefficients(products, chosen)
     one = torch.ones_like(products[..., 0, :1])
     weights = torch.cat([one, -strength * coefficients], -1)[..., None, :]
     if not rescale:
         return weights
-    gg, yy = _squares(products, coefficients, strength)
-    left = chosen.any(-1) & (yy > _smallest_sine(eps) ** 2 * gg)
+    gg, yy = _squares(products, chosen, coefficients, strength)
+    left = chosen.any(-1) & (yy > _rescaled_from(least, eps) * gg)
     ratio = torch.where(left, gg, 1) / torch.where(left, yy, 1)
     return weights * ratio.sqrt()[..., None, None]
 
@@ -246,10 +260,16 @@ def _vanishes(
     if strength != 1 and not rescale:
         return torch.zeros_like(products[..., 0, 0], dtype=torch.bool)
     products = products.detach()
-    chosen = _pivots(products, conflict_only, eps)
-    gg, yy = _squares(products, _coefficients(products, chosen), strength)
-    tolerance = _smallest_sine(eps) if rescale else 16 * eps
-    return chosen.any(-1) & gg.isfinite() & (yy <= tolerance**2 * gg)
+    chosen, least = _pivots(products, conflict_only, eps)
+    gg, yy = _squares(products, chosen, _coefficients(products, chosen), strength)
+    smallest = _rescaled_from(least, eps) if rescale else (16 * eps) ** 2
+    return chosen.any(-1) & gg.isfinite() & (yy <= smallest * gg)
+
+
+def _rescaled_from(least: Tensor, eps: float) -> Tensor:
+    """The share of |g|^2 that must be left to have a length: more than inner products' rounding."""
+    rounding = 64 * torch.finfo(torch.float64).eps / least
+    return rounding.clamp(min=_smallest_sine(eps) ** 2)
 
 
 def pcgrad_weights(products: Tensor, order: Tensor, reduction: int) -> Tensor:
@@ -622,8 +642,10 @@ def project_orthogonal(
     order.
 
     Thresholds are relative, so the result scales with ``g`` from 1e-18 to 1e18. Directions whose
-    norm is zero or not finite are left out, and so are those within an angle of 2e-6 (1.2e-7 for
-    float64 tensors) of the span of others. Where ``strength=1`` leaves less than 16 epsilons (of
+    squared norm is zero or not finite in float64 are left out, and so are those within an angle of
+    2e-6 (1.2e-7 for float64 tensors) of the span of others. At an angle a of directions to each
+    other, the result is orthogonal to each of them, and has up to 1e-16 |g| / a^2 of their span
+    left. Where ``strength=1`` leaves less than 16 epsilons (of
     float32 for the half-precision types) of |g|, that is rounding error and becomes exactly zero.
     Float64 inner products cannot see 16 epsilons of float64 itself: there, what is left of
     collinear vectors is at most a few epsilons of |g|.
@@ -642,8 +664,9 @@ def project_orthogonal(
             own, ``"row"`` each row of each tensor (its slices along the first dimension; a tensor
             of one dimension is one row).
         strength: 1 removes the component, 0 leaves it, 2 reflects it.
-        rescale: bring what is left back to the norm of g (OrthoGrad). Where nothing but rounding
-            errors is left, the result is zero.
+        rescale: bring what is left back to the norm of g (OrthoGrad). Where that is not known from
+            rounding errors (below 2e-6 |g|, for float64 1.2e-7 |g|; more where directions are
+            nearly dependent), the result is zero.
 
     Returns:
         Tensors like ``g``: one, or a list.
@@ -694,7 +717,8 @@ def project_orthogonal_(
     No gradient flows through it, and nothing waits for the device.
 
     Args:
-        g: as in `project_orthogonal`; overwritten.
+        g: as in `project_orthogonal`; overwritten. Its tensors must not share memory with each
+            other, nor with those of a direction but the one at the same position.
         against: as in `project_orthogonal`; a constant even if it requires gradients.
         mode: as in `project_orthogonal`.
         scope: as in `project_orthogonal`.
@@ -710,6 +734,7 @@ def project_orthogonal_(
     Raises:
         TypeError: as `project_orthogonal`.
         ValueError: as `project_orthogonal`, or ``g`` requires gradients.
+        RuntimeError: for memory shared otherwise.
 
     Example:
         >>> import torch
@@ -727,8 +752,11 @@ def project_orthogonal_(
     if not kept:
         return torch.zeros([0] * (scope != "global") + [len(vectors) - 1] * several).double()
     own = [t for t in vectors[0] if t is not None]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in own):
-        raise ValueError("g must not require gradients to be changed: use project_orthogonal")
+    if is_tracked(own):
+        raise ValueError(
+            "g must not require gradients or be transformed by torch.func to be overwritten: use"
+            " project_orthogonal"
+        )
     with torch.no_grad():
         lists, _ = _dense([[v[i] for i in kept] for v in vectors], names, kept)
         directions = list(chain.from_iterable(lists[1:]))
@@ -781,14 +809,17 @@ def pcgrad(
     _check_scope(scope)
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of none, sum, mean, got {reduction!r}")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator)}")
     vectors, names = _as_tasks(gradients)
     kept = [i for i in range(len(vectors[0])) if any(v[i] is not None for v in vectors)]
     outputs = len(vectors) if reduction == "none" else 1
     results: list[list[Tensor | None]] = [[None] * len(vectors[0])] * outputs
     if kept:
         lists, models = _dense([[v[i] for i in kept] for v in vectors], names, kept)
-        tensors, order = list(chain.from_iterable(lists)), _order(len(vectors), generator)
-        options = order.to(tensors[0].device), _REDUCTIONS[reduction], _SCOPES[scope], False
+        tensors = list(chain.from_iterable(lists))
+        order = _order(len(vectors), generator, tensors[0].device)
+        options = order, _REDUCTIONS[reduction], _SCOPES[scope], False
         found = _lists(pcgrad_operator(tensors, len(vectors), *options), outputs)
         results = [_scattered(y, models, kept, len(vectors[0])) for y in found]
     like = [y[0] for y in results] if isinstance(gradients[0], Tensor) else results
@@ -828,11 +859,12 @@ def gram_matrix(gradients: Sequence[Vector], scope: _Scope = "global") -> Tensor
     return products[0] if scope == "global" else products
 
 
-def _order(num_tasks: int, generator: torch.Generator | None) -> Tensor:
+def _order(num_tasks: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
     """In row i, the order in which gradient i meets the others (and itself, which is skipped)."""
-    if generator is None:
-        return torch.arange(num_tasks).repeat(num_tasks, 1)
-    return torch.rand(num_tasks, num_tasks, generator=generator).argsort(-1)
+    if generator is None or num_tasks <= 2:
+        return torch.arange(num_tasks, device=device).repeat(num_tasks, 1)
+    drawn = torch.rand(num_tasks, num_tasks, generator=generator, dtype=torch.float64, device="cpu")
+    return drawn.argsort(-1).to(device, non_blocking=True)
 
 
 # ---- what the public functions take ------------------------------------------------------------
@@ -941,13 +973,13 @@ def _check_alike(
         ):
             continue
         for i, tensor, model in zip(positions, tensors, models, strict=True):
-            _check_tensor(name.format(i), tensor, model, models[0], names[0].format(i))
+            _check_tensor(name.format(i), tensor, model, models[0], names[0].removesuffix("[{}]"))
 
 
 def _check_tensor(name: str, tensor: Tensor, model: Tensor, first: Tensor, title: str) -> None:
     if tensor.shape != model.shape:
         raise ValueError(
-            f"{name} must have the shape of {title}, {tuple(model.shape)}, "
+            f"{name} must have the shape of its counterpart in {title}, {tuple(model.shape)}, "
             f"got {tuple(tensor.shape)}"
         )
     if tensor.dtype not in _DTYPES or tensor.layout is not torch.strided:
@@ -957,7 +989,7 @@ def _check_tensor(name: str, tensor: Tensor, model: Tensor, first: Tensor, title
         )
     if tensor.dtype is not model.dtype or tensor.device != first.device:
         raise ValueError(
-            f"{name} must have the dtype and device of {title}, {model.dtype} on {first.device}, "
+            f"{name} must have dtype and device {model.dtype} on {first.device} as in {title}, "
             f"got {tensor.dtype} on {tensor.device}"
         )
 
