@@ -485,7 +485,7 @@ def test_rescaled_result_is_as_orthogonal_near_the_direction(device, distance):
     g = (v + distance * w).float()
     y = project_orthogonal(g, v.float(), rescale=True)
     assert abs(cosine([y], [v.float()])) < 1e-7
-    torch.testing.assert_close(y.norm(), g.norm(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(y.norm(), g.norm(), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("num_directions", [2, 3, 4])
