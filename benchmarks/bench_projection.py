@@ -211,7 +211,7 @@ def _libmtl() -> ModuleType:
     """Its PCGrad without the rest of the package, which wants a torchvision that imports."""
     spec = importlib.util.find_spec("LibMTL")
     if spec is None or spec.origin is None:
-        raise ImportError("LibMTL is not installed")
+        raise ImportError("LibMTL has no folder")
     for name in ("LibMTL", "LibMTL.weighting"):
         package = ModuleType(name)
         package.__path__ = [str(Path(spec.origin).parent.joinpath(*name.split(".")[1:]))]
@@ -254,12 +254,21 @@ def span_contestants(g: Vector, v: Vector) -> Runs:
 def surgery_contestants(g: Vector, v: Vector) -> Runs:
     """Every PCGrad of two gradients, which conflict."""
     v = [y - 0.2 * x for x, y in zip(g, v, strict=True)]
-    return {
-        "pcgrad": lambda: pcgrad([g, v]),
-        **torchjd_contestants(g, v),
-        "conflictfree": conflictfree_contestant(g, v),
-        "libmtl": libmtl_contestant(g, v),
-    }
+    runs: Runs = {"pcgrad": lambda: pcgrad([g, v])}
+    if _is_installed("torchjd"):
+        runs |= torchjd_contestants(g, v)
+    if _is_installed("conflictfree"):
+        runs["conflictfree"] = conflictfree_contestant(g, v)
+    if _is_installed("LibMTL"):
+        runs["libmtl"] = libmtl_contestant(g, v)
+    return runs
+
+
+def _is_installed(name: str) -> bool:
+    installed = name in sys.modules or importlib.util.find_spec(name) is not None
+    if not installed:
+        print(f"{name} is not installed: left out")
+    return installed
 
 
 def orthograd_contestants(g: Vector, v: Vector) -> Runs:
