@@ -189,7 +189,9 @@ class Trainer:
             fake = self.generator(noise)
             logits = self.discriminator(fake)
             loss = generator_loss(logits)
-            _, rival = discriminator_losses(logits, logits)  # on real samples it does not matter
+            rival = None
+            if self.orthogonal is not None:  # its part on real samples does not matter
+                _, rival = discriminator_losses(logits, logits)
         context = self._context(loss, None, real, fake, noise)
         self._apply(self.generator, loss, [loss], context, rival)
 
