@@ -688,7 +688,7 @@ def project_orthogonal(
         >>> v = [torch.tensor([1.0, 0.0]), torch.tensor([1.0])]
         >>> project_orthogonal(g, v, scope="tensor")
         [tensor([0., 1.]), tensor([0.])]
-        >>> x, y = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([1.0, 1.0, 0.0])
+        >>> x, y = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 2.0, 0.0])
         >>> project_orthogonal(torch.tensor([1.0, 2.0, 3.0]), [x, y])
         tensor([0., 0., 3.])
     """
