@@ -182,20 +182,17 @@ def conflictfree_contestant(g: Vector, v: Vector) -> Callable[[], Vector]:
 def libmtl_contestant(g: Vector, v: Vector) -> Callable[[], Vector]:
     """LibMTL's PCGrad, with gradients collected as its ``_compute_grad`` does."""
     parameters = [torch.zeros_like(t, requires_grad=True) for t in g]
+    weighting: Any = _libmtl().PCGrad()
 
-    class FromLists(_libmtl().PCGrad):  # type: ignore[misc]
-        task_num, rep_grad, device = 2, False, g[0].device
+    def compute_grad(losses: list[Vector], mode: str) -> Tensor:
+        grads = torch.zeros(len(losses), weighting.grad_dim).to(weighting.device)
+        for task, gradients in enumerate(losses):
+            grads[task] = torch.cat([t.view(-1) for t in gradients])
+        return grads
 
-        def get_share_params(self) -> Vector:
-            return parameters
-
-        def _compute_grad(self, losses: list[Vector], mode: str) -> Tensor:
-            grads = torch.zeros(self.task_num, self.grad_dim).to(self.device)
-            for task, gradients in enumerate(losses):
-                grads[task] = torch.cat([t.view(-1) for t in gradients])
-            return grads
-
-    weighting = FromLists()
+    weighting.task_num, weighting.rep_grad, weighting.device = 2, False, g[0].device
+    weighting.get_share_params = lambda: parameters
+    weighting._compute_grad = compute_grad
 
     def run() -> Vector:
         for parameter, gradient in zip(parameters, g, strict=True):
@@ -357,8 +354,9 @@ def show(name: str, result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Runs every case."""
-    keep_memory()
     args = options(__doc__.splitlines()[0], _more)
+    if not args.allocator_as_it_comes:
+        keep_memory()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     results = {}
@@ -375,6 +373,7 @@ def main() -> None:
 
 def _more(parser: Any) -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="for each contestant, about")
+    parser.add_argument("--allocator-as-it-comes", action="store_true", help="for all of them")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """Operators: sums, the Gauss-Newton matrix, data in batches, several processes, memory."""
 
-import multiprocessing
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,6 +17,7 @@ from hessreg.curvature import (
     SumOperator,
     eigenvalues,
 )
+from tests.processes import in_two_processes
 
 DOUBLE = torch.float64
 
@@ -289,19 +288,7 @@ def _share_of_a_process(rank, size, path, results):
 @pytest.fixture(scope="module")
 def found_by_two(tmp_path_factory):
     """What each of two processes found, by rank."""
-    store = tmp_path_factory.mktemp("processes") / "store"
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    workers = [
-        context.Process(target=_share_of_a_process, args=(rank, 2, store, results))
-        for rank in range(2)
-    ]
-    for worker in workers:
-        worker.start()
-    found = dict(results.get(timeout=120) for _ in workers)
-    for worker in workers:
-        worker.join(timeout=60)
-        assert worker.exitcode == 0
+    found = in_two_processes(_share_of_a_process, tmp_path_factory.mktemp("processes") / "store")
     return {rank: [torch.from_numpy(array) for array in arrays] for rank, arrays in found.items()}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import math
-import multiprocessing
 import os
 import re
 import subprocess
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hessreg.optim import MODES, OppositeGradientsError, OrthogonalGradients
+from tests.processes import in_two_processes
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "orthogonal_gradients.py"
 SGD = torch.optim.SGD
@@ -702,9 +702,9 @@ def trained(mode, first, last, group=None):
     return flat(net.parameters())
 
 
-def _share_of_a_process(rank, path, results):
+def _share_of_a_process(rank, size, path, results):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{path}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", f"file://{path}", rank=rank, world_size=size)
     group = dist.group.WORLD
     found = [trained(mode, 4 * rank, 4 * rank + 4, group).numpy() for mode in MODES]
     results.put((rank, found))
@@ -715,19 +715,7 @@ def _share_of_a_process(rank, path, results):
 @pytest.fixture(scope="module")
 def found_by_two(tmp_path_factory):
     """The weights that each of two processes found in each mode, by rank."""
-    store = tmp_path_factory.mktemp("processes") / "store"
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    workers = [
-        context.Process(target=_share_of_a_process, args=(rank, store, results))
-        for rank in range(2)
-    ]
-    for worker in workers:
-        worker.start()
-    found = dict(results.get(timeout=120) for _ in workers)
-    for worker in workers:
-        worker.join(timeout=60)
-        assert worker.exitcode == 0
+    found = in_two_processes(_share_of_a_process, tmp_path_factory.mktemp("processes") / "store")
     return {rank: dict(zip(MODES, weights, strict=True)) for rank, weights in found.items()}
 
 

@@ -164,14 +164,16 @@ class InteractionProducts:
     def __call__(self, u: Tensor) -> Tensor:
         """B u: d/dx of (d f/dy)'u_y for the first player's loss f, likewise for the second's."""
         f, g = self._gradients
-        y_only, x_only = u * (1 - self._is_x), u * self._is_x
-        return self._mix(_product(f, self._z, y_only), _product(g, self._z, x_only))
+        return self._products(f, g, u)
 
     def transposed(self, u: Tensor) -> Tensor:
         """B'u: the same with the losses exchanged."""
         f, g = self._gradients
+        return self._products(g, f, u)
+
+    def _products(self, f: Tensor, g: Tensor, u: Tensor) -> Tensor:
         y_only, x_only = u * (1 - self._is_x), u * self._is_x
-        return self._mix(_product(g, self._z, y_only), _product(f, self._z, x_only))
+        return self._mix(_product(f, self._z, y_only), _product(g, self._z, x_only))
 
 
 def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, num_steps: int) -> Tensor:

@@ -102,18 +102,14 @@ def project_reference(
     batched: bool,
 ) -> list[Tensor]:
     """What is left: g - strength P g, with P the orthogonal projection on the directions' span."""
-    num_lists = 1 + num_directions
-    if strength == 0:
-        return [t.clone() for t in tensors[: len(tensors) // num_lists]]
-    products = gram_reference(tensors, num_lists, scope, batched)
+    products = gram_reference(tensors, 1 + num_directions, scope, batched)
     options = strength, conflict_only, rescale, _eps(tensors)
-    weights = projection_weights(products, *options)
+    weights, vanishes = _projection(products, *options)
     projected = linear_combination_reference(tensors, weights, scope, batched)
     # What is left of a vector in the span is rounding error: its value is zero, its derivative is
     # not.
-    vanishes = _vanishes(products, *options).double()[..., None, None]
-    values = [y.detach() for y in projected]
-    rounding = linear_combination_reference(values, vanishes, scope, batched)
+    values, one = [y.detach() for y in projected], vanishes.double()[..., None, None]
+    rounding = linear_combination_reference(values, one, scope, batched)
     return [y - r for y, r in zip(projected, rounding, strict=True)]
 
 
@@ -145,7 +141,9 @@ def _smallest_sine(eps: float) -> float:
 
 
 @torch.no_grad()
-def _pivots(products: Tensor, conflict_only: bool, eps: float) -> tuple[Tensor, Tensor]:
+def _pivots(
+    products: Tensor, strength: float, conflict_only: bool, eps: float
+) -> tuple[Tensor, Tensor]:
     """Which directions to project off: a basis of their span, or of the conflicting ones'.
 
     Pivoted Cholesky factorisation of their cosines. Next comes the direction farthest from the span
@@ -153,7 +151,7 @@ def _pivots(products: Tensor, conflict_only: bool, eps: float) -> tuple[Tensor, 
     Also the least squared sine of the angle between one and the span of those before it.
     """
     squares = products.diagonal(dim1=-2, dim2=-1)[..., 1:]
-    usable = (squares > 0) & squares.isfinite()
+    usable = (squares > 0) & squares.isfinite() & (strength != 0)
     if squares.shape[-1] == 1:  # nothing to factorise
         chosen = usable & (products[..., 0, 1:] < 0) if conflict_only else usable
         return chosen, torch.ones_like(squares[..., 0])
@@ -202,7 +200,8 @@ def _coefficients(products: Tensor, chosen: Tensor) -> Tensor:
 def _solve(A: Tensor, b: Tensor) -> Tensor:
     """A^-1 b for small positive definite matrices, elimination without pivots.
 
-    torch.linalg.solve is wrong under some nestings of vmap and vjp.
+    torch.linalg.solve is wrong in forward mode over forward mode, and in a vmap of the Hessian
+    where there is one matrix (torch 2.13).
     """
     if b.shape[-1] == 1:
         return b / A[..., 0]
@@ -216,19 +215,13 @@ def _solve(A: Tensor, b: Tensor) -> Tensor:
     return x
 
 
-def _squares(
-    products: Tensor, chosen: Tensor, coefficients: Tensor, strength: float
-) -> tuple[Tensor, Tensor]:
-    """Of the norms of g and of what the projection leaves of it."""
-    gg = products[..., 0, 0]
-    inside = torch.where(chosen, products[..., 0, 1:], 0) * coefficients
-    return gg, gg - strength * (2 - strength) * inside.sum(-1)
-
-
-def projection_weights(
+def _projection(
     products: Tensor, strength: float, conflict_only: bool, rescale: bool, eps: float
-) -> Tensor:
-    """The weights [..., 1, m] of g and the directions in the projected g.
+) -> tuple[Tensor, Tensor]:
+    """The weights [..., 1, m] of g and the directions in the projected g, and where it vanishes.
+
+    Where nothing but rounding errors is left the value is zero; the weights are those of the
+    derivative.
 
     Args:
         products: inner products [..., m, m] of g and m - 1 directions.
@@ -237,33 +230,20 @@ def projection_weights(
         rescale: to the norm of g.
         eps: rounding error of what the vectors are computed in.
     """
-    if strength == 0:
-        return torch.eye(products.shape[-1], dtype=products.dtype, device=products.device)[
-            :1
-        ].expand(*products.shape[:-2], 1, -1)
-    chosen, least = _pivots(products, conflict_only, eps)
-    coefficients = _coefficients(products, chosen)
+    chosen, least = _pivots(products, strength, conflict_only, eps)
+    coefficients, gg = _coefficients(products, chosen), products[..., 0, 0]
+    inside = torch.where(chosen, products[..., 0, 1:], 0) * coefficients
+    yy = gg - strength * (2 - strength) * inside.sum(-1)
+    smallest = _rescaled_from(least, eps) if rescale else (16 * eps) ** 2
+    changed = chosen.any(-1)
+    vanishes = changed & gg.isfinite() & (yy <= smallest * gg) & (rescale or strength == 1)
     one = torch.ones_like(products[..., 0, :1])
     weights = torch.cat([one, -strength * coefficients], -1)[..., None, :]
-    if not rescale:
-        return weights
-    gg, yy = _squares(products, chosen, coefficients, strength)
-    left = chosen.any(-1) & (yy > _rescaled_from(least, eps) * gg)
-    ratio = torch.where(left, gg, 1) / torch.where(left, yy, 1)
-    return weights * ratio.sqrt()[..., None, None]
-
-
-def _vanishes(
-    products: Tensor, strength: float, conflict_only: bool, rescale: bool, eps: float
-) -> Tensor:
-    """Where nothing but rounding errors is left of g."""
-    if strength != 1 and not rescale:
-        return torch.zeros_like(products[..., 0, 0], dtype=torch.bool)
-    products = products.detach()
-    chosen, least = _pivots(products, conflict_only, eps)
-    gg, yy = _squares(products, chosen, _coefficients(products, chosen), strength)
-    smallest = _rescaled_from(least, eps) if rescale else (16 * eps) ** 2
-    return chosen.any(-1) & gg.isfinite() & (yy <= smallest * gg)
+    if rescale:
+        left = changed & ~vanishes
+        ratio = torch.where(left, gg, 1) / torch.where(left, yy, 1)
+        weights = weights * ratio.sqrt()[..., None, None]
+    return weights, vanishes
 
 
 def _rescaled_from(least: Tensor, eps: float) -> Tensor:
@@ -366,7 +346,7 @@ _Rule = Callable[[Arguments], tuple[int, _Map]]
 def _project_rule(arguments: Arguments) -> tuple[int, _Map]:
     tensors, num_directions, strength, conflict_only, rescale, _, _ = arguments
     options = strength, conflict_only, rescale, _eps(tensors)
-    return 1 + num_directions, lambda products: projection_weights(products, *options)
+    return 1 + num_directions, lambda products: _projection(products, *options)[0]
 
 
 def _pcgrad_rule(arguments: Arguments) -> tuple[int, _Map]:

@@ -1,0 +1,30 @@
+"""Two processes that talk to each other, for tests of several."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+NUM_PROCESSES = 2
+
+
+def in_two_processes(worker: Callable[..., None], store: Path) -> dict[int, Any]:
+    """What ``worker(rank, size, store, results)`` put into ``results`` as (rank, found), by rank.
+
+    ``store`` is a file for ``torch.distributed.init_process_group``, which the worker calls.
+    """
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    workers = [
+        context.Process(target=worker, args=(rank, NUM_PROCESSES, store, results))
+        for rank in range(NUM_PROCESSES)
+    ]
+    for process in workers:
+        process.start()
+    found = dict(results.get(timeout=120) for _ in workers)
+    for process in workers:
+        process.join(timeout=60)
+        assert process.exitcode == 0
+    return found
