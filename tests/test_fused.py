@@ -278,6 +278,14 @@ def test_passes_with_different_activations_are_left_to_autograd():
     check_left_to_autograd(loss, list(model.parameters()))
 
 
+@pytest.mark.parametrize("of_outputs", [torch.sigmoid, torch.square], ids=["sum", "general"])
+def test_losses_whose_slopes_are_not_finite_are_left_to_autograd(of_outputs):
+    model, x = perceptron(), batch()
+    x[0, 0] = torch.nan
+    loss, params = of_outputs(model(x)).mean(), list(model.parameters())
+    assert FusedHessian.find(loss, FlatParameters(params)) is None
+
+
 def test_detached_weights_are_constants():
     model = perceptron()
     frozen = {name: p.detach() for name, p in model.named_parameters() if name.startswith("4")}

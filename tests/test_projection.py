@@ -24,6 +24,7 @@ from tests.cuda_emulator.plugin import configured, redundant_barriers
 SCOPES = {"global": 0, "tensor": 1, "row": 2}
 SHAPES = [(2, 3), (3,), ()]
 HALF = (torch.float16, torch.bfloat16)
+EPS = torch.finfo(torch.float32).eps
 
 
 def lists(num_lists, shapes=SHAPES, dtype=torch.float64, device="cpu"):
@@ -210,6 +211,29 @@ def test_result_does_not_depend_on_the_number_of_threads():
         torch.set_num_threads(1)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("scope", ["tensor", "row"])
+@pytest.mark.parametrize("num_directions", [1, 2])
+def test_segments_that_are_combined_run_by_run(scope, num_directions):
+    shapes = [(200_000,), (0,), (7,), (90, 3000), (3, 4), (150_000,), (0, 2)]  # over 1 MB each run
+    tensors = lists(1 + num_directions, shapes, torch.float32)
+    options = num_directions, 1.0, False, False, SCOPES[scope]
+    expected = project_reference(tensors, *options, False)
+    assert_close_lists(project(tensors, *options, False), expected, EPS)
+    g, directions = [t.clone() for t in tensors[:7]], tensors[7:]
+    split = [directions[7 * j :][:7] for j in range(num_directions)]
+    found = project_orthogonal_(g, split, scope=scope)
+    assert_close_lists(g, expected, EPS)
+    cosines = project_inplace_reference([t.clone() for t in tensors[:7]], directions, *options)
+    torch.testing.assert_close(found, cosines, rtol=0, atol=1e-12)
+    try:
+        torch.set_num_threads(3)
+        again = project(tensors, *options, False)
+    finally:
+        torch.set_num_threads(1)
+    pairs = zip(again, project(tensors, *options, False), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_streaming_stores_change_nothing():
