@@ -24,10 +24,9 @@ is what the same bytes cost torch's own single passes over flat vectors in the s
 loop over tensors is above it by what reading one of its vectors again costs, mostly from the
 caches: where memory is the limit, that is about what there is to gain on it. `torchjd`,
 `conflictfree` and `libmtl` start from lists of gradients, as we do, and leave lists, but for
-"already flat". In a program whose allocator is left alone, new results of tens of megabytes cost
-more in page faults than in arithmetic: for 161 tensors `project_orthogonal` then took 51 ms, the
-loop 51 and `foreach` 84, with torch's own `THP_MEM_ALLOC_ENABLE=1` 23, 28 and 39. In place nothing
-is allocated: `project_orthogonal_` took 19.
+"already flat". `--allocator-as-it-comes` leaves the allocator alone. Whether a
+result then lies in new pages, which cost more than the arithmetic, depends on what the program freed
+before; `project_orthogonal_`, in place, needs none.
 
 **Gaussian kernels and MMD.** float32, n points in each sample, sigma = sqrt(d), the unbiased
 estimator. Our milliseconds, then how many times as long each rival takes; "best torch" is the best
