@@ -25,8 +25,8 @@ loop over tensors is above it by what reading one of its vectors again costs, mo
 caches: where memory is the limit, that is about what there is to gain on it. `torchjd`,
 `conflictfree` and `libmtl` start from lists of gradients, as we do, and leave lists, but for
 "already flat". `--allocator-as-it-comes` leaves the allocator alone. Whether a
-result then lies in new pages, which cost more than the arithmetic, depends on what the program freed
-before; `project_orthogonal_`, in place, needs none.
+result then lies in new pages, which cost more than the arithmetic, depends on what the program
+freed before; `project_orthogonal_`, in place, needs none.
 
 **Gaussian kernels and MMD.** float32, n points in each sample, sigma = sqrt(d), the unbiased
 estimator. Our milliseconds, then how many times as long each rival takes; "best torch" is the best
