@@ -181,7 +181,7 @@ class KrylovCurvature:
     def _rounding(self, eps: float) -> float:
         if self.num_products == 0:
             return 0.0
-        length = (self.coordinates[0] / self.values.hypot(torch.tensor(eps))).norm()
+        length = (self.coordinates[0] / self.values.hypot(self.values.new_tensor(eps))).norm()
         products = 1 + self.values.abs().max() * length
         return ROUNDING * torch.finfo(self.basis.dtype).eps * products.item()
 

@@ -94,7 +94,7 @@ def correct(H: Tensor, eps: float = 1.0, *, mu: float = 1.0, saddle_free: bool =
     sizes = values.abs()
     rounding = values.shape[-1] * torch.finfo(H.dtype).eps
     is_zero = sizes <= rounding * _largest(sizes)
-    at_zero = torch.where(is_zero, 1 / mu if mu else 0.0, 0.0).to(values)
+    at_zero = torch.where(is_zero, values.new_tensor(1 / mu if mu else 0.0), 0)
     ratios = torch.where(is_zero, 0, eps / torch.where(is_zero, 1, values))
     if saddle_free:
         weights = torch.where(is_zero, at_zero, sizes + eps * ratios.abs())
