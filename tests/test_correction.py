@@ -479,6 +479,17 @@ def test_lanczos_stops_at_the_tolerance_and_where_rounding_begins():
     assert not single.converged
 
 
+@pytest.mark.parametrize("method", ["minres", "cg"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_iterations_end_where_nothing_improves_any_more(method, dtype):
+    H = (1e6 * with_spectrum(SPECTRA["log-spaced"])).to(dtype)
+    op = Counting(DenseOperator(H))
+    found = correction_step(op, vector(60, dtype), method=method, num_steps=10**6, tol=0.0)
+    assert op.count < 5000
+    assert not found.converged
+    assert found.step.norm() <= 2 * vector(60).norm()
+
+
 # --- what it is good for
 
 
