@@ -475,17 +475,18 @@ def test_lanczos_stops_at_the_tolerance_and_where_rounding_begins():
     ]
     assert counts[0] < counts[1] < counts[2] == 60
     single = correction_step(DenseOperator(H.float()), g.float(), 0.1, tol=1e-15)
-    assert single.num_products < 40
+    assert single.num_products <= 20  # of 33 until the space is invariant to rounding
     assert not single.converged
 
 
+@pytest.mark.parametrize(("scale", "most"), [(1e2, 200), (1e6, 5000)])
 @pytest.mark.parametrize("method", ["minres", "cg"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_iterations_end_where_nothing_improves_any_more(method, dtype):
-    H = (1e6 * with_spectrum(SPECTRA["log-spaced"])).to(dtype)
+def test_iterations_end_where_nothing_improves_any_more(method, dtype, scale, most):
+    H = (scale * with_spectrum(SPECTRA["log-spaced"])).to(dtype)
     op = Counting(DenseOperator(H))
-    found = correction_step(op, vector(60, dtype), method=method, num_steps=10**6, tol=0.0)
-    assert op.count < 5000
+    found = correction_step(op, vector(60, dtype), method=method, num_steps=10**5, tol=0.0)
+    assert op.count < most
     assert not found.converged
     assert found.step.norm() <= 2 * vector(60).norm()
 
