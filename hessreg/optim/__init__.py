@@ -1,5 +1,23 @@
-"""Wrappers around torch's optimisers that change the gradient before a step."""
+"""Corrected steps, and wrappers around torch's optimisers that change the gradient before one."""
 
+from hessreg.optim.correction import (
+    CorrectionMethod,
+    CorrectionStep,
+    correct,
+    correction_step,
+    diagonal_preconditioner,
+    solve_corrected,
+)
 from hessreg.optim.orthogonal_gradients import MODES, OppositeGradientsError, OrthogonalGradients
 
-__all__ = ["MODES", "OppositeGradientsError", "OrthogonalGradients"]
+__all__ = [
+    "MODES",
+    "CorrectionMethod",
+    "CorrectionStep",
+    "OppositeGradientsError",
+    "OrthogonalGradients",
+    "correct",
+    "correction_step",
+    "diagonal_preconditioner",
+    "solve_corrected",
+]
