@@ -250,14 +250,14 @@ class HSCConfig:
         rows: Rows of the batch for the curvature; 0 for all.
     """
 
-    network: Literal["generator", "discriminator", "both"] = "both"
+    network: Literal["generator", "discriminator", "both"] = "generator"
     eps: float = 1.0
     mu: float = 1.0
     saddle_free: bool = False
     num_steps: int = 10
     damping: float = 0.0
     trust_radius: float | None = None
-    every: int = 1
+    every: int = 10
     rows: int = 0
 
     def __post_init__(self) -> None:
