@@ -96,14 +96,14 @@ class StyleConfig:
     """
 
     size: int = 256
-    steps: int = 200
+    steps: int = 150
     seconds: float = 0.0
     optimizer: Literal["lbfgs", "adam"] = "lbfgs"
     learning_rate: float | None = None
     correction: Literal["none", "hsc"] = "none"
     content_weight: float = 1.0
-    style_weight: float = 50.0
-    tv_weight: float = 5.0
+    style_weight: float = 300.0
+    tv_weight: float = 2.0
     blend: str = ""
     keep_colors: bool = False
     features: str = "random"

@@ -16,6 +16,7 @@ __all__ = ["PictureOptimizer", "start_picture"]
 _HISTORY = 20  # pairs that L-BFGS remembers
 _NOISE = 0.1  # standard deviation, about mid grey
 _POWER_STEPS = 10  # for the largest eigenvalue at the start
+_ANY = 1e30  # a few Lanczos steps solve nothing exactly, and their step is a good one nevertheless
 
 
 def start_picture(config: StyleConfig, content: Tensor, style: Tensor) -> Tensor:
@@ -94,6 +95,7 @@ class PictureOptimizer:
             num_steps=options.num_steps,
             every=options.every,
             trust_radius=options.trust_radius,
+            max_residual=_ANY,
         )
 
     def _operator(self) -> HessianOperator:
