@@ -12,11 +12,11 @@ from hessreg.style.images import MAX_SIZE
 
 __all__ = ["CorrectionConfig", "StyleConfig", "parse_blend"]
 
-LEARNING_RATES = {
+_RATES = {
     ("lbfgs", "none"): 1.0,
-    ("adam", "none"): 0.03,
+    ("adam", "none"): 0.07,
     ("lbfgs", "hsc"): 0.5,
-    ("adam", "hsc"): 0.03,
+    ("adam", "hsc"): 0.07,
 }
 
 
@@ -54,11 +54,11 @@ class CorrectionConfig:
         trust_radius: Longest correction; none by default.
     """
 
-    eps: float = 0.01
+    eps: float = 0.3
     mu: float = 1.0
     saddle_free: bool = True
-    num_steps: int = 10
-    every: int = 10
+    num_steps: int = 5
+    every: int = 30
     trust_radius: float | None = None
 
     def __post_init__(self) -> None:
@@ -129,7 +129,7 @@ class StyleConfig:
     def rate(self) -> float:
         """The learning rate, chosen or by default."""
         chosen = self.learning_rate
-        return LEARNING_RATES[self.optimizer, self.correction] if chosen is None else chosen
+        return _RATES[self.optimizer, self.correction] if chosen is None else chosen
 
     @property
     def title(self) -> str:
