@@ -80,6 +80,12 @@ def _require_at_least(config: Any, minimum: float, *names: str) -> None:
         _require(value >= minimum, name, f"at least {minimum:g}", value)
 
 
+def _require_positive(config: Any, *names: str) -> None:
+    _require_finite(config, *names)
+    for name in names:
+        _require(getattr(config, name) > 0, name, "positive", getattr(config, name))
+
+
 def _check_types(config: Any) -> None:
     """Refuse values that are not of the annotated types: YAML and Python give anything."""
     for name, hint in get_type_hints(type(config)).items():

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from hessreg.dynamics.config import _require_positive
-from hessreg.gan.config import _check_types, _require, _require_at_least, _require_finite
+from hessreg.gan.config import (
+    _check_types,
+    _require,
+    _require_at_least,
+    _require_positive,
+)
 from hessreg.style.features import Pooling
 from hessreg.style.images import MAX_SIZE
 
@@ -14,9 +18,9 @@ __all__ = ["CorrectionConfig", "StyleConfig", "parse_blend"]
 
 _RATES = {
     ("lbfgs", "none"): 1.0,
-    ("adam", "none"): 0.07,
-    ("lbfgs", "hsc"): 0.5,
-    ("adam", "hsc"): 0.07,
+    ("adam", "none"): 0.1,
+    ("lbfgs", "hsc"): 1.0,
+    ("adam", "hsc"): 0.1,
 }
 
 
@@ -122,8 +126,7 @@ class StyleConfig:
         _require(self.threads <= 1024, "threads", "at most 1024", self.threads)
         _require(self.steps > 0 or self.seconds > 0, "steps", "positive without seconds", 0)
         if self.learning_rate is not None:
-            _require_finite(self, "learning_rate")
-            _require(self.learning_rate > 0, "learning_rate", "positive", self.learning_rate)
+            _require_positive(self, "learning_rate")
 
     @property
     def rate(self) -> float:

@@ -15,7 +15,7 @@ __all__ = ["PictureOptimizer", "start_picture"]
 
 _HISTORY = 20  # pairs that L-BFGS remembers
 _NOISE = 0.1  # standard deviation, about mid grey
-_POWER_STEPS = 10  # for the largest eigenvalue at the start
+_POWER_STEPS = 5  # for the largest eigenvalue at the start
 _ANY = 1e30  # a few Lanczos steps solve nothing exactly, and their step is a good one nevertheless
 
 
