@@ -547,6 +547,22 @@ def test_every_optimiser_descends_and_repeats_itself_bitwise(optimizer, correcti
     assert ("condition" in found.metrics()) == (correction == "hsc")
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
+def test_corrected_steps_do_not_depend_on_the_scale_of_the_loss(optimizer):
+    content, style = 0.2 + 0.6 * noise(1, 3, 24, 24), noise(1, 3, 24, 24, seed=1)
+    moved = []
+    for scale in (1.0, 1e4):
+        weights = {"content_weight": scale, "style_weight": 5 * scale}
+        objective = StyleObjective(RandomFeatures(channels=8), content, [style], **weights)
+        config = StyleConfig(optimizer=optimizer, correction="hsc", learning_rate=0.02)
+        found = PictureOptimizer(objective, content, config)
+        for _ in range(3):
+            found.step()
+        moved.append(found.image.detach() - content)
+    assert moved[0].abs().max() > 1e-3
+    assert (moved[0] - moved[1]).norm() < 0.02 * moved[0].norm()
+
+
 def test_pictures_start_as_wanted():
     content, style = noise(1, 3, 24, 32), noise(1, 3, 40, 20, seed=1)
 
