@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["BarProgress", "PlainProgress", "ProgressReport", "make_progress", "say"]
 
 _SHORT = {
+    "loss": "loss",
+    "content": "content",
+    "style": "style",
     "loss_g": "loss_g",
     "loss_d": "loss_d",
     "hessian_norm_g": "|H_G|",
@@ -25,6 +28,8 @@ _SHORT = {
     "angle_g": "angle_g",
     "angle_d": "angle_d",
     "angle": "angle",
+    "hsc_condition_g": "cond(H_G)",
+    "hsc_condition_d": "cond(H_D)",
     "fdd": "FDD",
     "modes": "modes",
     "quality": "quality",
@@ -68,9 +73,11 @@ def say(line: str) -> None:
 
 
 def _numbers(row: Mapping[str, float]) -> str:
-    rate = row["step"] / max(row["cpu_seconds"], 1e-9)
+    seconds = row.get("seconds", row["cpu_seconds"])
+    rate = row["step"] / max(seconds, 1e-9)
     shown = [f"{name} {row[key]:.3g}" for key, name in _SHORT.items() if key in row]
-    head = f"step {row['step']:.0f}  {row['cpu_seconds']:.1f} s  {rate:.0f} steps/s"
+    pace = f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"
+    head = f"step {row['step']:.0f}  {seconds:.1f} s  {pace} steps/s"
     return "  ".join([head, *shown])
 
 

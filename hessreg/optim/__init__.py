@@ -8,12 +8,20 @@ from hessreg.optim.correction import (
     diagonal_preconditioner,
     solve_corrected,
 )
+from hessreg.optim.hessian_correction import (
+    CorrectionWarning,
+    HessianCorrection,
+    HessianPreconditioner,
+)
 from hessreg.optim.orthogonal_gradients import MODES, OppositeGradientsError, OrthogonalGradients
 
 __all__ = [
     "MODES",
     "CorrectionMethod",
     "CorrectionStep",
+    "CorrectionWarning",
+    "HessianCorrection",
+    "HessianPreconditioner",
     "OppositeGradientsError",
     "OrthogonalGradients",
     "correct",

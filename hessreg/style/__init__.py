@@ -1,0 +1,40 @@
+"""Neural style transfer: one photograph in the manner of another, or of several.
+
+A picture is optimised, or a network is, until its features are those of the content and their Gram
+matrices those of the style.
+"""
+
+from hessreg.style.features import (
+    FeatureExtractor,
+    Features,
+    RandomFeatures,
+    VGG19Features,
+    WeightsError,
+    load_features,
+)
+from hessreg.style.images import ImageError, keep_colors, load_image, save_image
+from hessreg.style.losses import (
+    StyleObjective,
+    content_loss,
+    feature_gram,
+    style_loss,
+    total_variation,
+)
+
+__all__ = [
+    "FeatureExtractor",
+    "Features",
+    "ImageError",
+    "RandomFeatures",
+    "StyleObjective",
+    "VGG19Features",
+    "WeightsError",
+    "content_loss",
+    "feature_gram",
+    "keep_colors",
+    "load_features",
+    "load_image",
+    "save_image",
+    "style_loss",
+    "total_variation",
+]
