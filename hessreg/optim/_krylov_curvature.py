@@ -181,9 +181,9 @@ class KrylovCurvature:
     def _rounding(self, eps: float) -> float:
         if self.num_products == 0:
             return 0.0
-        length = (self.coordinates[0] / self.values.hypot(torch.tensor(eps))).norm()
-        scale = ROUNDING * torch.finfo(self.basis.dtype).eps * self.values.abs().max()
-        return (scale * length).item()
+        length = (self.coordinates[0] / self.values.hypot(self.values.new_tensor(eps))).norm()
+        products = 1 + self.values.abs().max() * length
+        return ROUNDING * torch.finfo(self.basis.dtype).eps * products.item()
 
     def corrected_values(
         self, eps: float = 1.0, mu: float = 1.0, saddle_free: bool = False

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hessreg.curvature.lanczos import report_non_finite
 from hessreg.curvature.operators import LinearOperator
+from hessreg.optim._krylov_curvature import ROUNDING
 
 __all__ = ["Solution", "damped_least_squares", "shifted_minres"]
 
@@ -124,7 +125,12 @@ def _residual(op: LinearOperator, g: Tensor, z: Tensor, eps: float, mu: float) -
     x, y = z.real.contiguous(), z.imag.contiguous()
     real = g - op.matvec(x) + eps * y
     imaginary = mu * eps * g - op.matvec(y) - eps * x
-    return math.hypot(_norm(real), _norm(imaginary)) / (math.hypot(1, mu * eps) * _norm(g))
+    return _relative(math.hypot(_norm(real), _norm(imaginary)), g, eps, mu)
+
+
+def _relative(residual: float, g: Tensor, eps: float, mu: float) -> float:
+    """The residual over |b|, and what rounding may hide of it."""
+    return residual / (math.hypot(1, mu * eps) * _norm(g)) + ROUNDING * torch.finfo(g.dtype).eps
 
 
 def _norm(v: Tensor) -> float:
@@ -192,7 +198,7 @@ def damped_least_squares(
         spent += 2
     p = p if _norm(s) < least else best
     s = _slope(op, g, p, g - op.matvec(p), eps, mu)
-    return Solution(p, _norm(s) / (math.hypot(1, mu * eps) * _norm(g)), spent + 2)
+    return Solution(p, _relative(_norm(s), g, eps, mu), spent + 2)
 
 
 def _slope(op: LinearOperator, g: Tensor, p: Tensor, r: Tensor, eps: float, mu: float) -> Tensor:

@@ -94,7 +94,7 @@ def correct(H: Tensor, eps: float = 1.0, *, mu: float = 1.0, saddle_free: bool =
     sizes = values.abs()
     rounding = values.shape[-1] * torch.finfo(H.dtype).eps
     is_zero = sizes <= rounding * _largest(sizes)
-    at_zero = torch.where(is_zero, 1 / mu if mu else 0.0, 0.0).to(values)
+    at_zero = torch.where(is_zero, values.new_tensor(1 / mu if mu else 0.0), 0)
     ratios = torch.where(is_zero, 0, eps / torch.where(is_zero, 1, values))
     if saddle_free:
         weights = torch.where(is_zero, at_zero, sizes + eps * ratios.abs())
@@ -362,7 +362,7 @@ def _saddle_free(
 
     found = matrix_function(op, f, g, num_steps=num_steps, tol=tol)
     bound = math.hypot(1, mu * eps) / eps * norm_of(g).item()
-    rounding = ROUNDING * torch.finfo(op.dtype).eps * largest / eps
+    rounding = ROUNDING * torch.finfo(op.dtype).eps * (1 + largest / eps)
     return Solution(found.value, found.error / bound + rounding, found.num_products)
 
 
@@ -406,9 +406,9 @@ def diagonal_preconditioner(
     total = torch.zeros(op.shape[0], dtype=op.dtype, device=op.device)
     for signs in random_signs(op, num_products, generator).split(_BLOCK, dim=1):
         products = op.matmat(signs)
-        if not torch.isfinite(products).all():
-            report_non_finite(op, products.mT)
         total += products.square().sum(1)
+        if not torch.isfinite(total).all():
+            report_non_finite(op, products.mT)
     return total / num_products + eps**2
 
 
