@@ -241,12 +241,13 @@ class HessianPreconditioner:
         if not len(values):  # of the space of zero
             values = inverse = torch.zeros(1, dtype=torch.float64)
         largest = inverse.max().item()
+        residual = curvature.residual(self.eps)
         self._metrics = {
             "condition": _ratio(values, cap),
             "condition_corrected": _ratio(inverse, cap),
             "smallest": values.min().item(),
             "smallest_corrected": 1 / largest if largest else 0.0,
-            "residual": min(curvature.residual(self.eps), sys.float_info.max),
+            "residual": residual if math.isfinite(residual) else sys.float_info.max,
         }
 
     def _measure_turn(self) -> None:
