@@ -46,7 +46,7 @@ format: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[bench]'
-	for name in projection gaussian spectral hvp curvature; do \
+	for name in projection gaussian spectral hvp curvature correction; do \
 	  $(BIN)/python -m benchmarks.bench_$$name || exit 1; done
 
 # On a machine with a GPU, its torch and toolkit, and no network: nothing is installed.

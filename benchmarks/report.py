@@ -14,9 +14,9 @@ _HEAD = """# Benchmarks
 
 Made by `python -m benchmarks.report` from the files in `benchmarks/results`, which
 `python -m benchmarks.bench_projection --json FILE` and `bench_gaussian`, `bench_spectral`,
-`bench_hvp` and `bench_curvature`, likewise, write. Medians of interleaved runs; in brackets the
-quartiles. On the CPU the allocator is told to keep its memory, which makes eager torch 2 to 5 times
-faster on large matrices, and the same for all.
+`bench_hvp`, `bench_curvature` and `bench_correction`, likewise, write. Medians of interleaved runs;
+in brackets the quartiles. On the CPU the allocator is told to keep its memory, which makes eager
+torch 2 to 5 times faster on large matrices, and the same for all.
 
 **Projection.** Contestants on large vectors start with nothing of theirs in the caches. The floor
 is what the same bytes cost torch's own single passes over flat vectors in the same run: half a
@@ -53,6 +53,11 @@ milliseconds and largest error against float64, then how many times as long each
 first figure is of a call right after a rival's, with little of its code and data left in the
 caches, the one behind the stroke of a second call right after that, for the rivals too.
 
+**Corrected steps.** Batches of matrices, all contestants in float64: `eigh` is LAPACK's
+eigendecomposition, `lanczos` our own Lanczos with its tridiagonal eigenproblem, `complex solve` the
+shifted system, `cholesky` the normal equations. Our milliseconds, then how many times as long each
+takes, and in brackets, as under "error", the largest relative error where |H| / eps is 1e6.
+
 **Hessian-vector products.** The unit is one gradient of the loss in plain torch, forward and
 backward, in the same run. All but those "from scratch" keep from product to product what they can;
 `by hand` is the R-operator in plain torch.
@@ -76,7 +81,8 @@ def _machine(results: dict[str, Any]) -> str:
     title = f"\n## {where}, torch {card['torch']}, {results['threads']} thread(s)\n"
     cases = results.get("projection", {}).items()
     projection = "".join(_case(name, result) for name, result in cases)
-    families = [_gaussian(results.get("gaussian")), _spectral(results), _hvp(results)]
+    families = [_gaussian(results.get("gaussian")), _spectral(results), _correction(results)]
+    families.append(_hvp(results))
     return title + projection + "".join(families) + _curvature(results.get("curvature"))
 
 
@@ -130,6 +136,23 @@ def _spectral_row(row: dict[str, Any]) -> list[str]:
     ratios = [f"{ratio:.1f} / {again[who]:.1f}" for who, ratio in row["times ours"].items()]
     own = f"{errors.pop('hessreg'):.1e}"
     return [str(row["n"]), ours, own, *ratios, f"{min(errors.values()):.1e}"]
+
+
+def _correction(results: dict[str, Any]) -> str:
+    rows = results.get("correction", {}).get("cases", [])
+    if not rows:
+        return ""
+    rivals = list(rows[0]["times ours"])
+    head = ["", "ours, ms", "error", *(f"`{who}`" for who in rivals)]
+    return "\n**`solve_corrected`**\n" + _table(head, [_correction_row(row) for row in rows])
+
+
+def _correction_row(row: dict[str, Any]) -> list[str]:
+    errors = row["error at 1e6"]
+    ratios = [f"{ratio:.2f} ({errors[who]:.0e})" for who, ratio in row["times ours"].items()]
+    where = f"{row['dtype']}, {row['batch']} of n = {row['n']}"
+    ours = row["milliseconds"]["hessreg"]
+    return [where, _spread(ours), f"{errors['hessreg']:.0e}", *ratios]
 
 
 def _hvp(results: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Derivatives of functions of symmetric matrices that stay exact at repeated eigenvalues.
+"""Functions of symmetric matrices with derivatives that are exact at repeated eigenvalues, too.
 
 Everything here takes float64 matrices ``[..., n, n]`` together with their eigenpairs, which carry
 no graph: derivatives come from closed forms of the divided differences (Daleckii and Krein, 1965),
@@ -165,7 +165,7 @@ class _Fixed(torch.autograd.Function):
 
 
 class _Refused(torch.autograd.Function):
-    """The identity, constant in H by no means, but with no derivative here."""
+    """The identity in x, which depends on H in a way that has no closed form here."""
 
     @staticmethod
     def forward(x: Tensor, H: Tensor) -> Tensor:

@@ -55,6 +55,23 @@ class _Rotation(NamedTuple):
         return cls(abs(a) / length, phase * (b / length)), phase * length
 
 
+class _Triangle:
+    """R of the factorisation Q R = T + i eps, column by column, and the right-hand side Q' e_1."""
+
+    def __init__(self) -> None:
+        self._older, self._newer = _Rotation(), _Rotation()
+        self.rest = complex(1.0)  # of the right-hand side: its modulus is the relative residual
+
+    def column(self, above: float, diagonal: complex, below: float) -> tuple[complex, ...]:
+        """Its three entries from the top, and the entry of the right-hand side."""
+        second, first = self._older.apply(0j, above)
+        first, pivot = self._newer.apply(first, diagonal)
+        self._older = self._newer
+        self._newer, pivot = _Rotation.eliminating(pivot, below)
+        kept, self.rest = self._newer.apply(self.rest, 0j)
+        return second, first, pivot, kept
+
+
 def shifted_minres(
     op: LinearOperator, g: Tensor, eps: float, mu: float, num_steps: int, tol: float
 ) -> Solution:
@@ -79,27 +96,23 @@ def shifted_minres(
     previous, v = torch.zeros_like(g), g / size
     directions = [torch.zeros_like(g, dtype=g.dtype.to_complex()) for _ in range(2)]
     w = torch.zeros_like(directions[0])
-    older, newer = _Rotation(), _Rotation()
-    beta, rest, steps, scale, before = 0.0, complex(1.0), 0, 0.0, torch.inf
+    triangle = _Triangle()
+    beta, steps, scale, before = 0.0, 0, 0.0, torch.inf
     rounding = torch.finfo(g.dtype).eps / eps
-    while steps < num_steps and abs(rest) > max(tol / 2, rounding * scale):
+    while steps < num_steps and abs(triangle.rest) > max(tol / 2, rounding * scale):
         if steps % _PATIENCE == 0:
-            if abs(rest) > _FALL * before:
+            if abs(triangle.rest) > _FALL * before:
                 break
-            before = abs(rest)
+            before = abs(triangle.rest)
         alpha, following, u = _lanczos_step(op, v, previous, beta)
         scale = max(scale, math.hypot(beta, alpha, following))
         steps += 1
-        second, first = older.apply(0j, beta)
-        first, diagonal = newer.apply(first, complex(alpha, eps))
-        rotation, pivot = _Rotation.eliminating(diagonal, following)
+        second, first, pivot, kept = triangle.column(beta, complex(alpha, eps), following)
         direction = (v - first * directions[1] - second * directions[0]) * (1 / pivot)
-        kept, rest = rotation.apply(rest, 0j)
         w += kept * direction
         if following == 0:
             break
         directions = [directions[1], direction]
-        older, newer = newer, rotation
         previous, v, beta = v, u / following, following
     z = (1 + 1j * mu * eps) * size * w
     return Solution(z.real.clone(), _residual(op, g, z, eps, mu), steps + 2)
@@ -169,45 +182,82 @@ def damped_least_squares(
     Raises:
         NonFiniteError: NaN or infinity in a product.
     """
-    p = torch.zeros_like(g) if x0 is None else x0.clone()
-    r = g.clone() if x0 is None else g - op.matvec(p)
-    weights = torch.ones_like(g) if preconditioner is None else preconditioner.rsqrt()
-    target = tol / 2 * math.hypot(1, mu * eps) * _norm(g)  # of |s|; the rest is for rounding
-    s = _slope(op, g, p, r, eps, mu)
-    spent = 1 + (x0 is not None)
-    direction, last, scale = torch.zeros_like(g), 0.0, 0.0
-    best, least, stuck = p, torch.inf, 0
-    rounding = torch.finfo(g.dtype).eps / eps
-    for _ in range(num_steps):
-        lengths = torch.stack([_length(s), _length(weights * s), _length(r)])
-        residual, size, misfit = lengths.tolist()
-        best, least, stuck = (p, residual, 0) if residual < least else (best, least, stuck + 1)
-        if residual <= max(target, rounding * scale * misfit) or stuck > _PATIENCE:
+    search = _Search(op, g, eps, mu, x0, preconditioner)
+    target = tol / 2 * math.hypot(1, mu * eps) * _norm(g)  # of the slope; the rest is for rounding
+    best, least, stuck = search.p, torch.inf, 0
+    for step in range(num_steps + 1):
+        residual, size, noise = search.sizes()
+        stuck += 1
+        if residual < least:
+            best, least, stuck = search.p, residual, 0
+        if step == num_steps or residual <= max(target, noise) or stuck > _PATIENCE:
             break
-        slope = weights * (weights * (s / size))  # of size about one, whatever H is
-        direction = slope + (size / last if last else 0.0) * direction
-        image = op.matvec(direction)
-        moved, norm = torch.stack([_length(image), _length(direction)]).tolist()
-        if not math.isfinite(moved):
-            report_non_finite(op, image)
-        scale = max(scale, moved / norm)
-        curvature = math.hypot(moved / eps, norm)
-        length = size / eps / curvature / curvature
-        p, r, last = p + length * direction, r - length * image, size
-        s = _slope(op, g, p, r, eps, mu)
-        spent += 2
-    p = p if _norm(s) < least else best
-    s = _slope(op, g, p, g - op.matvec(p), eps, mu)
-    return Solution(p, _relative(_norm(s), g, eps, mu), spent + 2)
+        search.advance(size)
+    search.restart(best)
+    return Solution(best, _relative(_norm(search.slope), g, eps, mu), search.num_products)
 
 
-def _slope(op: LinearOperator, g: Tensor, p: Tensor, r: Tensor, eps: float, mu: float) -> Tensor:
-    """Half the negative gradient, over eps: (H r + eps^2 (mu g - p)) / eps."""
-    product = op.matvec(r)
-    s = product / eps + eps * (mu * g - p)
-    if not math.isfinite(_norm(s)):
-        report_non_finite(op, product)
-    return s
+class _Search:
+    """The state of conjugate gradients: p, the misfit g - H p, and half the negative gradient.
+
+    The slope is over eps: (H misfit + eps^2 (mu g - p)) / eps, the length of which is that of the
+    shifted system's residual.
+    """
+
+    def __init__(
+        self,
+        op: LinearOperator,
+        g: Tensor,
+        eps: float,
+        mu: float,
+        x0: Tensor | None,
+        preconditioner: Tensor | None,
+    ) -> None:
+        self.op, self.g, self.eps, self.mu = op, g, eps, mu
+        self.weights = torch.ones_like(g) if preconditioner is None else preconditioner.rsqrt()
+        self.direction, self.last, self.scale = torch.zeros_like(g), 0.0, 0.0
+        self.num_products = 0
+        self.p, self.misfit = torch.zeros_like(g), g
+        if x0 is not None:
+            self.p, self.misfit = x0, g - self._times(x0)
+        self._turn()
+
+    def sizes(self) -> tuple[float, float, float]:
+        """Lengths of the slope, plain and weighted, and of what rounding makes of it."""
+        vectors = self.slope, self.weights * self.slope, self.misfit
+        residual, size, misfit = torch.stack([_length(v) for v in vectors]).tolist()
+        return residual, size, torch.finfo(self.g.dtype).eps * self.scale * misfit / self.eps
+
+    def advance(self, size: float) -> None:
+        """One step; ``size`` is the length of the weighted slope."""
+        ahead = self.weights * (self.weights * (self.slope / size))  # about one, whatever H is
+        momentum = size / self.last if self.last else 0.0
+        self.direction = ahead + momentum * self.direction
+        image = self._times(self.direction)
+        moved, norm = torch.stack([_length(image), _length(self.direction)]).tolist()
+        self.scale = max(self.scale, moved / norm)
+        curvature = math.hypot(moved / self.eps, norm)
+        length = size / self.eps / curvature / curvature
+        self.p = self.p + length * self.direction
+        self.misfit = self.misfit - length * image
+        self.last = size
+        self._turn()
+
+    def restart(self, p: Tensor) -> None:
+        """From p, with nothing that was only updated."""
+        self.p, self.misfit = p, self.g - self._times(p)
+        self._turn()
+
+    def _turn(self) -> None:
+        downhill = self.eps * (self.mu * self.g - self.p)
+        self.slope = self._times(self.misfit) / self.eps + downhill
+
+    def _times(self, v: Tensor) -> Tensor:
+        product = self.op.matvec(v)
+        self.num_products += 1
+        if not math.isfinite(_norm(product)):
+            report_non_finite(self.op, product)
+        return product
 
 
 def _length(v: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from hessreg.curvature.lanczos import norm_of, report_non_finite
 from hessreg.curvature.matrix_function import matrix_function
 from hessreg.curvature.operators import LinearOperator
 from hessreg.ops import symmetric_eigh
+from hessreg.ops._registry import is_tracked
 from hessreg.optim._corrected_matrix import (
     Eigenpairs,
     fixed_matrix,
@@ -139,14 +140,16 @@ def solve_corrected(
         tensor([0.4000, 1.0000, 0.4000])
     """
     check_damping(eps, mu)
-    _check_vectors(H, g)
     wide, pairs = _decomposed(H)
+    _check_vectors(H, g)
     batch = torch.broadcast_shapes(H.shape[:-2], g.shape[:-1])
     vectors = g.double().expand(*batch, g.shape[-1])
+    weights = corrected_inverse(pairs.values, eps, mu, saddle_free)
+    if not is_tracked([H, g]):
+        return pairs.product(weights, vectors).to(g.dtype)
     wide = wide.expand(*batch, *H.shape[-2:])
     if not saddle_free:
         return resolvent_product(wide, pairs, vectors, 1.0, mu * eps, eps).to(g.dtype)
-    weights = corrected_inverse(pairs.values, eps, mu, saddle_free=True)
     matrix = fixed_matrix(wide, pairs, weights, _step_differences(pairs.values, eps, mu))
     return (matrix @ vectors[..., None])[..., 0].to(g.dtype)
 
@@ -181,36 +184,37 @@ def _largest(sizes: Tensor) -> Tensor:
 
 def _decomposed(H: Tensor) -> tuple[Tensor, Eigenpairs]:
     """H in float64, exactly symmetric and with its graph, and its eigenpairs without."""
-    _check_matrices(H)
+    is_symmetric = _check_matrices(H)
     wide = H.double()
-    wide = wide / 2 + wide.mT / 2
+    if not is_symmetric or is_tracked([H]):
+        wide = wide / 2 + wide.mT / 2
     with torch.no_grad():
         values, vectors = symmetric_eigh(wide.detach())
     return wide, Eigenpairs(values, vectors)
 
 
-def _check_matrices(H: Tensor) -> None:
+def _check_matrices(H: Tensor) -> bool:
+    """Whether they are symmetric to the last bit."""
     if not isinstance(H, Tensor):
         raise TypeError(f"H must be a Tensor, got {type(H).__name__}")
     if H.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"H must be float32 or float64, got {H.dtype}")
     if H.dim() < 2 or H.shape[-1] != H.shape[-2]:
         raise ValueError(f"H must be matrices [..., n, n], got shape {tuple(H.shape)}")
+    if H.numel() == 0:
+        return True
     values = H.detach()
-    if not torch.isfinite(values).all():
+    largest = values.abs().amax((-2, -1))
+    if not torch.isfinite(largest).all():
         raise NonFiniteError("H must be finite, got NaN or infinity")
-    if values.numel() == 0:
-        return
-    halves = values / 2  # whose difference cannot overflow
-    asymmetry = (halves - halves.mT).abs().amax((-2, -1))
-    limits = halves.abs().amax((-2, -1)) * torch.finfo(H.dtype).eps ** 0.5
-    if (asymmetry > limits).any():
-        worst = 2 * asymmetry.max().item()
+    asymmetry = (values - values.mT).abs().amax((-2, -1))
+    if (asymmetry > largest * torch.finfo(H.dtype).eps ** 0.5).any():
+        worst = asymmetry.max().item()
         raise ValueError(f"H must be symmetric, got max |H - H'| = {worst:.3g}")
+    return not asymmetry.any()
 
 
 def _check_vectors(H: Tensor, g: Tensor) -> None:
-    _check_matrices(H)
     if not isinstance(g, Tensor):
         raise TypeError(f"g must be a Tensor, got {type(g).__name__}")
     if g.dtype != H.dtype:

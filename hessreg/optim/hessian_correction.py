@@ -236,7 +236,8 @@ class HessianPreconditioner:
 
     def _measure(self, curvature: KrylovCurvature) -> None:
         values = curvature.values.abs()
-        inverse = corrected_inverse(curvature.values, self.eps, self.mu, self.saddle_free).abs()
+        inverse = corrected_inverse(curvature.values, self.eps, self.mu, self.saddle_free)
+        inverse = inverse.abs().nan_to_num(0.0)  # of an eps whose square is nothing
         cap = 1 / torch.finfo(curvature.basis.dtype).eps
         if not len(values):  # of the space of zero
             values = inverse = torch.zeros(1, dtype=torch.float64)
