@@ -4,8 +4,9 @@
     python examples/hessian_correction.py --steps 2000 --seeds 0 --hsc.eps=0.5
 
 What it does not know goes to ``hessreg train digits``. Each run is a process and a folder of its
-own, below ``--out``; called again, it goes on with those that are missing. The conditioning is the
-median over a run's logged steps.
+own, below ``--out``; called again, it goes on with those that are missing. The lowest FDD and the
+CPU seconds to one below 10 are of the evaluations on the way (``--eval_every``); the conditioning
+is the median over a run's logged steps.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from math import isnan, nan
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -22,8 +24,11 @@ from typing import Any
 from hessreg.gan.run_folder import RunFolder
 
 VARIANTS = ("none", "hsc")
+LOW = 10.0  # an FDD; real images have 3.6
 QUALITY = {
     "fdd": ("FDD", ".1f"),
+    "lowest": ("lowest", ".1f"),
+    "seconds": ("below 10 after, s", ".0f"),
     "precision": ("precision", ".2f"),
     "recall": ("recall", ".2f"),
     "coverage": ("coverage", ".2f"),
@@ -48,11 +53,21 @@ def train(folder: Path, variant: str, seed: int, options: Sequence[str]) -> dict
         subprocess.run([*command, f"--out={path}", "--plain"], check=True)  # noqa: S603
     rows = files.read_metrics()
     logged = {key: [row[key] for row in rows if key in row] for key in CONDITIONING}
-    return files.read_result() | {key: median(values) for key, values in logged.items() if values}
+    medians = {key: median(values) for key, values in logged.items() if values}
+    return files.read_result() | medians | way(rows)
+
+
+def way(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The lowest FDD on the way, and when it was first low."""
+    looks = [(row["cpu_seconds"], row["fdd"]) for row in rows if "fdd" in row]
+    soon = [seconds for seconds, fdd in looks if fdd < LOW]
+    return {"lowest": min(fdd for _, fdd in looks), "seconds": min(soon, default=nan)}
 
 
 def spread(values: Sequence[float], form: str) -> str:
-    """Mean and standard deviation."""
+    """Mean and standard deviation, if there are."""
+    if any(map(isnan, values)):
+        return "-"
     deviation = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
     return f"{mean(values):{form}}{deviation}"
 
@@ -63,7 +78,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
     lines = [headings, ["---"] * len(headings)]
     for variant, runs in results.items():
         for run in runs:
-            figures = [f"{run[key]:{form}}" for key, (_, form) in QUALITY.items()]
+            figures = [spread([run[key]], form) for key, (_, form) in QUALITY.items()]
             lines.append([variant, str(run["seed"]), *figures])
         means = [spread([run[key] for run in runs], form) for key, (_, form) in QUALITY.items()]
         lines.append([variant, "mean", *means])

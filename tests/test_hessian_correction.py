@@ -219,6 +219,17 @@ def test_a_zero_gradient_steps_nowhere_and_leaves_the_renewal_to_the_next():
         torch.testing.assert_close(problem.x.grad, by_eigenvalues(problem.A, g))
 
 
+def test_gradients_may_be_off_around_a_step():
+    problem = Quadratic([4.0, 1.0])
+    problem.closure()
+    expected = by_eigenvalues(problem.A, problem.x.grad)
+    sgd = SGD([problem.x], lr=1.0)
+    optimizer = HessianCorrection(sgd, lambda: HessianOperator(problem.loss(), problem.x))
+    with torch.no_grad():
+        optimizer.step()
+    torch.testing.assert_close(problem.x.grad, expected)
+
+
 def test_a_loss_evaluated_on_some_rows_gives_the_curvature_of_these():
     net, x = network(), batch(n=16)
     optimizer = HessianCorrection(
@@ -386,13 +397,30 @@ def test_a_loss_that_is_not_finite_falls_back_and_names_it():
 def test_a_step_that_does_not_solve_its_equation_is_not_made():
     # One product with this gradient shows a curvature of 0, and eps is small.
     H, g = DenseOperator(torch.diag(torch.tensor([1.0, -1.0]))), torch.ones(2)
-    options = {"eps": 1e-3, "num_steps": 1, "mu": 0.5}
+    options = {"eps": 1e-3, "num_steps": 1, "mu": 0.5, "every": 5}
     careful = HessianPreconditioner(**options)
     with pytest.warns(CorrectionWarning, match=r"its residual 1e\+03 is above 1$"):
         assert torch.equal(careful.correct(g, lambda: H), g)
+    assert torch.equal(careful.correct(g, lambda: H), g)  # nor from what was kept
     assert careful.metrics()["residual"] == pytest.approx(1000)
     lenient = HessianPreconditioner(**options, max_residual=math.inf)
     torch.testing.assert_close(lenient.correct(g, lambda: H), 0.5 * g)
+
+
+def test_a_step_that_overflows_is_not_made():
+    H, g = DenseOperator(0.4 * torch.eye(2)), torch.full((2,), 3e38)
+    preconditioner = HessianPreconditioner()
+    with pytest.warns(CorrectionWarning, match="the corrected step has NaN or infinity"):
+        assert torch.equal(preconditioner.correct(g, lambda: H), g)
+
+
+def test_the_tiniest_eps_leaves_metrics_finite():
+    H = DenseOperator(torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=DOUBLE))
+    preconditioner = HessianPreconditioner(eps=1e-310, num_steps=1, max_residual=math.inf)
+    with pytest.warns(CorrectionWarning, match="the corrected step has NaN or infinity"):
+        preconditioner.correct(torch.tensor([1.0, 0.0], dtype=DOUBLE), lambda: H)
+    assert preconditioner.metrics()["residual"] > 1e300
+    assert all(map(math.isfinite, preconditioner.metrics().values()))
 
 
 def test_a_gradient_that_is_not_finite_is_an_error_that_names_the_parameter():
@@ -588,12 +616,28 @@ def test_a_resumed_training_is_the_same_bit_for_bit(rate, stop):
     straight.run(range(stop, 9))
     file.seek(0)
     weights, state = torch.load(file)
+    resumed.run([50])  # to be forgotten
     resumed.net.load_state_dict(weights)
     resumed.optimizer.load_state_dict(state)
+    assert same(resumed.optimizer.state_dict(), state)
     resumed.run(range(stop, 9))
     assert torch.equal(flat(straight.parameters), flat(resumed.parameters))
     assert same(straight.optimizer.state_dict(), resumed.optimizer.state_dict())
     assert straight.optimizer.metrics() == resumed.optimizer.metrics()
+
+
+def test_a_state_may_come_from_any_device(device):
+    H, gradients = symmetric([4.0, 1.0, -1.0]).to(device), torch.randn(2, 3, dtype=DOUBLE)
+    straight, resumed = (HessianPreconditioner(every=2, num_steps=2) for _ in range(2))
+    first, second = gradients.to(device)
+    straight.correct(first, lambda: DenseOperator(H))
+    file = io.BytesIO()
+    torch.save(straight.state_dict(), file)
+    expected = straight.correct(second, lambda: DenseOperator(H))
+    for place in ("cpu", device):
+        file.seek(0)
+        resumed.load_state_dict(torch.load(file, map_location=place))
+        assert torch.equal(resumed.correct(second, lambda: DenseOperator(H)), expected)
 
 
 def state_with(keys, value):

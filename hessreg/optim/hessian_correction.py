@@ -236,17 +236,19 @@ class HessianPreconditioner:
 
     def _measure(self, curvature: KrylovCurvature) -> None:
         values = curvature.values.abs()
-        inverse = corrected_inverse(curvature.values, self.eps, self.mu, self.saddle_free).abs()
+        inverse = corrected_inverse(curvature.values, self.eps, self.mu, self.saddle_free)
+        inverse = inverse.abs().nan_to_num(0.0)  # of an eps whose square is nothing
         cap = 1 / torch.finfo(curvature.basis.dtype).eps
         if not len(values):  # of the space of zero
             values = inverse = torch.zeros(1, dtype=torch.float64)
         largest = inverse.max().item()
+        residual = curvature.residual(self.eps)
         self._metrics = {
             "condition": _ratio(values, cap),
             "condition_corrected": _ratio(inverse, cap),
             "smallest": values.min().item(),
             "smallest_corrected": 1 / largest if largest else 0.0,
-            "residual": min(curvature.residual(self.eps), sys.float_info.max),
+            "residual": residual if math.isfinite(residual) else sys.float_info.max,
         }
 
     def _measure_turn(self) -> None:
