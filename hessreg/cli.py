@@ -326,11 +326,17 @@ def _out(options: dict[str, Any], name: str) -> Path:
     return Path(options["out"] or time.strftime(f"runs/{name}-%Y%m%d-%H%M%S"))
 
 
+def _name(config: TrainConfig) -> str:
+    """What a folder of a run is called."""
+    chosen = [] if config.correction == "none" else [config.correction]
+    return "-".join([config.dataset, config.regularizer, *chosen])
+
+
 def _train(options: dict[str, Any]) -> None:
     with _input():
         config = _train_config(options)
         progress = make_progress(config.title, options["plain"])
-        run = Run.create(_out(options, f"{config.dataset}-{config.regularizer}"), config)
+        run = Run.create(_out(options, _name(config)), config)
     say(run.train(progress))
 
 

@@ -10,11 +10,13 @@ from hessreg.gan.config import (
     REGULARIZERS,
     GaussianConfig,
     HessianPenaltyConfig,
+    HSCConfig,
     HSN1RConfig,
     ProjectionConfig,
     R1Config,
     TrainConfig,
 )
+from hessreg.gan.correction import HessianCorrectedGradients
 from hessreg.gan.data import Dataset, ShuffledSampler
 from hessreg.gan.losses import discriminator_loss, discriminator_losses, generator_loss
 from hessreg.gan.metrics import ImageJudge, Judge
@@ -34,7 +36,9 @@ __all__ = [
     "Discriminator",
     "GaussianConfig",
     "Generator",
+    "HSCConfig",
     "HSN1RConfig",
+    "HessianCorrectedGradients",
     "HessianPenaltyConfig",
     "ImageJudge",
     "Judge",

@@ -15,6 +15,7 @@ __all__ = [
     "DEFAULTS",
     "REGULARIZERS",
     "GaussianConfig",
+    "HSCConfig",
     "HSN1RConfig",
     "HessianPenaltyConfig",
     "ProjectionConfig",
@@ -233,6 +234,44 @@ class ProjectionConfig:
 
 
 @dataclass
+class HSCConfig:
+    """Options of the Hessian correction.
+
+    Args:
+        network: Whose gradients are corrected.
+        eps: Curvatures below it count as none: a gradient along an eigenvalue l of the Hessian is
+            multiplied by (l + mu eps^2) / (l^2 + eps^2).
+        mu: Factor of the gradient where there is no curvature; 0 is the article's formula.
+        saddle_free: Divide by the size of the curvature, so that every step leads downhill.
+        num_steps: Hessian-vector products for the curvature of one network.
+        damping: Added to the Hessian's diagonal beforehand.
+        trust_radius: Greatest length of a corrected gradient; null for none.
+        every: Renew the curvature in every k-th step; in between the last one serves.
+        rows: Rows of the batch for the curvature; 0 for all.
+    """
+
+    network: Literal["generator", "discriminator", "both"] = "both"
+    eps: float = 1.0
+    mu: float = 1.0
+    saddle_free: bool = False
+    num_steps: int = 10
+    damping: float = 0.0
+    trust_radius: float | None = None
+    every: int = 1
+    rows: int = 0
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _require_at_least(self, 0, "mu", "damping", "rows")
+        _require_at_least(self, 1, "num_steps", "every")
+        _require_finite(self, "eps")
+        _require(self.eps > 0, "eps", "positive", self.eps)
+        if self.trust_radius is not None:
+            _require_finite(self, "trust_radius")
+            _require(self.trust_radius > 0, "trust_radius", "positive or null", self.trust_radius)
+
+
+@dataclass
 class TrainConfig:
     """Everything that determines a run.
 
@@ -241,6 +280,8 @@ class TrainConfig:
         regularizer: none, or any of r1, hsn1r, gaussian and hessian_penalty joined by +.
         orthogonal: Project gradients: of the terms of a network's loss, on the previous one, on the
             other player's, or on the weights.
+        correction: Multiply gradients by the corrected inverse of the Hessian of the network's own
+            loss.
         steps: Stop after this many steps; 0 for no limit.
         seconds: Stop when the training steps have used this much CPU time; 0 for no limit.
             With neither limit a run takes 40 seconds.
@@ -264,11 +305,13 @@ class TrainConfig:
         gaussian: Options of regulariser gaussian.
         hessian_penalty: Options of regulariser hessian_penalty.
         projection: Options of orthogonal.
+        hsc: Options of correction hsc.
     """
 
     dataset: Literal["digits", "ring"] = "digits"
     regularizer: str = "hsn1r"
     orthogonal: Literal["none", "terms", "previous", "game", "weights"] = "none"
+    correction: Literal["none", "hsc"] = "none"
     steps: int = 0
     seconds: float = 0.0
     seed: int = 0
@@ -291,6 +334,7 @@ class TrainConfig:
     gaussian: GaussianConfig = field(default_factory=GaussianConfig)
     hessian_penalty: HessianPenaltyConfig = field(default_factory=HessianPenaltyConfig)
     projection: ProjectionConfig = field(default_factory=ProjectionConfig)
+    hsc: HSCConfig = field(default_factory=HSCConfig)
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -323,6 +367,9 @@ class TrainConfig:
     def title(self) -> str:
         """What is trained with, for headings and legends."""
         chosen = [] if self.orthogonal == "none" else [f"orthogonal {self.orthogonal}"]
+        if self.correction != "none":
+            side = "" if self.hsc.network == "both" else f" {self.hsc.network}"
+            chosen.append(f"{self.correction}{side}")
         return ", ".join([self.regularizer, *chosen])
 
     def to_dict(self) -> dict[str, Any]:
@@ -342,6 +389,7 @@ class TrainConfig:
             "gaussian": GaussianConfig,
             "hessian_penalty": HessianPenaltyConfig,
             "projection": ProjectionConfig,
+            "hsc": HSCConfig,
         }
         plain = {k: _build(nested[k], v) if k in nested else v for k, v in _mapping(values).items()}
         return _build(cls, plain)

@@ -24,6 +24,12 @@ LabelledPoints = tuple[Tensor, Tensor]
 
 __all__ = ["save_curves", "save_grid", "save_kernel", "save_ring", "save_side_by_side", "tile"]
 
+
+def _of_both(name: str) -> tuple[str, ...]:
+    """A quantity of both networks, before and after a correction."""
+    return tuple(f"{name}{kind}_{side}" for side in "gd" for kind in ("", "_corrected"))
+
+
 _SCALE = 6  # screen pixels per image pixel
 _GAP = 4
 _IMAGES, _POINTS = 64, 2000  # in one picture
@@ -36,8 +42,19 @@ _LINES = {
     "angle_after": ":",
     "angle_after_g": ":",
     "angle_after_d": "-.",
+    "hsc_condition_d": "--",
+    "hsc_condition_corrected_g": ":",
+    "hsc_condition_corrected_d": "-.",
+    "hsc_smallest_d": "--",
+    "hsc_smallest_corrected_g": ":",
+    "hsc_smallest_corrected_d": "-.",
 }
 _ANGLES = "angles of gradients, degrees"
+_ON_REQUEST = {
+    _ANGLES: ("angle", "angle_after", "angle_g", "angle_after_g", "angle_d", "angle_after_d"),
+    "condition number of H, and corrected": _of_both("hsc_condition"),
+    "smallest |eigenvalue| of H, and corrected": _of_both("hsc_smallest"),
+}
 _BLUE, _ORANGE = "tab:blue", "tab:orange"
 
 
@@ -165,7 +182,9 @@ def save_side_by_side(path: Path, titled: Mapping[str, Path]) -> None:
 def save_curves(
     path: Path, runs: Mapping[str, Sequence[Mapping[str, float]]], headline: tuple[str, str]
 ) -> None:
-    """Plot losses, regularisers, one metric and angles of one or several runs against CPU time.
+    """Plot losses, regularisers and one metric of one or several runs against CPU time.
+
+    Angles of projected gradients and the conditioning of corrected ones are added where logged.
 
     Args:
         path: The PNG file.
@@ -178,11 +197,9 @@ def save_curves(
         "losses": ("loss_g", "loss_d"),
         "regularisers": ("hessian_norm_g", "hessian_norm_d", "r1", "mmd2", "hessian_penalty"),
         headline[1]: headline[:1],
-        _ANGLES: ("angle", "angle_after", "angle_g", "angle_after_g", "angle_d", "angle_after_d"),
     }
     logged = {key for rows in runs.values() for row in rows for key in row}
-    if not logged & {*panels[_ANGLES]}:
-        del panels[_ANGLES]
+    panels |= {title: keys for title, keys in _ON_REQUEST.items() if logged & {*keys}}
     figure = Figure(figsize=(5 * len(panels), 4.2), layout="constrained")
     for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for index, (run, rows) in enumerate(runs.items()):

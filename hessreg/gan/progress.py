@@ -25,6 +25,8 @@ _SHORT = {
     "angle_g": "angle_g",
     "angle_d": "angle_d",
     "angle": "angle",
+    "hsc_condition_g": "cond(H_G)",
+    "hsc_condition_d": "cond(H_D)",
     "fdd": "FDD",
     "modes": "modes",
     "quality": "quality",

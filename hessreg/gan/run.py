@@ -20,6 +20,7 @@ import torch
 from hessreg.gan import pictures
 from hessreg.gan.checkpoint import CheckpointError
 from hessreg.gan.config import TrainConfig, parse_sigma
+from hessreg.gan.correction import HessianCorrectedGradients
 from hessreg.gan.data import Dataset
 from hessreg.gan.event_log import EventLog
 from hessreg.gan.networks import Discriminator, Generator
@@ -94,7 +95,7 @@ def build_trainer(config: TrainConfig, dataset: Dataset) -> Trainer:
         Generator(latent_dim=config.latent_dim, **style),
         Discriminator(**style),
         dataset.train_samples.to(resolve_device(config.device)),
-        _build_regularizers(config),
+        [*_build_regularizers(config), *_build_correction(config)],
         batch_size=config.batch_size,
         learning_rates=(config.generator_lr, config.discriminator_lr),
         ema_decay=config.ema_decay,
@@ -114,6 +115,11 @@ def _build_orthogonal(config: TrainConfig) -> Orthogonal | None:
 def _build_regularizers(config: TrainConfig) -> list[Regularizer]:
     chosen = config.regularizer.split("+")
     return [build(config) for name, build in _BUILD.items() if name in chosen]
+
+
+def _build_correction(config: TrainConfig) -> list[Regularizer]:
+    """Return what corrects gradients, which is the last to change them."""
+    return [] if config.correction == "none" else [HessianCorrectedGradients(**vars(config.hsc))]
 
 
 def _gaussian(config: TrainConfig) -> Regularizer:
@@ -318,6 +324,7 @@ class Run:
         result = {
             "regularizer": self.config.regularizer,
             "orthogonal": self.config.orthogonal,
+            "correction": self.config.correction,
             "seed": self.config.seed,
             "steps": self.trainer.steps_done,
             "cpu_seconds": round(self.cpu_seconds, 2),

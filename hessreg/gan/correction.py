@@ -1,0 +1,111 @@
+"""Corrected gradients for the trainer, by the Hessian of each network's own loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hessreg.curvature import HessianOperator
+from hessreg.curvature.parameters import FlatParameters
+from hessreg.gan.losses import discriminator_loss, generator_loss
+from hessreg.optim import HessianPreconditioner
+from hessreg.regularizers import BaseRegularizer, Gradients, StepContext
+
+__all__ = ["HessianCorrectedGradients"]
+
+_NETWORKS = ("generator", "discriminator")
+
+
+class HessianCorrectedGradients(BaseRegularizer):
+    """Hessian Singularity Correction as a hook of the trainer: changes gradients, adds no loss.
+
+    The gradient of a network, with whatever regularisers and projections made of it, is multiplied
+    by the corrected inverse of the Hessian of the network's adversarial loss, on the batch of that
+    step. Regularisers' terms have no part in that Hessian.
+
+    Args:
+        network: Whose gradients to correct.
+        rows: Of the batch, for the Hessian; 0 for all.
+        **options: Of `HessianPreconditioner`.
+    """
+
+    def __init__(
+        self,
+        network: Literal["generator", "discriminator", "both"] = "both",
+        rows: int = 0,
+        **options: Any,
+    ) -> None:
+        chosen = _NETWORKS if network == "both" else (network,)
+        self._rows = rows or None
+        self._preconditioners = {
+            name: HessianPreconditioner(label=f"the {name}'s gradient", **options)
+            for name in chosen
+        }
+
+    def precondition(self, network: nn.Module, grads: Gradients, ctx: StepContext) -> Gradients:
+        """Return the corrected gradients; those that are not finite as they are.
+
+        Raises:
+            ValueError: If the context lacks the batch.
+        """
+        name = _NETWORKS[0 if network is ctx.generator else 1]
+        preconditioner = self._preconditioners.get(name)
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        if preconditioner is None or not parameters:
+            return grads
+        flat = FlatParameters(parameters)
+        pairs = zip(parameters, grads, strict=True)
+        gradient = flat.flatten([torch.zeros_like(p) if g is None else g for p, g in pairs])
+        if not gradient.isfinite().all():
+            return grads  # the trainer says which it is
+        loss = self._loss(name, ctx)
+        step = preconditioner.correct(gradient, lambda: HessianOperator(loss, parameters))
+        parts = zip(flat.split(step), grads, strict=True)
+        return [None if g is None else part for part, g in parts]
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics of both preconditioners: ``hsc_condition_g``, ``hsc_turn_d``, ..."""
+        return {
+            f"hsc_{metric}_{name[0]}": value
+            for name, preconditioner in self._preconditioners.items()
+            for metric, value in preconditioner.metrics().items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of both preconditioners."""
+        return {name: each.state_dict() for name, each in self._preconditioners.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned.
+
+        Raises:
+            ValueError: If the state is of other networks, or none.
+        """
+        if set(state) != set(self._preconditioners):
+            wanted, got = sorted(self._preconditioners), sorted(state)
+            raise ValueError(f"state must be of {', '.join(wanted)}, got {', '.join(got)}")
+        for name, preconditioner in self._preconditioners.items():
+            preconditioner.load_state_dict(state[name])
+
+    def _loss(self, name: str, ctx: StepContext) -> Callable[[], Tensor]:
+        if name == "generator":
+            return partial(_generator_loss, ctx, self._sampled("noise", ctx.noise))
+        samples = self._sampled("real", ctx.real), self._sampled("fake", ctx.fake)
+        return partial(_discriminator_loss, ctx, *samples)
+
+    def _sampled(self, name: str, batch: Tensor | None) -> Tensor:
+        if batch is None:
+            raise ValueError(f"the Hessian correction needs a batch in ctx.{name}, got None")
+        return batch[: self._rows].detach()
+
+
+def _generator_loss(ctx: StepContext, noise: Tensor) -> Tensor:
+    return generator_loss(ctx.discriminator(ctx.generator(noise)))
+
+
+def _discriminator_loss(ctx: StepContext, real: Tensor, fake: Tensor) -> Tensor:
+    return discriminator_loss(ctx.discriminator(real), ctx.discriminator(fake))
