@@ -50,6 +50,9 @@ from hessreg.gan.trainer import NonFiniteError
 from hessreg.kernels import TwoSampleTest, median_bandwidth, mmd2, mmd2_test
 from hessreg.ops.gaussian import _ESTIMATORS
 from hessreg.optim import OppositeGradientsError
+from hessreg.style.config import StyleConfig
+from hessreg.style.images import ImageError
+from hessreg.style.run import StyleRun
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -78,7 +81,7 @@ def main(args: Sequence[str] | None = None) -> int:
         return _fail(str(error) or "interrupted", 130)
     except ModuleNotFoundError as error:
         return _fail(f"this command needs {error.name}: pip install 'hessreg[gan]'", 2)
-    except (_InputError, CheckpointError, RunFolderError, OSError) as error:
+    except (_InputError, CheckpointError, RunFolderError, ImageError, OSError) as error:
         return _fail(str(error), 2)
     except _FAILURES as error:
         return _fail(str(error), 1)
@@ -93,6 +96,7 @@ def _run(args: list[str]) -> None:
         "compare": _compare,
         "spectrum": _spectrum,
         "dynamics": _dynamics,
+        "style": _style,
         "mmd": _mmd,
         "doctor": _doctor,
     }
@@ -145,6 +149,8 @@ def _parser() -> ArgumentParser:
     commands.add_subcommand("spectrum", _spectrum_parser(), help=purpose)
     purpose = "how training methods move in small games, and why"
     commands.add_subcommand("dynamics", _dynamics_parser(), help=purpose)
+    purpose = "paint a photograph in the style of another"
+    commands.add_subcommand("style", _style_parser(), help=purpose)
     commands.add_subcommand("mmd", _mmd_parser(), help="maximum mean discrepancy of two samples")
     doctor = ArgumentParser(exit_on_error=False, description="Show versions and devices.")
     commands.add_subcommand("doctor", doctor, help="show versions and devices")
@@ -246,6 +252,24 @@ def _dynamics_parser() -> ArgumentParser:
     return parser
 
 
+def _style_parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    samples = "or sample:china, sample:flower, which come with scikit-learn"
+    parser = ArgumentParser(
+        exit_on_error=False, description="Paint a photograph in the style of others."
+    )
+    parser.add_argument("content", type=str, help=f"What the picture shows: an image, {samples}.")
+    parser.add_argument("styles", type=str, nargs="+", help="How it is painted: one or several.")
+    parser.add_argument("--config", action="config", help="YAML file with any of the options.")
+    parser.add_argument(
+        "-o", "--out", type=str, required=True, help="The picture: .png, .jpg or .webp."
+    )
+    parser.add_argument("--plain", action="store_true", help="Plain lines instead of a bar.")
+    parser.add_class_arguments(StyleConfig)
+    return parser
+
+
 def _mmd_parser() -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
@@ -281,6 +305,7 @@ def _parse(args: list[str]) -> tuple[str, dict[str, Any]]:
 
     if args[:2] == ["train", "--resume"]:
         args = ["resume", *args[2:]]
+    args = [_underscored(arg) for arg in args]
     parser = _parser()
     try:
         options = parser.instantiate(parser.parse_args(args))
@@ -294,6 +319,11 @@ def _parse(args: list[str]) -> tuple[str, dict[str, Any]]:
     chosen = options[options.command]
     per_dataset = options.command in ("train", "compare")
     return options.command, dict(vars(chosen[chosen.dataset] if per_dataset else chosen))
+
+
+def _underscored(arg: str) -> str:
+    """Names of options may have dashes, too."""
+    return re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), arg)
 
 
 def _unknown_name(args: list[str]) -> str:
@@ -403,6 +433,16 @@ def _dynamics(options: dict[str, Any]) -> None:
         _check_seed(config.seed)
         lab = Lab(config)
     say(lab.run(_out(options, "dynamics")))
+
+
+def _style(options: dict[str, Any]) -> None:
+    with _input():
+        config = StyleConfig.from_options(options)
+        _check_seed(config.seed)
+        progress = make_progress(config.title, options["plain"])
+        run = StyleRun(options["content"], options["styles"], Path(options["out"]), config)
+    say(run.describe())
+    say(run.train(progress))
 
 
 def _mmd(options: dict[str, Any]) -> None:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 __all__ = ["BarProgress", "PlainProgress", "ProgressReport", "make_progress", "say"]
 
 _SHORT = {
+    "loss": "loss",
+    "content": "content",
+    "style": "style",
     "loss_g": "loss_g",
     "loss_d": "loss_d",
     "hessian_norm_g": "|H_G|",

@@ -22,6 +22,7 @@ __all__ = [
 ]
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+Pooling = Literal["average", "max"]
 _LATTICE = 2**16  # random numbers are integers on it, so that no platform rounds them otherwise
 
 
@@ -33,7 +34,13 @@ class Features(NamedTuple):
 
 
 class FeatureExtractor(Protocol):
-    """Maps a picture ``[1, 3, height, width]`` in [0, 1] to its features, differentiably."""
+    """Maps a picture ``[1, 3, height, width]`` in [0, 1] to its features, differentiably.
+
+    Attributes:
+        bytes_per_pixel: About the memory that the gradient of a loss of them takes.
+    """
+
+    bytes_per_pixel: int
 
     def __call__(self, image: Tensor) -> Features:
         """Return the features."""
@@ -85,7 +92,7 @@ class RandomFeatures(nn.Module):
     Example:
         >>> features = RandomFeatures(seed=0)(torch.rand(1, 3, 64, 48))
         >>> [tuple(f.shape[1:]) for f in features.style[:3]]
-        [(32, 64, 48), (32, 64, 48), (32, 32, 24)]
+        [(48, 64, 48), (48, 64, 48), (48, 32, 24)]
     """
 
     colors: Tensor
@@ -96,10 +103,10 @@ class RandomFeatures(nn.Module):
     def __init__(
         self,
         seed: int = 0,
-        channels: int = 32,
-        levels: int = 5,
+        channels: int = 48,
+        levels: int = 4,
         kernel_size: int = 7,
-        content_levels: Sequence[int] = (1, 2),
+        content_levels: Sequence[int] = (1, 3),
     ) -> None:
         super().__init__()
         _require(channels >= 1, "channels", "at least 1", channels)
@@ -108,6 +115,7 @@ class RandomFeatures(nn.Module):
         known = all(0 <= level < levels for level in content_levels)
         _require(known and len(content_levels) > 0, "content_levels", "levels", content_levels)
         self.content_levels = tuple(content_levels)
+        self.bytes_per_pixel = round(14 * channels * (1 + sum(0.25**n for n in range(levels))))
         generator = torch.Generator().manual_seed(seed)
         self.normalise = _Normalise()
         self.register_buffer("colors", _unit(_uniform((channels, 3, 1, 1), generator)).float())
@@ -192,9 +200,10 @@ class VGG19Features(nn.Module):
         WeightsError: If the file is missing, damaged, or of another network.
     """
 
-    def __init__(self, weights: Path, pooling: Literal["average", "max"] = "average") -> None:
+    def __init__(self, weights: Path, pooling: Pooling = "average") -> None:
         super().__init__()
         _require(pooling in ("average", "max"), "pooling", "average or max", pooling)
+        self.bytes_per_pixel = 3600
         self.pool = avg_pool2d if pooling == "average" else max_pool2d
         self.normalise = _Normalise()
         state = _Weights(Path(weights))
@@ -267,14 +276,15 @@ def _read_state(path: Path) -> Mapping[str, Tensor]:
     return state
 
 
-def load_features(name: str, seed: int = 0) -> FeatureExtractor:
+def load_features(name: str, seed: int = 0, pooling: Pooling = "average") -> FeatureExtractor:
     """Return the extractor that a name means.
 
     Args:
         name: ``random``, or the path of VGG-19's weights.
         seed: Of random features.
+        pooling: Of VGG-19.
 
     Raises:
         WeightsError: If the file cannot be used.
     """
-    return RandomFeatures(seed) if name == "random" else VGG19Features(Path(name))
+    return RandomFeatures(seed) if name == "random" else VGG19Features(Path(name), pooling)

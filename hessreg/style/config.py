@@ -1,0 +1,146 @@
+"""What a style transfer is asked for: plain dataclasses, which become flags and checks."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from hessreg.dynamics.config import _require_positive
+from hessreg.gan.config import _check_types, _require, _require_at_least, _require_finite
+from hessreg.style.features import Pooling
+from hessreg.style.images import MAX_SIZE
+
+__all__ = ["CorrectionConfig", "StyleConfig", "parse_blend"]
+
+LEARNING_RATES = {
+    ("lbfgs", "none"): 1.0,
+    ("adam", "none"): 0.03,
+    ("lbfgs", "hsc"): 0.5,
+    ("adam", "hsc"): 0.03,
+}
+
+
+def parse_blend(text: str, count: int) -> list[float]:
+    """Return the weights of several styles: numbers with commas, or all the same for no text.
+
+    Raises:
+        ValueError: If they are not as many as styles, negative, not finite or all 0.
+
+    Example:
+        >>> parse_blend("0.7, 0.3", 2), parse_blend("", 2)
+        ([0.7, 0.3], [1.0, 1.0])
+    """
+    try:
+        values = [float(part) for part in text.split(",")] if text else [1.0] * count
+    except ValueError:
+        values = []
+    valid = len(values) == count and all(0 <= v < float("inf") for v in values) and sum(values) > 0
+    wanted = f"{count} numbers with commas, one a style, at least 0 and not all 0"
+    _require(valid, "blend", wanted, text)
+    return values
+
+
+@dataclass
+class CorrectionConfig:
+    """Options of Hessian Singularity Correction.
+
+    Args:
+        eps: How small an eigenvalue is taken for singular, relative to the largest at the start.
+        mu: What the kernel of the Hessian gets of the gradient, in units of 1 / eps; 0 is the
+            article's formula.
+        saddle_free: Take |H| for H, so that every step is a descent direction.
+        num_steps: Hessian-vector products for one correction.
+        every: Steps from one Krylov space to the next.
+        trust_radius: Longest correction; none by default.
+    """
+
+    eps: float = 0.01
+    mu: float = 1.0
+    saddle_free: bool = True
+    num_steps: int = 10
+    every: int = 10
+    trust_radius: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _require_positive(self, "eps")
+        _require_at_least(self, 0, "mu")
+        _require_at_least(self, 1, "num_steps", "every")
+        if self.trust_radius is not None:
+            _require_positive(self, "trust_radius")
+
+
+@dataclass
+class StyleConfig:
+    """One transfer of style.
+
+    Args:
+        size: Pixels of the longer side; smaller photographs are not enlarged.
+        steps: Of the optimiser; 0 for no limit.
+        seconds: Of wall clock; 0 for no limit.
+        optimizer: What moves the pixels.
+        learning_rate: Of the optimiser; by default what does well.
+        correction: Hessian Singularity Correction of its gradients, or none.
+        content_weight: Of the content loss.
+        style_weight: Of the style loss.
+        tv_weight: Of total variation, the squared differences of neighbouring pixels.
+        blend: Weights of several styles with commas; equal by default.
+        keep_colors: Give the picture the colours of the content.
+        features: What pictures are compared by: random, or the file of VGG-19's weights.
+        pooling: Of VGG-19.
+        init: What the picture starts as.
+        seed: Of random features and of noise.
+        save_every: Steps from one picture on the way to the next; 0 for none.
+        threads: Of torch; 0 for its own choice.
+        hsc: Options of Hessian Singularity Correction.
+    """
+
+    size: int = 256
+    steps: int = 200
+    seconds: float = 0.0
+    optimizer: Literal["lbfgs", "adam"] = "lbfgs"
+    learning_rate: float | None = None
+    correction: Literal["none", "hsc"] = "none"
+    content_weight: float = 1.0
+    style_weight: float = 50.0
+    tv_weight: float = 5.0
+    blend: str = ""
+    keep_colors: bool = False
+    features: str = "random"
+    pooling: Pooling = "average"
+    init: Literal["content", "noise", "style"] = "content"
+    seed: int = 0
+    save_every: int = 0
+    threads: int = 0
+    hsc: CorrectionConfig = field(default_factory=CorrectionConfig)
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _require(32 <= self.size <= MAX_SIZE, "size", f"in [32, {MAX_SIZE}]", self.size)
+        _require_at_least(self, 0, "steps", "seconds", "seed", "save_every", "threads")
+        _require_at_least(self, 0, "content_weight", "style_weight", "tv_weight")
+        _require(self.threads <= 1024, "threads", "at most 1024", self.threads)
+        _require(self.steps > 0 or self.seconds > 0, "steps", "positive without seconds", 0)
+        if self.learning_rate is not None:
+            _require_finite(self, "learning_rate")
+            _require(self.learning_rate > 0, "learning_rate", "positive", self.learning_rate)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, chosen or by default."""
+        chosen = self.learning_rate
+        return LEARNING_RATES[self.optimizer, self.correction] if chosen is None else chosen
+
+    @property
+    def title(self) -> str:
+        """What optimises, for headings and legends."""
+        return self.optimizer + ("" if self.correction == "none" else " + hsc")
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> StyleConfig:
+        """Take the fields from a dictionary that may have other keys, too."""
+        return cls(**{each.name: options[each.name] for each in fields(cls)})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return nested dictionaries of plain values."""
+        return asdict(self)
