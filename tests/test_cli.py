@@ -80,8 +80,9 @@ def assert_same(a, b) -> None:
         ["digits", "--regularizer=hsn1r+r1"],
         ["ring", "--regularizer=gaussian", "--gaussian.sigma=learned", "--save_every=20"],
         ["digits", "--regularizer=r1", "--orthogonal=previous", "--projection.strength=0.4"],
+        ["digits", "--regularizer=none", "--correction=hsc", "--hsc.every=3"],
     ],
-    ids=["digits", "ring", "orthogonal"],
+    ids=["digits", "ring", "orthogonal", "corrected"],
 )
 def test_a_run_resumes_bit_for_bit_whatever_stopped_it(tmp_path, task):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -230,6 +231,12 @@ def refused(capsys, *args) -> str:
         ("train ring --gaussian.sigma 0", "sigma must be median, ema, learned or positive"),
         ("train ring --gaussian.interaction_weight 1e400", "interaction_weight must be finite"),
         ("train ring --batch_size 1", "batch_size must be at least 2 with gaussian, got 1"),
+        ("train digits --correction newton", "--correction: Expected one of 'none', 'hsc'"),
+        ("train digits --hsc.network x", "--hsc.network: Expected one of 'generator'"),
+        ("train digits --hsc.eps 0", "eps must be positive, got 0.0"),
+        ("train digits --hsc.trust_radius=-1", "trust_radius must be positive or null, got -1"),
+        ("train digits --hsc.every 0", "every must be at least 1, got 0"),
+        ("train digits --hsc.step 3", "hsc.step"),
         ("resume missing", "missing is not a run folder"),
         ("train --resume missing", "missing is not a run folder"),
         ("resume missing --steps x", "--steps: Expected int. Got value: x"),

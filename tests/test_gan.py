@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hessreg.curvature import HessianOperator
 from hessreg.curvature import NonFiniteError as NonFiniteCurvatureError
 from hessreg.gan import (
     DEFAULTS,
@@ -22,6 +23,8 @@ from hessreg.gan import (
     Discriminator,
     GaussianConfig,
     Generator,
+    HessianCorrectedGradients,
+    HSCConfig,
     ImageJudge,
     NonFiniteError,
     Orthogonal,
@@ -584,6 +587,115 @@ def test_terms_without_a_second_one_are_plain_training():
     assert "angle_d" not in projected.metrics()
 
 
+class Noted(BaseRegularizer):
+    """Keeps what gradients are when they come here, and both losses' Hessians on the first rows."""
+
+    def __init__(self, rows):
+        self.rows = rows
+        self.gradients, self.hessians = {}, {}
+
+    def precondition(self, network, grads, ctx):
+        self.gradients[network] = torch.cat([grad.flatten() for grad in grads])
+
+        def loss():
+            logits = ctx.discriminator(ctx.fake[: self.rows].detach())
+            if network is ctx.generator:
+                return generator_loss(ctx.discriminator(ctx.generator(ctx.noise[: self.rows])))
+            return discriminator_loss(ctx.discriminator(ctx.real[: self.rows]), logits)
+
+        op = HessianOperator(loss, list(network.parameters()))
+        self.hessians[network] = op.matmat(torch.eye(op.shape[0])).double()
+        return grads
+
+
+@pytest.mark.parametrize(
+    ("network", "rows", "saddle_free"), [("generator", 0, False), ("discriminator", 3, True)]
+)
+def test_gradients_of_the_chosen_network_are_corrected_by_its_own_hessian(
+    network, rows, saddle_free
+):
+    before, after = Noted(rows or 8), Noted(rows or 8)
+    options = {"network": network, "rows": rows, "saddle_free": saddle_free, "eps": 0.3, "mu": 0.5}
+    correction = HessianCorrectedGradients(**options, num_steps=60)
+    trainer = small_trainer([R1(), before, correction, after])
+    for _ in range(2):
+        trainer.step()
+    for each in (trainer.generator, trainer.discriminator):
+        g, step = before.gradients[each].double(), after.gradients[each].double()
+        if each is not getattr(trainer, network):
+            assert torch.equal(step, g)
+            continue
+        values, vectors = torch.linalg.eigh(before.hessians[each])
+        values = values.abs() if saddle_free else values
+        weights = (values + 0.5 * 0.09) / (values**2 + 0.09)
+        wanted = vectors @ (weights * (vectors.mT @ g))
+        assert (step - wanted).norm() <= 1e-3 * wanted.norm()
+        assert (step - 0.5 * g).norm() > 0.01 * step.norm()  # there is curvature
+    names = {"condition", "condition_corrected", "smallest", "smallest_corrected"}
+    side = network[0]
+    wanted = {f"hsc_{name}_{side}" for name in names | {"residual", "turn", "fallbacks"}}
+    assert {name for name in trainer.metrics() if name.startswith("hsc")} == wanted
+
+
+@pytest.mark.parametrize("mode", ["none", *MODES])
+@pytest.mark.filterwarnings("ignore:mode 'game'")
+def test_corrected_training_from_a_saved_state_is_the_same_training(tmp_path, mode):
+    def trainer(seed):
+        correction = HessianCorrectedGradients(every=2, num_steps=3, rows=4)
+        orthogonal = None if mode == "none" else Orthogonal(mode)
+        return small_trainer([R1(), correction], seed, orthogonal=orthogonal)
+
+    metrics = check_resume(tmp_path, trainer)
+    assert metrics["hsc_fallbacks_g"] == metrics["hsc_fallbacks_d"] == 0
+    assert metrics["hsc_turn_d"] > 0
+
+
+def test_corrected_training_of_normalised_networks_leaves_no_trace_of_the_curvature():
+    plain = small_trainer(architecture="dcgan")
+    corrected = small_trainer([HessianCorrectedGradients("generator")], architecture="dcgan")
+    for trainer in (plain, corrected):
+        trainer.step()
+    buffers = [dict(t.discriminator.named_buffers()) for t in (plain, corrected)]
+    assert equal(*buffers)
+    assert equal(plain.noise.get_state(), corrected.noise.get_state())
+
+
+def test_projected_gradients_are_what_is_corrected():
+    before, after = Noted(8), Noted(8)
+    correction = HessianCorrectedGradients(num_steps=1, eps=1e9)  # f(H) is the identity
+    plain = small_trainer([Halves()], orthogonal=Orthogonal("terms"))
+    trainer = small_trainer([Halves(), before, correction, after], orthogonal=Orthogonal("terms"))
+    for each in (plain, trainer):
+        each.step()
+    for a, b in zip(
+        plain.discriminator.parameters(), trainer.discriminator.parameters(), strict=True
+    ):
+        torch.testing.assert_close(a.grad, b.grad)
+    gradient = before.gradients[trainer.discriminator]
+    torch.testing.assert_close(after.gradients[trainer.discriminator], gradient)
+
+
+def test_a_gradient_that_is_not_finite_is_named_before_it_is_corrected():
+    message = r"step 1: discriminator gradient of layers\.3\.weight is not finite"
+    with pytest.raises(NonFiniteError, match=message):
+        small_trainer([Poison("gradient"), HessianCorrectedGradients()]).step()
+
+
+def test_a_correction_needs_the_batch_and_the_state_of_its_networks():
+    network = nn.Linear(3, 1)
+    correction = HessianCorrectedGradients("generator")
+    context = StepContext(0, network, nn.Linear(1, 1), torch.zeros(()), None)
+    with pytest.raises(ValueError, match=r"needs a batch in ctx\.noise, got None"):
+        correction.precondition(network, [torch.ones(1, 3), torch.ones(1)], context)
+    with pytest.raises(ValueError, match="state must be of generator, got discriminator"):
+        correction.load_state_dict(HessianCorrectedGradients("discriminator").state_dict())
+    other = nn.Linear(4, 1)
+    state = {"count": 1, "fallbacks": 0, "metrics": {}, "curvature": None}
+    with pytest.raises(ValueError, match="count must be an integer"):
+        correction.load_state_dict({"generator": {**state, "count": "1"}})
+    assert correction.precondition(other.requires_grad_(False), [], context) == []
+
+
 def test_other_errors_of_a_regularizer_stay_what_they_are():
     with pytest.raises(ValueError, match="nan is not an option"):
         small_trainer([Poison("value")]).step()
@@ -874,6 +986,33 @@ def test_angles_are_logged_plotted_and_kept(tmp_path, monkeypatch):
     assert RunFolder(tmp_path / "run").read_result()["orthogonal"] == "terms"
 
 
+@pytest.mark.parametrize("network", ["both", "generator"])
+def test_conditioning_is_logged_plotted_and_named(tmp_path, monkeypatch, network):
+    import matplotlib.axes
+
+    panels, set_title = {}, matplotlib.axes.Axes.set_title
+
+    def noted_title(axes, title, *args, **kwargs):
+        panels[title] = axes
+        return set_title(axes, title, *args, **kwargs)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "set_title", noted_title)
+    correction = {"correction": "hsc", "hsc": HSCConfig(network=network, every=2)}
+    last_line = Run.create(tmp_path / "run", run_config(regularizer="r1", **correction)).train()
+    named = "hsc" if network == "both" else "hsc generator"
+    assert f"by r1, {named} after 20 steps" in last_line
+    rows = RunFolder(tmp_path / "run").read_metrics()
+    sides = ["g", "d"] if network == "both" else ["g"]
+    for title, name in (("condition number of H", "condition"), ("smallest |eig", "smallest")):
+        drawn = [axes for found, axes in panels.items() if found.startswith(title)]
+        assert len(drawn) == 1
+        keys = [f"hsc_{name}{kind}_{side}" for side in sides for kind in ("", "_corrected")]
+        assert [line.get_label() for line in drawn[0].lines] == [f"r1, {named} {k}" for k in keys]
+        assert [*drawn[0].lines[0].get_ydata()] == [row[keys[0]] for row in rows]
+        assert drawn[0].get_yscale() in ("log", "symlog")
+    assert RunFolder(tmp_path / "run").read_result()["correction"] == "hsc"
+
+
 @pytest.mark.parametrize("space", ["samples", "features"])
 def test_a_run_on_the_ring_counts_modes_and_draws_the_kernel(tmp_path, space):
     options = {
@@ -935,6 +1074,7 @@ def test_configuration_survives_yaml_and_is_checked(tmp_path):
         "[" * 5000,
         "width: 8.5",
         "hsn1r: {norm: foo}",
+        "hsc: {eps: 0}",
         "seed: 1" + "0" * 400,
         "steps: -1",
         "stepz: 1",
@@ -978,6 +1118,26 @@ def test_bad_projection_options_are_refused(options, message):
         ProjectionConfig(**options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"network": "x"}, "network must be one of generator, discriminator, both, got 'x'"),
+        ({"eps": 0.0}, "eps must be positive, got 0.0"),
+        ({"eps": math.inf}, "eps must be finite, got inf"),
+        ({"mu": -1.0}, "mu must be at least 0, got -1.0"),
+        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
+        ({"every": 0}, "every must be at least 1, got 0"),
+        ({"rows": -1}, "rows must be at least 0, got -1"),
+        ({"damping": math.nan}, "damping must be finite, got nan"),
+        ({"trust_radius": 0.0}, "trust_radius must be positive or null, got 0.0"),
+        ({"saddle_free": 1}, "saddle_free must be true or false, got 1"),
+    ],
+)
+def test_bad_correction_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        HSCConfig(**options)
+
+
 @pytest.mark.parametrize("name", ["r1+r1", "none+r1", "r1+", ""])
 def test_a_set_of_regularizers_has_no_repetition(name):
     with pytest.raises(
@@ -1018,6 +1178,8 @@ def test_a_set_of_regularizers_has_no_repetition(name):
             {"orthogonal": "terms", "projection": ProjectionConfig(strength=0.5)},
             "projection.strength must be null with orthogonal terms, got 0.5",
         ),
+        ({"correction": "x"}, "correction must be one of none, hsc, got 'x'"),
+        ({"hsc": 3}, "hsc must be a mapping of names to values, got 3"),
         ({"seconds": 10**400}, r"seconds must be in \(-2\*\*63, 2\*\*63\), got 1"),
     ],
 )

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hessreg.curvature import NonFiniteError, SymmetricOperator
 from hessreg.dynamics.calculus import (
     HessianProducts,
     InteractionProducts,
@@ -27,6 +28,7 @@ from hessreg.dynamics.calculus import (
 )
 from hessreg.dynamics.games import Game
 from hessreg.ops import project_orthogonal
+from hessreg.optim import correction_step
 
 __all__ = [
     "AlternatingGradientDescent",
@@ -279,12 +281,27 @@ class CompetitiveGradientDescent(Method):
         return _identity(J) - self.eta * torch.linalg.solve(_identity(J) + self.eta * B, J)
 
 
+class _OwnHessians(SymmetricOperator):
+    """The players' own Hessians, block diagonal, and the vector field v."""
+
+    def __init__(self, game: Game, z: Tensor) -> None:
+        self._product = HessianProducts(game, z)
+        self.v = self._product.v
+        self.shape = (len(z), len(z))
+        self.dtype, self.device = z.dtype, z.device
+
+    def matvec(self, v: Tensor, *, create_graph: bool = False) -> Tensor:
+        """H v [n], without a graph."""
+        return self._product(v)
+
+
 @dataclass(frozen=True)
 class HessianCorrected(Method):
     """Hessian Singularity Correction: z - eta p, p = H (H^2 + eps^2 I)^-1 v.
 
     H has the players' own Hessians. p = (H + eps^2 H^-1)^-1 v without an inverse, so where H is
-    singular, nothing is left of the gradient: on f = xy, where H = 0, nobody moves.
+    singular, nothing is left of the gradient: on f = xy, where H = 0, nobody moves. See
+    :func:`hessreg.optim.correction_step`.
 
     Args:
         eta: Learning rate of both players.
@@ -299,11 +316,14 @@ class HessianCorrected(Method):
 
     def step(self, game: Game, z: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
         """The next point."""
-        H = HessianProducts(game, z)
-        p = H(conjugate_gradients(lambda u: H(H(u)) + self.eps**2 * u, H.v, self.num_steps))
-        if self.mu:
-            p = p + self.mu * (H.v - H(p))
-        return z - self.eta * p, None
+        H = _OwnHessians(game, z)
+        try:
+            found = correction_step(
+                H, H.v, self.eps, mu=self.mu, method="cg", num_steps=self.num_steps
+            )
+        except NonFiniteError:  # an overflow is a way to diverge
+            return torch.full_like(z, torch.nan), None
+        return z - self.eta * found.step, None
 
     def linear_map(self, J: Tensor, num_x: int) -> Tensor:
         """I - eta (H + mu eps^2)(H^2 + eps^2)^-1 J."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hessreg.curvature import HessianOperator
+from hessreg.curvature import HessianOperator, NonFiniteError
 from hessreg.curvature.parameters import FlatParameters
 from hessreg.gan.losses import discriminator_loss, generator_loss
 from hessreg.optim import HessianPreconditioner
@@ -25,7 +26,8 @@ class HessianCorrectedGradients(BaseRegularizer):
 
     The gradient of a network, with whatever regularisers and projections made of it, is multiplied
     by the corrected inverse of the Hessian of the network's adversarial loss, on the batch of that
-    step. Regularisers' terms have no part in that Hessian.
+    step. Regularisers' terms have no part in that Hessian. The step is that of the Hessian
+    restricted to a small Krylov space, however little that says of the rest.
 
     Args:
         network: Whose gradients to correct.
@@ -42,7 +44,9 @@ class HessianCorrectedGradients(BaseRegularizer):
         chosen = _NETWORKS if network == "both" else (network,)
         self._rows = rows or None
         self._preconditioners = {
-            name: HessianPreconditioner(label=f"the {name}'s gradient", **options)
+            name: HessianPreconditioner(
+                label=f"the {name}'s gradient", max_residual=math.inf, **options
+            )
             for name in chosen
         }
 
@@ -54,16 +58,17 @@ class HessianCorrectedGradients(BaseRegularizer):
         """
         name = _NETWORKS[0 if network is ctx.generator else 1]
         preconditioner = self._preconditioners.get(name)
-        parameters = [p for p in network.parameters() if p.requires_grad]
-        if preconditioner is None or not parameters:
+        if preconditioner is None or not grads:
             return grads
+        parameters = [p for p in network.parameters() if p.requires_grad]
         flat = FlatParameters(parameters)
         pairs = zip(parameters, grads, strict=True)
         gradient = flat.flatten([torch.zeros_like(p) if g is None else g for p, g in pairs])
-        if not gradient.isfinite().all():
-            return grads  # the trainer says which it is
         loss = self._loss(name, ctx)
-        step = preconditioner.correct(gradient, lambda: HessianOperator(loss, parameters))
+        try:
+            step = preconditioner.correct(gradient, lambda: HessianOperator(loss, parameters))
+        except NonFiniteError:
+            return grads  # the trainer says which it is
         parts = zip(flat.split(step), grads, strict=True)
         return [None if g is None else part for part, g in parts]
 

@@ -1,5 +1,13 @@
-"""Wrappers around torch's optimisers that change the gradient before a step."""
+"""Corrected steps, and wrappers around torch's optimisers that change the gradient before one."""
 
+from hessreg.optim.correction import (
+    CorrectionMethod,
+    CorrectionStep,
+    correct,
+    correction_step,
+    diagonal_preconditioner,
+    solve_corrected,
+)
 from hessreg.optim.hessian_correction import (
     CorrectionWarning,
     HessianCorrection,
@@ -9,9 +17,15 @@ from hessreg.optim.orthogonal_gradients import MODES, OppositeGradientsError, Or
 
 __all__ = [
     "MODES",
+    "CorrectionMethod",
+    "CorrectionStep",
     "CorrectionWarning",
     "HessianCorrection",
     "HessianPreconditioner",
     "OppositeGradientsError",
     "OrthogonalGradients",
+    "correct",
+    "correction_step",
+    "diagonal_preconditioner",
+    "solve_corrected",
 ]

@@ -16,11 +16,12 @@ from hessreg.curvature._checks import (
 from hessreg.curvature._krylov import KrylovSpace
 from hessreg.curvature.lanczos import normalize
 from hessreg.curvature.operators import LinearOperator
+from hessreg.optim._corrected_matrix import resolvent_values
 
-__all__ = ["KrylovCurvature", "check_damping", "check_vector", "corrected_inverse"]
+__all__ = ["ROUNDING", "KrylovCurvature", "check_damping", "check_vector", "corrected_inverse"]
 
 _LOOK = 5  # steps between two looks at the residual, each of which waits for the device
-_ROUNDING = 4  # epsilons of a product
+ROUNDING = 4  # epsilons of a product
 
 
 @dataclass(frozen=True)
@@ -159,8 +160,9 @@ class KrylovCurvature:
     def residual(self, eps: float = 1.0) -> float:
         """Of (H + i eps) z = (1 + i mu eps) g for the start vector, relative, without a product.
 
-        The same for every mu: that of exact products, and what rounding adds to it. The step is off
-        by at most |(1 + i mu eps) g| / eps times this, as H + i eps has no singular value below eps.
+        The same for every mu: that of exact products, and what rounding adds to it. The step is
+        off by at most |(1 + i mu eps) g| / eps times this: no singular value of H + i eps is below
+        eps.
         """
         check_damping(eps, 0.0)
         return self._truncated(eps) + self._rounding(eps)
@@ -180,7 +182,7 @@ class KrylovCurvature:
         if self.num_products == 0:
             return 0.0
         length = (self.coordinates[0] / self.values.hypot(torch.tensor(eps))).norm()
-        scale = _ROUNDING * torch.finfo(self.basis.dtype).eps * self.values.abs().max()
+        scale = ROUNDING * torch.finfo(self.basis.dtype).eps * self.values.abs().max()
         return (scale * length).item()
 
     def corrected_values(
@@ -203,10 +205,7 @@ def corrected_inverse(values: Tensor, eps: float, mu: float, saddle_free: bool =
         >>> corrected_inverse(torch.tensor([1e30, 1.0, 0.0, -1.0]), eps=1.0, mu=1.0)
         tensor([1.0000e-30, 1.0000e+00, 1.0000e+00, 0.0000e+00])
     """
-    values = values.abs() if saddle_free else values
-    scale = values.abs().clamp(min=eps)
-    a, e = values / scale, eps / scale
-    return (a / scale + mu * e * e) / (a * a + e * e)
+    return resolvent_values(values.abs() if saddle_free else values, 1.0, mu * eps, eps)
 
 
 def check_damping(eps: float, mu: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -61,7 +62,9 @@ class HessianPreconditioner:
         every: renew the curvature at the gradients 0, every, 2 every, ... In between the last
             Krylov space serves, outside of which H counts as zero.
         max_residual: greatest residual of (H + i eps) z = (1 + i mu eps) g, whose real part is the
-            step, relative to the right-hand side, at a renewal. No step at all has 1.
+            step, relative to the right-hand side, at a renewal. z = 0 has 1. ``math.inf`` for no
+            limit: what is made then is the right step for H restricted to the Krylov space, no
+            longer than said above and downhill if ``saddle_free``.
         label: what warnings call what is corrected.
 
     Raises:
@@ -94,7 +97,9 @@ class HessianPreconditioner:
     ) -> None:
         check_damping(eps, mu)
         check_at_least(1, num_steps=num_steps, every=every)
-        check_not_negative(damping=damping, max_residual=max_residual)
+        check_not_negative(damping=damping)
+        if max_residual != math.inf:
+            check_not_negative(max_residual=max_residual)
         if trust_radius is not None:
             check_not_negative(trust_radius=trust_radius)
             if trust_radius == 0:
@@ -113,6 +118,7 @@ class HessianPreconditioner:
         self._is_failing = False
         self._curvature: KrylovCurvature | None = None
         self._metrics: dict[str, float] = {}
+        self._last: tuple[Tensor, Tensor] | None = None  # gradient and step, not yet measured
 
     def correct(self, g: Tensor, operator_factory: Callable[[], LinearOperator]) -> Tensor:
         """The step in place of a gradient.
@@ -142,7 +148,7 @@ class HessianPreconditioner:
         self._count += 1
         self._note(reason)
         step = self._limited(step)
-        self._metrics["turn"] = _degrees(g, step)
+        self._last = g, step
         if self.every == 1:
             self._curvature = None  # a few vectors as long as g
         return step
@@ -155,18 +161,21 @@ class HessianPreconditioner:
           for all condition numbers above it.
         - ``condition_corrected``, ``smallest_corrected``: the same of what these eigenvalues count
           as in the step, 1 / f(l).
-        - ``residual``: of the shifted system when the curvature was last renewed.
+        - ``residual``: see ``max_residual``, when the curvature was last renewed. With H itself,
+          also where the step is made with |H|.
         - ``turn``: the angle between the gradient and the step in degrees.
         - ``fallbacks``: gradients so far that were used as they are.
         """
         if not self._count:
             return {}
+        self._measure_turn()
         known = {name: self._metrics[name] for name in _METRICS if name in self._metrics}
         return known | {"fallbacks": self._fallbacks}
 
     def state_dict(self) -> dict[str, Any]:
         """What the next steps depend on: counts, the curvature between renewals, metrics."""
         curvature = self._curvature
+        self._measure_turn()
         return {
             "count": self._count,
             "fallbacks": self._fallbacks,
@@ -186,6 +195,7 @@ class HessianPreconditioner:
         curvature = state["curvature"]
         self._curvature = None if curvature is None else KrylovCurvature(**curvature)
         self._is_failing = False
+        self._last = None
 
     def _try(self, g: Tensor, operator_factory: Callable[[], LinearOperator]) -> Tensor:
         """The step within no radius.
@@ -233,8 +243,13 @@ class HessianPreconditioner:
             "condition_corrected": _ratio(inverse, cap),
             "smallest": values.min().item(),
             "smallest_corrected": 1 / largest if largest else 0.0,
-            "residual": curvature.residual(self.eps),
+            "residual": min(curvature.residual(self.eps), sys.float_info.max),
         }
+
+    def _measure_turn(self) -> None:
+        if self._last is not None:
+            self._metrics["turn"] = _degrees(*self._last)
+            self._last = None
 
     def _note(self, reason: str | None) -> None:
         """Counts a fallback, and warns of the first of several."""
@@ -285,8 +300,8 @@ class HessianCorrection:
         saddle_free: likewise.
         num_steps: likewise.
         damping: likewise.
-        trust_radius: likewise. The article clips at 1. None by default: at ``eps=1, mu=1`` no step
-            is longer than 1.21 times the gradient.
+        trust_radius: likewise. The article clips at 1; by default there is no limit, as no step is
+            longer than 1.21 times the gradient with ``eps=1, mu=1``.
         every: likewise.
         max_residual: likewise.
 
@@ -414,8 +429,11 @@ class HessianCorrection:
         if flat is None or all(p.grad is None for p in flat.tensors):
             return
         gradient = flat.flatten([_gradient(i, p) for i, p in enumerate(flat.tensors)])
-        flat.check_finite("gradient", gradient)
-        step = self.preconditioner.correct(gradient, self.operator_factory)
+        try:
+            step = self.preconditioner.correct(gradient, self.operator_factory)
+        except NonFiniteError:
+            flat.check_finite("gradient", gradient)  # says where
+            raise
         for p, part in zip(flat.tensors, flat.split(step), strict=True):
             if p.grad is not None:
                 p.grad.detach().copy_(part)  # a view of DistributedDataParallel's, perhaps
