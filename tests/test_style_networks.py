@@ -421,19 +421,18 @@ def test_synthesis_network_alone_is_clipped():
 
 
 SADDLE_FREE = partial(
-    HessianPreconditioner, every=5, num_steps=5, saddle_free=True, max_residual=math.inf
+    HessianPreconditioner, every=5, num_steps=8, saddle_free=True, max_residual=math.inf
 )
 
 
 @pytest.mark.parametrize("make", [None, SADDLE_FREE])
 def test_three_networks_learn(make):
-    options = {"width": 2, "num_blocks": 1, "learning_rate": 1e-2, "correction": make}
+    options = {"width": 2, "num_blocks": 1, "learning_rate": 5e-3, "correction": make}
     runs = []
     for seed in (0, 0):
         made = ThreeNetworkTransfer(small_features(), seed=seed, **options)
-        crops = CropSampler([pictures(2, 24)[:1]], size=16, batch_size=2, seed=0)
-        paintings = CropSampler([pictures(1, 24, seed=1) ** 4], size=16, batch_size=2, seed=1)
-        runs.append([made.step(next(crops), next(paintings)) for _ in range(20)])
+        content, style = pictures(1, 16), pictures(1, 20, seed=1) ** 4
+        runs.append([made.step(content, style) for _ in range(30)])
     totals = [sum(row.values()) for row in runs[0]]
     assert sum(totals[-5:]) < 0.9 * sum(totals[:5])
     assert runs[0] == runs[1]

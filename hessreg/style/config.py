@@ -20,7 +20,11 @@ LEARNING_RATES = {
     ("network", "none"): 3e-3,
     ("network", "hsc"): 3e-3,
 }
-_STEPS = {"image": 200, "network": 1000}
+# A network that is made to drop more of the content than this becomes blurred.
+_BY_METHOD = {
+    "image": {"steps": 200, "style_weight": 50.0, "tv_weight": 5.0},
+    "network": {"steps": 1000, "style_weight": 10.0, "tv_weight": 1.0},
+}
 
 
 def parse_blend(text: str, count: int) -> list[float]:
@@ -116,8 +120,9 @@ class StyleConfig:
         learning_rate: Of the optimiser; by default what does well.
         correction: Hessian Singularity Correction of its gradients, or none.
         content_weight: Of the content loss.
-        style_weight: Of the style loss.
-        tv_weight: Of total variation, the squared differences of neighbouring pixels.
+        style_weight: Of the style loss; by default 50, of a network 10.
+        tv_weight: Of total variation, the squared differences of neighbouring pixels; by default 5,
+            of a network 1.
         blend: Weights of several styles with commas; equal by default.
         keep_colors: Give the picture the colours of the content.
         features: What pictures are compared by: random, or the file of VGG-19's weights.
@@ -139,8 +144,8 @@ class StyleConfig:
     learning_rate: float | None = None
     correction: Literal["none", "hsc"] = "none"
     content_weight: float = 1.0
-    style_weight: float = 50.0
-    tv_weight: float = 5.0
+    style_weight: float | None = None
+    tv_weight: float | None = None
     blend: str = ""
     keep_colors: bool = False
     features: str = "random"
@@ -154,15 +159,23 @@ class StyleConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        self.steps = _STEPS[self.method] if self.steps is None else self.steps
+        for name, value in _BY_METHOD[self.method].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         _require(32 <= self.size <= MAX_SIZE, "size", f"in [32, {MAX_SIZE}]", self.size)
         _require_at_least(self, 0, "steps", "seconds", "seed", "save_every", "threads")
         _require_at_least(self, 0, "content_weight", "style_weight", "tv_weight")
         _require(self.threads <= 1024, "threads", "at most 1024", self.threads)
-        _require(self.steps > 0 or self.seconds > 0, "steps", "positive without seconds", 0)
+        _require(bool(self.steps) or self.seconds > 0, "steps", "positive without seconds", 0)
         if self.learning_rate is not None:
             _require_finite(self, "learning_rate")
             _require(self.learning_rate > 0, "learning_rate", "positive", self.learning_rate)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Those of the parts of the loss, as a `StyleObjective` takes them."""
+        names = "content_weight", "style_weight", "tv_weight"
+        return {name: float(getattr(self, name)) for name in names}
 
     @property
     def rate(self) -> float:

@@ -241,8 +241,9 @@ def _convolution(
     inputs: int, outputs: int, size: int, stride: int = 1, bias: bool = False
 ) -> nn.Module:
     """Without a bias by default: normalisation takes it away again."""
-    padding = {"padding": size // 2, "padding_mode": "reflect"}
-    return nn.Conv2d(inputs, outputs, size, stride, bias=bias, **padding)
+    return nn.Conv2d(
+        inputs, outputs, size, stride, padding=size // 2, padding_mode="reflect", bias=bias
+    )
 
 
 def _check_positive(**values: int) -> None:

@@ -66,9 +66,7 @@ class StyleRun:
             features,
             self.content,
             pictures,
-            content_weight=config.content_weight,
-            style_weight=config.style_weight,
-            tv_weight=config.tv_weight,
+            **config.weights,
             style_weights=blend,
         )
         self.optimizer = self._build(pictures[0])

@@ -121,8 +121,8 @@ class ThreeNetworkTransfer:
         content_part = content_loss(seen.content, shown.content)
         if target is not None:
             content_part = content_part + mse_loss(drawn, target)
-        grams = [[feature_gram(each) for each in found.style] for found in (seen, painted)]
-        return content_part, self.style_weight * style_loss(*grams)
+        grams, wanted = ([feature_gram(f) for f in found.style] for found in (seen, painted))
+        return content_part, self.style_weight * style_loss(grams, wanted)
 
     def step(
         self, content: Tensor, style: Tensor, target: Tensor | None = None
