@@ -1,4 +1,5 @@
 # make demo    train a GAN on handwritten digits, with and without regularisation, and compare
+# make style   paint one of scikit-learn's photographs in the style of the other
 # make test    every test, on every backend this machine has
 # make lint | bench | gpu-check | package-check | clean
 PYTHON ?= python3
@@ -8,7 +9,7 @@ SECONDS_EACH ?= 40
 SOURCES := $(shell find csrc -type f)
 
 .DEFAULT_GOAL := test
-.PHONY: demo test lint format bench gpu-check package-check emulator-check clean
+.PHONY: demo style test lint format bench gpu-check package-check emulator-check clean
 
 .venv/dependencies: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -23,6 +24,10 @@ SOURCES := $(shell find csrc -type f)
 demo: .venv/installed
 	$(BIN)/hessreg compare digits --regularizers none,r1,hsn1r --seconds $(SECONDS_EACH) --jobs $(JOBS) \
 	  --out runs/demo-$(shell date +%Y%m%d-%H%M%S)
+
+style: .venv/installed
+	mkdir -p runs
+	$(BIN)/hessreg style sample:china sample:flower -o runs/style.png
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n $(JOBS)

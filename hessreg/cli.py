@@ -266,7 +266,8 @@ def _style_parser() -> ArgumentParser:
         "-o", "--out", type=str, required=True, help="The picture: .png, .jpg or .webp."
     )
     parser.add_argument("--plain", action="store_true", help="Plain lines instead of a bar.")
-    parser.add_class_arguments(StyleConfig)
+    parser.add_argument("--keep_colors", action="store_true", help="Those of the content.")
+    parser.add_class_arguments(StyleConfig, skip={"keep_colors"})
     return parser
 
 

@@ -80,7 +80,7 @@ def assert_same(a, b) -> None:
         ["digits", "--regularizer=hsn1r+r1"],
         ["ring", "--regularizer=gaussian", "--gaussian.sigma=learned", "--save_every=20"],
         ["digits", "--regularizer=r1", "--orthogonal=previous", "--projection.strength=0.4"],
-        ["digits", "--regularizer=none", "--correction=hsc", "--hsc.every=3"],
+        ["digits", "--regularizer=none", "--correction=hsc", "--hsc.every=3", "--hsc.network=both"],
     ],
     ids=["digits", "ring", "orthogonal", "corrected"],
 )

@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import json
 import math
+import runpy
+import subprocess
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from hessreg.curvature import DenseOperator, HessianOperator, NonFiniteError
 from hessreg.optim import CorrectionWarning, HessianCorrection, HessianPreconditioner
 from tests.processes import in_two_processes
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "hessian_correction.py"
 DOUBLE = torch.float64
 SGD = torch.optim.SGD
 RATES = {
@@ -203,6 +207,16 @@ def test_curvature_is_renewed_at_every_kth_gradient():
         inside = Q.mT @ g
         expected = Q @ by_eigenvalues(Q.mT @ problem.A @ Q, inside, 0.5, 0.7)
         torch.testing.assert_close(problem.x.grad, expected + 0.7 * (g - Q @ inside))
+
+
+def test_a_zero_gradient_steps_nowhere_and_leaves_the_renewal_to_the_next():
+    problem = Quadratic([4.0, 2.0], every=10)
+    optimizer = problem.wrapped()
+    for i, g in enumerate(torch.tensor([[0.0, 0.0], [1.0, 2.0], [2.0, -1.0]], dtype=DOUBLE)):
+        problem.x.grad = g.clone()
+        optimizer.step()
+        assert problem.calls == min(i + 1, 2)
+        torch.testing.assert_close(problem.x.grad, by_eigenvalues(problem.A, g))
 
 
 def test_a_loss_evaluated_on_some_rows_gives_the_curvature_of_these():
@@ -609,7 +623,7 @@ def state_with(keys, value):
         (
             ["preconditioner", "curvature", "basis"],
             torch.zeros(3, 4, dtype=DOUBLE),
-            "must be of gradients of 3 numbers of torch.float64, got 4 of torch.float64",
+            "curvature kept must be of gradients of 3 numbers of torch.float64, got 4 of torch.f",
         ),
         (
             ["preconditioner", "curvature", "basis"],
@@ -693,3 +707,23 @@ def test_two_processes_train_as_one_on_the_joined_batch(found_by_two, parallel):
     first, second = (torch.from_numpy(found_by_two[rank][parallel]) for rank in range(2))
     assert torch.equal(first, second)
     torch.testing.assert_close(first, trained(0, 8), rtol=1e-9, atol=1e-12)
+
+
+# --- the example
+
+
+@pytest.mark.slow
+def test_example_runs_and_does_nothing_twice(tmp_path, capsys, monkeypatch):
+    for package in ("jsonargparse", "matplotlib", "PIL", "rich", "safetensors", "sklearn", "yaml"):
+        pytest.importorskip(package)
+    example = runpy.run_path(str(EXAMPLE))
+    small = ["--steps=4", "--width=8", "--latent_dim=4", "--log_every=2", "--tensorboard=false"]
+    command = [*small, "--seeds=3", "--jobs=2", f"--out={tmp_path}"]
+    example["main"](command)
+    lines = capsys.readouterr().out.splitlines()
+    named = [line.split(" | ")[:2] for line in lines if line.startswith("|")]
+    assert named[2:6] == [["| none", "3"], ["| none", "mean"], ["| hsc", "3"], ["| hsc", "mean"]]
+    assert [name for name, _ in named[6:]] == ["| seed", "| ---", "| 3"]
+    monkeypatch.setattr(subprocess, "run", None)
+    example["main"](command)
+    assert capsys.readouterr().out.splitlines() == [line for line in lines if "digits" not in line]

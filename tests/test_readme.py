@@ -45,7 +45,7 @@ def test_commands_parse(command, monkeypatch, capsys):
 
     # SEED and the like, not LM and its kin
     known = ["0" if word.isupper() and len(word) > 2 else word for word in command]
-    for name in ("train", "resume", "compare", "spectrum", "dynamics", "mmd", "doctor"):
+    for name in ("train", "resume", "compare", "spectrum", "dynamics", "style", "mmd", "doctor"):
         monkeypatch.setattr(cli, f"_{name}", lambda options: None)
     if "--help" in known:
         with pytest.raises(SystemExit, match="0"):

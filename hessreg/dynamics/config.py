@@ -12,15 +12,10 @@ from hessreg.gan.config import (
     _require,
     _require_at_least,
     _require_finite,
+    _require_positive,
 )
 
 __all__ = ["DynamicsConfig"]
-
-
-def _require_positive(config: Any, *names: str) -> None:
-    _require_finite(config, *names)
-    for name in names:
-        _require(getattr(config, name) > 0, name, "positive", getattr(config, name))
 
 
 @dataclass

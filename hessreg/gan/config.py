@@ -80,6 +80,12 @@ def _require_at_least(config: Any, minimum: float, *names: str) -> None:
         _require(value >= minimum, name, f"at least {minimum:g}", value)
 
 
+def _require_positive(config: Any, *names: str) -> None:
+    _require_finite(config, *names)
+    for name in names:
+        _require(getattr(config, name) > 0, name, "positive", getattr(config, name))
+
+
 def _check_types(config: Any) -> None:
     """Refuse values that are not of the annotated types: YAML and Python give anything."""
     for name, hint in get_type_hints(type(config)).items():
@@ -251,14 +257,14 @@ class HSCConfig:
         rows: Rows of the batch for the curvature; 0 for all.
     """
 
-    network: Literal["generator", "discriminator", "both"] = "both"
+    network: Literal["generator", "discriminator", "both"] = "generator"
     eps: float = 1.0
     mu: float = 1.0
     saddle_free: bool = False
     num_steps: int = 10
     damping: float = 0.0
     trust_radius: float | None = None
-    every: int = 1
+    every: int = 10
     rows: int = 0
 
     def __post_init__(self) -> None:

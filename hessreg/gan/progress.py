@@ -73,9 +73,11 @@ def say(line: str) -> None:
 
 
 def _numbers(row: Mapping[str, float]) -> str:
-    rate = row["step"] / max(row["cpu_seconds"], 1e-9)
+    seconds = row.get("seconds", row["cpu_seconds"])
+    rate = row["step"] / max(seconds, 1e-9)
     shown = [f"{name} {row[key]:.3g}" for key, name in _SHORT.items() if key in row]
-    head = f"step {row['step']:.0f}  {row['cpu_seconds']:.1f} s  {rate:.0f} steps/s"
+    pace = f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"
+    head = f"step {row['step']:.0f}  {seconds:.1f} s  {pace} steps/s"
     return "  ".join([head, *shown])
 
 

@@ -134,7 +134,7 @@ class HessianPreconditioner:
         Raises:
             TypeError: operator_factory returns no operator.
             ValueError: it returns one of another shape, dtype or device, or one that is not
-                symmetric; g is not like the gradients of a state that was loaded.
+                symmetric; g is not like the gradients before it.
             NonFiniteError: NaN or infinity in g.
         """
         g = g.detach()
@@ -149,8 +149,8 @@ class HessianPreconditioner:
         self._note(reason)
         step = self._limited(step)
         self._last = g, step
-        if self.every == 1:
-            self._curvature = None  # a few vectors as long as g
+        if self.every == 1 or not g.any():
+            self._curvature = None  # a few vectors as long as g, or what zero tells: nothing
         return step
 
     def metrics(self) -> dict[str, float]:
@@ -193,7 +193,10 @@ class HessianPreconditioner:
         self._count, self._fallbacks = state["count"], state["fallbacks"]
         self._metrics = dict(state["metrics"])
         curvature = state["curvature"]
-        self._curvature = None if curvature is None else KrylovCurvature(**curvature)
+        if curvature is not None:
+            basis, *small = (curvature[name] for name in _CURVATURE)
+            curvature = KrylovCurvature(basis, *(each.cpu() for each in small))
+        self._curvature = curvature
         self._is_failing = False
         self._last = None
 
@@ -522,6 +525,6 @@ def _check_curvature(curvature: Any) -> None:
 def _check_size(basis: Tensor, size: int, dtype: torch.dtype) -> None:
     if (basis.shape[1], basis.dtype) != (size, dtype):
         raise ValueError(
-            f"the curvature in the state must be of gradients of {size} numbers of {dtype}, got"
+            f"the curvature kept must be of gradients of {size} numbers of {dtype}, got"
             f" {basis.shape[1]} of {basis.dtype}"
         )

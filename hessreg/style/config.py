@@ -5,25 +5,29 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from hessreg.dynamics.config import _require_positive
-from hessreg.gan.config import _check_types, _require, _require_at_least, _require_finite
+from hessreg.gan.config import (
+    _check_types,
+    _require,
+    _require_at_least,
+    _require_positive,
+)
 from hessreg.style.features import Pooling
 from hessreg.style.images import MAX_SIZE
 
 __all__ = ["CorrectionConfig", "StyleConfig", "TrainingConfig", "parse_blend"]
 
-LEARNING_RATES = {
+_RATES = {
     ("lbfgs", "none"): 1.0,
-    ("adam", "none"): 0.03,
-    ("lbfgs", "hsc"): 0.5,
-    ("adam", "hsc"): 0.03,
+    ("adam", "none"): 0.1,
+    ("lbfgs", "hsc"): 1.0,
+    ("adam", "hsc"): 0.1,
     ("network", "none"): 3e-3,
     ("network", "hsc"): 3e-3,
 }
 # A network that is made to drop more of the content than this becomes blurred.
 _BY_METHOD = {
-    "image": {"steps": 200, "style_weight": 50.0, "tv_weight": 5.0},
-    "network": {"steps": 1000, "style_weight": 10.0, "tv_weight": 1.0},
+    "image": {"steps": 150, "style_weight": 300.0},
+    "network": {"steps": 1000, "style_weight": 30.0},
 }
 
 
@@ -61,11 +65,11 @@ class CorrectionConfig:
         trust_radius: Longest correction; none by default.
     """
 
-    eps: float = 0.01
+    eps: float = 0.3
     mu: float = 1.0
     saddle_free: bool = True
-    num_steps: int = 10
-    every: int = 10
+    num_steps: int = 5
+    every: int = 30
     trust_radius: float | None = None
 
     def __post_init__(self) -> None:
@@ -114,15 +118,14 @@ class StyleConfig:
         method: Optimise the picture, or train a network that draws it, and any other, at once.
         network: File of a network that was trained before, to draw with it at once.
         size: Pixels of the longer side; smaller photographs are not enlarged.
-        steps: Of the optimiser; 0 for no limit. By default 200, of a network 1000.
+        steps: Of the optimiser; 0 for no limit. By default 150, of a network 1000.
         seconds: Of wall clock; 0 for no limit.
         optimizer: What moves the pixels; a network is trained with Adam.
         learning_rate: Of the optimiser; by default what does well.
         correction: Hessian Singularity Correction of its gradients, or none.
         content_weight: Of the content loss.
-        style_weight: Of the style loss; by default 50, of a network 10.
-        tv_weight: Of total variation, the squared differences of neighbouring pixels; by default 5,
-            of a network 1.
+        style_weight: Of the style loss; by default 300, of a network 30.
+        tv_weight: Of total variation, the squared differences of neighbouring pixels.
         blend: Weights of several styles with commas; equal by default.
         keep_colors: Give the picture the colours of the content.
         features: What pictures are compared by: random, or the file of VGG-19's weights.
@@ -145,7 +148,7 @@ class StyleConfig:
     correction: Literal["none", "hsc"] = "none"
     content_weight: float = 1.0
     style_weight: float | None = None
-    tv_weight: float | None = None
+    tv_weight: float = 2.0
     blend: str = ""
     keep_colors: bool = False
     features: str = "random"
@@ -168,20 +171,19 @@ class StyleConfig:
         _require(self.threads <= 1024, "threads", "at most 1024", self.threads)
         _require(bool(self.steps) or self.seconds > 0, "steps", "positive without seconds", 0)
         if self.learning_rate is not None:
-            _require_finite(self, "learning_rate")
-            _require(self.learning_rate > 0, "learning_rate", "positive", self.learning_rate)
+            _require_positive(self, "learning_rate")
 
     @property
     def weights(self) -> dict[str, float]:
         """Those of the parts of the loss, as a `StyleObjective` takes them."""
         names = "content_weight", "style_weight", "tv_weight"
-        return {name: float(getattr(self, name)) for name in names}
+        return {name: getattr(self, name) for name in names}
 
     @property
     def rate(self) -> float:
         """The learning rate, chosen or by default."""
         chosen = self.learning_rate
-        return LEARNING_RATES[self._trained, self.correction] if chosen is None else chosen
+        return _RATES[self._trained, self.correction] if chosen is None else chosen
 
     @property
     def title(self) -> str:

@@ -106,7 +106,7 @@ class RandomFeatures(nn.Module):
         channels: int = 48,
         levels: int = 4,
         kernel_size: int = 7,
-        content_levels: Sequence[int] = (1, 3),
+        content_levels: Sequence[int] = (1, 2, 3),
     ) -> None:
         super().__init__()
         _require(channels >= 1, "channels", "at least 1", channels)

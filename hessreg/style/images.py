@@ -169,7 +169,7 @@ def _eight_bits(image: Image) -> Image:
 
     if image.mode.startswith(("I", "F")):
         if image.mode == "F":
-            raise ImageError("floating-point pixels have no known range")
+            raise ValueError("floating-point pixels have no known range")
         values = np.asarray(image, dtype=np.float64) / 65535
         image = Pillow.fromarray((255 * values.clip(0, 1)).round().astype(np.uint8))
     transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info

@@ -71,6 +71,7 @@ class StyleRun:
         )
         self.optimizer = self._build(pictures[0])
         self.rows: list[dict[str, float]] = []
+        self._start = 0.0, 0.0  # wall clock and CPU time
 
     def _build(self, style: Tensor) -> PictureOptimizer | SynthesisTrainer:
         config = self.config
@@ -111,10 +112,10 @@ class StyleRun:
             NonFiniteError: If something was not finite. The picture is not written.
         """
         self._log.unlink(missing_ok=True)
-        start = time.monotonic()
+        self._start = time.monotonic(), time.process_time()
         with progress or make_progress(self.config.title) as report, StopSignals() as signals:
             while True:
-                row = self._record(time.monotonic() - start)
+                row = self._record()
                 report.update(row, self._fraction(row))
                 if signals.received or self._fraction(row) >= 1:
                     break
@@ -129,11 +130,12 @@ class StyleRun:
         limits = (row["step"], self.config.steps), (row["seconds"], self.config.seconds)
         return min(1.0, max(done / limit for done, limit in limits if limit))
 
-    def _record(self, seconds: float) -> dict[str, float]:
+    def _record(self) -> dict[str, float]:
         """Measure the picture, and write down what was found."""
         step, every = self.optimizer.steps_done, self.config.save_every
         measured = self.optimizer.measure() | self.optimizer.metrics()
-        row = {"step": step, "seconds": round(seconds, 3), "cpu_seconds": round(seconds, 3)}
+        wall, cpu = time.monotonic() - self._start[0], time.process_time() - self._start[1]
+        row = {"step": step, "seconds": round(wall, 3), "cpu_seconds": round(cpu, 3)}
         row |= {"evaluations": self.optimizer.evaluations, **measured}
         self.rows.append(row)
         with naming(self._log), self._log.open("a", encoding="utf-8") as file:
