@@ -112,7 +112,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--products", type=int, default=10, help="with each Hessian")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of CPU time")
-    parser.add_argument("--lr", type=float, default=2e-3, help="the article has 2e-4")
+    parser.add_argument("--lr", type=float, default=1e-3, help="the article has 2e-4")
     parser.add_argument("--style-weight", type=float, default=10.0)
     parser.add_argument("--size", type=int, default=160, help="pixels of the longer side")
     parser.add_argument("--crop", type=int, default=64, help="pixels of the pieces trained on")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from functools import partial
 
@@ -11,12 +12,14 @@ from torch import nn
 from torch.func import functional_call, hessian
 from torch.nn.utils import get_total_norm, parameters_to_vector, vector_to_parameters
 
+from hessreg.cli import main
 from hessreg.curvature import HessianOperator, norm, third_order_safe
 from hessreg.gan.checkpoint import save_state
 from hessreg.gan.trainer import NonFiniteError
 from hessreg.optim import HessianPreconditioner
 from hessreg.style import RandomFeatures, StyleObjective, WeightsError
 from hessreg.style.config import CorrectionConfig
+from hessreg.style.images import load_image, save_image
 from hessreg.style.networks import (
     ContentNetwork,
     FeedForwardNetwork,
@@ -26,7 +29,7 @@ from hessreg.style.networks import (
 from hessreg.style.synthesis import CropSampler, SynthesisTrainer, load_network, save_network
 from hessreg.style.three_networks import ThreeNetworkTransfer
 
-for package in ("PIL", "safetensors"):
+for package in ("PIL", "jsonargparse", "matplotlib", "rich", "safetensors", "sklearn"):
     pytest.importorskip(package)
 
 SIZES = [(8, 8), (9, 9), (11, 17), (32, 48), (33, 31)]
@@ -455,3 +458,71 @@ def test_nonfinite_picture_stops_three_networks():
     with pytest.raises(NonFiniteError, match="step 1: "):
         made.step(torch.full((1, 3, 16, 16), torch.nan), pictures(1, 16))
     assert torch.equal(before, parameters_to_vector(made.parameters))
+
+
+# The command
+
+TINY = ["--size=32", "--steps=2", "--threads=1", "--training.width=2", "--training.num-blocks=1"]
+
+
+def style(*args):
+    return main(["style", *map(str, args)])
+
+
+def test_the_command_trains_a_network_and_draws_with_it(tmp_path, capsys):
+    out = tmp_path / "out.png"
+    assert style("sample:china", "sample:flower", "-o", out, "--method=network", *TINY) == 0
+    assert f"{out}: after 2 steps of network in" in capsys.readouterr().out
+    names = ["out.jsonl", "out.losses.png", "out.png", "out.safetensors"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
+    rows = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert rows[0].keys() >= {"loss", "content", "style", "tv", "seconds"}
+
+    again, network = tmp_path / "again.png", out.with_suffix(".safetensors")
+    assert style("sample:china", "-o", again, f"--network={network}", "--size=32") == 0
+    assert f"{again}: sample:china drawn by {network} in" in capsys.readouterr().out
+    assert torch.equal(load_image(again, 32), load_image(out, 32))
+    assert style("sample:flower", "-o", again, f"--network={network}", "--size=50") == 0
+    assert load_image(again, 64).shape == (1, 3, 33, 50)
+    assert style("sample:china", "-o", again, f"--network={network}", "--keep-colors") == 0
+
+
+def test_the_command_corrects_and_trains_on_a_folder(tmp_path, capsys):
+    pictures, out = tmp_path / "pictures", tmp_path / "out.png"
+    pictures.mkdir()
+    for name in ("a.png", "b.jpg"):
+        save_image(pictures / name, torch.rand(1, 3, 20, 28))
+    chosen = ["--method=network", f"--training.pictures={pictures}", "--correction=hsc", *TINY]
+    assert style("sample:china", "sample:flower", "-o", out, *chosen) == 0
+    rows = [json.loads(line) for line in out.with_suffix(".jsonl").read_text().splitlines()]
+    assert rows[-1].keys() >= {"condition", "condition_corrected", "turn"}
+    assert "after 2 steps of network + hsc" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("sample:china", "styles: name one picture or several, or --network FILE"),
+        ("sample:china --network none.safetensors", "no network at none.safetensors"),
+        ("sample:china --network bad.safetensors", "bad.safetensors is damaged, or is no network"),
+        ("sample:china sample:flower --network bad.safetensors", "leave out sample:flower"),
+        ("sample:china sample:flower --method network --training.pictures no", "no image at no"),
+        ("sample:china sample:flower --method network --training.pictures .", "no .png"),
+        ("sample:china sample:flower --training.crop 8", "crop must be in [16, 1024], got 8"),
+        ("sample:china sample:flower --training.batch-size 0", "batch_size must be in [1, 256]"),
+        ("sample:china sample:flower --training.width 0", "width must be in [1, 256], got 0"),
+        ("sample:china sample:flower --training.num-blocks=-1", "num_blocks must be in [0, 64]"),
+        ("sample:china sample:flower --method film", "method: Expected one of"),
+        ("sample:china sample:flower --steps 1.5", "steps"),
+    ],
+)
+def test_bad_options_are_refused_in_one_line(capsys, tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.safetensors").write_bytes(b"no weights")
+    assert style(*args.split(), "-o", "out.png") == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("hessreg: ")
+    assert error.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["bad.safetensors"]
