@@ -38,6 +38,7 @@ def make_objective(config: StyleConfig, size: int) -> StyleObjective:
         load_image("sample:china", size),
         [load_image("sample:flower", size)],
         **config.weights,
+        style_weights=None,
     )
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from hessreg.curvature import HessianOperator
-from hessreg.curvature import NonFiniteError as NonFiniteCurvatureError
 from hessreg.gan.trainer import NonFiniteError
 from hessreg.optim import HessianPreconditioner
 from hessreg.style.features import FeatureExtractor
@@ -138,10 +137,7 @@ class ThreeNetworkTransfer:
             NonFiniteError: If a loss or a gradient is not finite; no weight was changed.
         """
         losses = self.losses(content, style, target)
-        try:
-            directions = [self._direction(index, loss) for index, loss in enumerate(losses)]
-        except NonFiniteCurvatureError as error:
-            raise NonFiniteError(f"step {self.steps_done + 1}: {error}") from None
+        directions = [self._direction(index, loss) for index, loss in enumerate(losses)]
         self._write(directions[0] + directions[1])
         nn.utils.clip_grad_norm_(self.synthesis_network.parameters(), self.max_norm)
         for optimizer in self.optimizers:
@@ -151,10 +147,20 @@ class ThreeNetworkTransfer:
 
     def _direction(self, index: int, loss: Tensor) -> Tensor:
         """The gradient of a loss, flat, and corrected if wanted."""
-        hessian = HessianOperator(loss, self.parameters)
+        parts = torch.autograd.grad(
+            loss, self.parameters, retain_graph=True, materialize_grads=True
+        )
+        gradient = torch.cat([part.flatten() for part in parts])
+        if not gradient.isfinite().all():
+            name = ("content", "style")[index]
+            raise NonFiniteError(
+                f"step {self.steps_done + 1}: the gradient of the {name} loss is not finite"
+            )
         if self.corrections is None:
-            return hessian.gradient
-        return self.corrections[index].correct(hessian.gradient, lambda: hessian)
+            return gradient
+        return self.corrections[index].correct(
+            gradient, lambda: HessianOperator(loss, self.parameters)
+        )
 
     def _write(self, flat: Tensor) -> None:
         parameters = self.parameters
