@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 from hessreg.cli import main  # noqa: E402
 from hessreg.curvature import HessianOperator  # noqa: E402
+from hessreg.gan.progress import PlainProgress  # noqa: E402
 from hessreg.gan.trainer import NonFiniteError  # noqa: E402
 from hessreg.style import (  # noqa: E402
     Features,
@@ -43,6 +45,7 @@ from hessreg.style.features import _convolutions  # noqa: E402
 from hessreg.style.images import MAX_PIXELS  # noqa: E402
 from hessreg.style.transfer import PictureOptimizer, start_picture  # noqa: E402
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "style_optimizers.py"
 SAMPLES = ("sample:china", "sample:flower")
 TINY = ("--size=32", "--steps=3", "--threads=1", "--plain")
 
@@ -544,6 +547,22 @@ def test_every_optimiser_descends_and_repeats_itself_bitwise(optimizer, correcti
     assert ("condition" in found.metrics()) == (correction == "hsc")
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
+def test_corrected_steps_do_not_depend_on_the_scale_of_the_loss(optimizer):
+    content, style = 0.2 + 0.6 * noise(1, 3, 24, 24), noise(1, 3, 24, 24, seed=1)
+    moved = []
+    for scale in (1.0, 1e4):
+        weights = {"content_weight": scale, "style_weight": 5 * scale}
+        objective = StyleObjective(RandomFeatures(channels=8), content, [style], **weights)
+        config = StyleConfig(optimizer=optimizer, correction="hsc", learning_rate=0.02)
+        found = PictureOptimizer(objective, content, config)
+        for _ in range(3):
+            found.step()
+        moved.append(found.image.detach() - content)
+    assert moved[0].abs().max() > 1e-3
+    assert (moved[0] - moved[1]).norm() < 0.02 * moved[0].norm()
+
+
 def test_pictures_start_as_wanted():
     content, style = noise(1, 3, 24, 32), noise(1, 3, 40, 20, seed=1)
 
@@ -747,3 +766,49 @@ def test_samples_are_found_without_importing_scikit_learn():
     code = "import sys; from hessreg.style import load_image as f; f('sample:china', 32);"
     code += "assert 'sklearn' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path.cwd())
+
+
+def test_options_may_be_written_with_dashes_or_underscores(tmp_path, capsys):
+    for name in ("--hsc.num-steps", "--hsc.num_steps"):
+        with pytest.raises(SystemExit, match="0"):
+            main(["style", *SAMPLES, "-o", "a-b.png", f"{name}=7", "--print_config"])
+        printed = capsys.readouterr().out
+        assert "num_steps: 7" in printed
+        assert "out: a-b.png" in printed
+
+
+def test_progress_shows_wall_clock_where_a_row_has_it(capsys):
+    report = PlainProgress("lbfgs", interval=0.0)
+    report.update({"step": 12, "seconds": 4.0, "cpu_seconds": 8.0, "loss": 1.5}, 0.5)
+    assert capsys.readouterr().out == "lbfgs   50 %  step 12  4.0 s  3.0 steps/s  loss 1.5\n"
+    report.update({"step": 120, "cpu_seconds": 8.0}, 0.5)
+    assert "8.0 s  15 steps/s" in capsys.readouterr().out
+
+
+def test_the_comparison_of_optimisers_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    example = runpy.run_path(str(EXAMPLE))
+    kinds = ("L-BFGS", "Adam + HSC")
+    picture = tmp_path / "curves.png"
+    options = ["--size=32", "--seconds=0.4", "--seeds=2", "--out", str(picture)]
+    example["main"]([*options, "--kinds", *kinds])
+    captured = capsys.readouterr()
+    assert captured.err.count("seed 1: ") == 2
+    lines = captured.out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {name}" for name in kinds]
+    assert {line.count("|") for line in lines} == {lines[0].count("|")}
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_shows_medians_ranges_and_what_was_not_reached():
+    example = runpy.run_path(str(EXAMPLE))
+    runs = [
+        [{"step": n, "seconds": float(n), "loss": scale / (n + 1)} for n in range(21)]
+        for scale in (1.0, 3.0, 2.0)
+    ]
+    rows = example["table"]({"Adam": runs}, 20.0).splitlines()
+    assert rows[0].startswith("| optimiser | 5 s | 10 s | 20 s | 10 steps |")
+    cells = [each.strip() for each in rows[2].strip("|").split("|")]
+    assert cells[1] == "0.333 (0.167..0.5)"
+    assert cells[4] == "0.182 (0.0909..0.273)"
+    assert cells[5:] == ["-", "-", "20"]

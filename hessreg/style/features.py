@@ -74,7 +74,7 @@ class RandomFeatures(nn.Module):
     network does (Ustyuzhaninov, Brendel, Gatys and Bethge 2016, "Texture synthesis using shallow
     convolutional networks with random filters"; He, Wang and Hopcroft 2016, "A powerful
     generative model using random weights for the deep image representation"). Here the sizes are
-    those of one small filter on ever smaller pictures, which costs a hundredth. Filters sum to zero
+    those of one small filter on ever smaller pictures, which costs far less. Filters sum to zero
     and have norm 1, so that what they say of a scale does not depend on brightness; random mixtures
     of the colours of single pixels have that part. Softplus in place of their rectifier has a
     second derivative for Hessian products.

@@ -127,7 +127,7 @@ def _open(file: Path, size: int) -> Image:
         raise ImageError(f"{file} is not an image of a format that Pillow knows") from None
     except Image.DecompressionBombError:
         raise ImageError(f"{file} has more than {MAX_PIXELS:,} pixels, the limit") from None
-    except (OSError, SyntaxError, ValueError, EOFError, OverflowError, MemoryError) as error:
+    except Exception as error:  # decoders of damaged files raise anything
         raise ImageError(f"{file} cannot be read: {error}") from None
 
 
