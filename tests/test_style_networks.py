@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import runpy
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -526,3 +528,38 @@ def test_bad_options_are_refused_in_one_line(capsys, tmp_path, monkeypatch, args
     assert error.startswith("hessreg: ")
     assert error.count("\n") == 1
     assert [file.name for file in tmp_path.iterdir()] == ["bad.safetensors"]
+
+
+# The examples
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+@pytest.mark.parametrize("correction", ["none", "hsc"])
+def test_the_example_of_three_networks_runs(tmp_path, capsys, correction):
+    example, picture = runpy.run_path(str(EXAMPLES / "style_networks.py")), tmp_path / "drawn.png"
+    options = ["--size=48", "--crop=16", "--steps=5", "--print-every=2", "--products=2"]
+    example["main"]([*options, f"--correction={correction}", "--picture", str(picture)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["steps", "seconds", "content", "loss", "style", "loss"]
+    assert [line.split()[0] for line in lines[1:]] == ["0", "2", "4", "5"]
+    assert load_image(picture, 128).shape == (1, 3, 64, 96)
+
+
+def test_pieces_of_one_photograph_have_the_content_as_the_target():
+    example = runpy.run_path(str(EXAMPLES / "style_networks.py"))
+    photographs = [torch.zeros(1, 3, 16, 16), torch.ones(1, 3, 16, 16)]
+    data = example["triples"](photographs, 16, seed=0)
+    for known, first, second in ((0, 0, 1), (1, 1, 1), (0, 1, 0), (1, 0, 0)):
+        content, painting, target = next(data)
+        assert (content.mean(), painting.mean()) == (first, second)
+        assert target is (content if known else None)
+
+
+def test_the_comparison_of_corrections_runs(capsys, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    example = runpy.run_path(str(EXAMPLES / "style_network_training.py"))
+    example["main"](["--seconds=0.3", "--seeds=2", "--size=32", "--crop=16"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["seed", "0", "1"]
+    assert example["mean_of_last"]([(n, float(n)) for n in range(10)]) == 7.0

@@ -27,7 +27,7 @@ _RATES = {
 # A network that is made to drop more of the content than this becomes blurred.
 _BY_METHOD = {
     "image": {"steps": 150, "style_weight": 300.0},
-    "network": {"steps": 1000, "style_weight": 10.0},
+    "network": {"steps": 1000, "style_weight": 5.0},
 }
 
 
@@ -124,7 +124,7 @@ class StyleConfig:
         learning_rate: Of the optimiser; by default what does well.
         correction: Hessian Singularity Correction of its gradients, or none.
         content_weight: Of the content loss.
-        style_weight: Of the style loss; by default 300, of a network 10.
+        style_weight: Of the style loss; by default 300, of a network 5.
         tv_weight: Of total variation, the squared differences of neighbouring pixels.
         blend: Weights of several styles with commas; equal by default.
         keep_colors: Give the picture the colours of the content.
