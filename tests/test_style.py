@@ -563,6 +563,34 @@ def test_corrected_steps_do_not_depend_on_the_scale_of_the_loss(optimizer):
     assert (moved[0] - moved[1]).norm() < 0.02 * moved[0].norm()
 
 
+def test_the_picture_with_the_lowest_loss_is_kept():
+    content, style = noise(1, 3, 24, 24), noise(1, 3, 24, 24, seed=1) / 2
+    objective = StyleObjective(RandomFeatures(channels=4), content, [style], style_weight=9.0)
+    config = StyleConfig(optimizer="adam", learning_rate=3.0)
+    optimizer = PictureOptimizer(objective, content, config)
+    losses, images = [], []
+    for _ in range(12):
+        losses.append(optimizer.measure()["loss"])
+        images.append(optimizer.image.detach().clone())
+        optimizer.step()
+    best = min(range(12), key=losses.__getitem__)
+    assert optimizer.measure()["loss"] > losses[best]
+    assert optimizer.settle()
+    assert torch.equal(optimizer.image, images[best])
+    assert optimizer.measure()["loss"] == losses[best]
+    assert not optimizer.settle()
+
+
+def test_the_command_writes_the_best_picture_and_its_loss(tmp_path):
+    args = (*SAMPLES, "-o", str(tmp_path / "out.png"), *TINY, "--optimizer=adam")
+    assert main(["style", *args, "--learning-rate=3", "--steps=4"]) == 0
+    rows = read_rows(tmp_path / "out.jsonl")
+    assert rows[-1]["step"] == rows[-2]["step"] == 4
+    assert rows[-1]["loss"] == min(row["loss"] for row in rows) < rows[-2]["loss"]
+    start = load_image("sample:china", 32)
+    assert (load_image(tmp_path / "out.png", 32) - start).abs().max() < 0.003  # nothing was better
+
+
 def test_pictures_start_as_wanted():
     content, style = noise(1, 3, 24, 32), noise(1, 3, 40, 20, seed=1)
 

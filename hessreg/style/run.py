@@ -120,6 +120,8 @@ class StyleRun:
                 if signals.received or self._fraction(row) >= 1:
                     break
                 self.optimizer.step()
+        if isinstance(self.optimizer, PictureOptimizer) and self.optimizer.settle():
+            self._record()
         return self._finish(signals.received)
 
     @property

@@ -63,6 +63,7 @@ class PictureOptimizer:
         self._parts: dict[str, Tensor] = {}
         self._loss = self._gradient = torch.empty(0)
         self._evaluated: Tensor | None = None  # what the gradient in .grad is of
+        self._lowest, self._best = float("inf"), self.image.detach()
         self._optimizer = self._build(config)
         self._corrected = None
         if config.correction == "hsc":
@@ -109,6 +110,17 @@ class PictureOptimizer:
         (self._corrected or self._optimizer).step(self._evaluate)
         self.steps_done += 1
 
+    def settle(self) -> bool:
+        """Go back to the picture with the lowest loss so far; false if this is it.
+
+        Without a line search a late step can go astray.
+        """
+        if self.measure()["loss"] <= self._lowest:
+            return False
+        with torch.no_grad():
+            self.image.copy_(self._best)
+        return True
+
     def _evaluate(self) -> float:
         """The loss, and its gradient in ``.grad``; nothing is computed twice at one place."""
         if self._evaluated is None or not torch.equal(self._evaluated, self.image):
@@ -119,6 +131,8 @@ class PictureOptimizer:
             self._check_finite()
             self._evaluated = self.image.detach().clone()
             self.evaluations += 1
+            if self._loss < self._lowest:
+                self._lowest, self._best = self._loss.item(), self._evaluated
         self.image.grad = self._gradient.clone()
         return self._loss.item()
 
