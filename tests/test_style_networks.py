@@ -502,6 +502,16 @@ def test_the_command_corrects_and_trains_on_a_folder(tmp_path, capsys):
     assert "after 2 steps of network + hsc" in capsys.readouterr().out
 
 
+def test_divergence_leaves_older_files_alone(tmp_path, capsys):
+    files = [tmp_path / "out.png", tmp_path / "out.safetensors"]
+    for file in files:
+        file.write_bytes(b"older")
+    chosen = ["--method=network", "--learning-rate=1e30", *TINY]
+    assert style("sample:china", "sample:flower", "-o", files[0], *chosen) == 1
+    assert "hessreg: step 1: the loss is nan" in capsys.readouterr().err
+    assert [file.read_bytes() for file in files] == [b"older"] * 2
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
