@@ -27,7 +27,7 @@ _RATES = {
 # A network that is made to drop more of the content than this becomes blurred.
 _BY_METHOD = {
     "image": {"steps": 150, "style_weight": 300.0},
-    "network": {"steps": 1000, "style_weight": 5.0},
+    "network": {"steps": 600, "style_weight": 5.0},
 }
 
 
@@ -118,7 +118,7 @@ class StyleConfig:
         method: Optimise the picture, or train a network that draws it, and any other, at once.
         network: File of a network that was trained before, to draw with it at once.
         size: Pixels of the longer side; smaller photographs are not enlarged.
-        steps: Of the optimiser; 0 for no limit. By default 150, of a network 1000.
+        steps: Of the optimiser; 0 for no limit. By default 150, of a network 600.
         seconds: Of wall clock; 0 for no limit.
         optimizer: What moves the pixels; a network is trained with Adam.
         learning_rate: Of the optimiser; by default what does well.
