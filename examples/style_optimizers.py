@@ -37,9 +37,8 @@ def make_objective(config: StyleConfig, size: int) -> StyleObjective:
         RandomFeatures(config.seed),
         load_image("sample:china", size),
         [load_image("sample:flower", size)],
-        content_weight=config.content_weight,
-        style_weight=config.style_weight,
-        tv_weight=config.tv_weight,
+        **config.weights,
+        style_weights=None,
     )
 
 

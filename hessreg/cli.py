@@ -52,7 +52,7 @@ from hessreg.ops.gaussian import _ESTIMATORS
 from hessreg.optim import OppositeGradientsError
 from hessreg.style.config import StyleConfig
 from hessreg.style.images import ImageError
-from hessreg.style.run import StyleRun
+from hessreg.style.run import StyleRun, draw_at_once
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -260,7 +260,7 @@ def _style_parser() -> ArgumentParser:
         exit_on_error=False, description="Paint a photograph in the style of others."
     )
     parser.add_argument("content", type=str, help=f"What the picture shows: an image, {samples}.")
-    parser.add_argument("styles", type=str, nargs="+", help="How it is painted: one or several.")
+    parser.add_argument("styles", type=str, nargs="*", help="How it is painted: one or several.")
     parser.add_argument("--config", action="config", help="YAML file with any of the options.")
     parser.add_argument(
         "-o", "--out", type=str, required=True, help="The picture: .png, .jpg or .webp."
@@ -440,10 +440,22 @@ def _style(options: dict[str, Any]) -> None:
     with _input():
         config = StyleConfig.from_options(options)
         _check_seed(config.seed)
+        content, styles, out = options["content"], options["styles"], Path(options["out"])
+        _check_styles(styles, config.network)
+        if config.network:
+            say(draw_at_once(content, out, config))
+            return
         progress = make_progress(config.title, options["plain"])
-        run = StyleRun(options["content"], options["styles"], Path(options["out"]), config)
+        run = StyleRun(content, styles, out, config)
     say(run.describe())
     say(run.train(progress))
+
+
+def _check_styles(styles: Sequence[str], network: str) -> None:
+    if network and styles:
+        raise ValueError(f"{network} draws in its own style: leave out {' '.join(styles)}")
+    if not network and not styles:
+        raise ValueError("styles: name one picture or several, or --network FILE")
 
 
 def _mmd(options: dict[str, Any]) -> None:

@@ -116,6 +116,7 @@ _WANTED: dict[Any, str] = {
     str: "text",
     float | str: "a number or text",
     float | None: "a number or null",
+    int | None: "an integer or null",
     bool: "true or false",
 }
 

@@ -20,13 +20,28 @@ from hessreg.style.losses import (
     style_loss,
     total_variation,
 )
+from hessreg.style.networks import (
+    ContentNetwork,
+    FeedForwardNetwork,
+    StyleNetwork,
+    SynthesisNetwork,
+)
+from hessreg.style.synthesis import CropSampler, SynthesisTrainer, load_network, save_network
+from hessreg.style.three_networks import ThreeNetworkTransfer
 
 __all__ = [
+    "ContentNetwork",
+    "CropSampler",
     "FeatureExtractor",
     "Features",
+    "FeedForwardNetwork",
     "ImageError",
     "RandomFeatures",
+    "StyleNetwork",
     "StyleObjective",
+    "SynthesisNetwork",
+    "SynthesisTrainer",
+    "ThreeNetworkTransfer",
     "VGG19Features",
     "WeightsError",
     "content_loss",
@@ -34,7 +49,9 @@ __all__ = [
     "keep_colors",
     "load_features",
     "load_image",
+    "load_network",
     "save_image",
+    "save_network",
     "style_loss",
     "total_variation",
 ]

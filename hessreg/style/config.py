@@ -14,13 +14,20 @@ from hessreg.gan.config import (
 from hessreg.style.features import Pooling
 from hessreg.style.images import MAX_SIZE
 
-__all__ = ["CorrectionConfig", "StyleConfig", "parse_blend"]
+__all__ = ["CorrectionConfig", "StyleConfig", "TrainingConfig", "parse_blend"]
 
 _RATES = {
     ("lbfgs", "none"): 1.0,
     ("adam", "none"): 0.1,
     ("lbfgs", "hsc"): 1.0,
     ("adam", "hsc"): 0.1,
+    ("network", "none"): 3e-3,
+    ("network", "hsc"): 3e-3,
+}
+# A network that is made to drop more of the content than this becomes blurred.
+_BY_METHOD = {
+    "image": {"steps": 150, "style_weight": 300.0},
+    "network": {"steps": 600, "style_weight": 5.0},
 }
 
 
@@ -75,18 +82,49 @@ class CorrectionConfig:
 
 
 @dataclass
+class TrainingConfig:
+    """Options of a feed-forward network and of its training.
+
+    Args:
+        pictures: Folder of photographs to train on, or one; by default only the content.
+        crop: Pixels of the sides of the parts of photographs it is trained on; no more than those
+            have.
+        batch_size: Such parts in a batch.
+        width: Channels of its first convolution.
+        num_blocks: Its residual blocks.
+        activation: Of its hidden layers.
+    """
+
+    pictures: str = ""
+    crop: int = 128
+    batch_size: int = 2
+    width: int = 12
+    num_blocks: int = 3
+    activation: Literal["silu", "softplus", "tanh", "leaky_relu"] = "silu"
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _require(16 <= self.crop <= MAX_SIZE, "crop", f"in [16, {MAX_SIZE}]", self.crop)
+        _require(1 <= self.batch_size <= 256, "batch_size", "in [1, 256]", self.batch_size)
+        _require(1 <= self.width <= 256, "width", "in [1, 256]", self.width)
+        _require(0 <= self.num_blocks <= 64, "num_blocks", "in [0, 64]", self.num_blocks)
+
+
+@dataclass
 class StyleConfig:
     """One transfer of style.
 
     Args:
+        method: Optimise the picture, or train a network that draws it, and any other, at once.
+        network: File of a network that was trained before, to draw with it at once.
         size: Pixels of the longer side; smaller photographs are not enlarged.
-        steps: Of the optimiser; 0 for no limit.
+        steps: Of the optimiser; 0 for no limit. By default 150, of a network 600.
         seconds: Of wall clock; 0 for no limit.
-        optimizer: What moves the pixels.
+        optimizer: What moves the pixels; a network is trained with Adam.
         learning_rate: Of the optimiser; by default what does well.
         correction: Hessian Singularity Correction of its gradients, or none.
         content_weight: Of the content loss.
-        style_weight: Of the style loss.
+        style_weight: Of the style loss; by default 300, of a network 5.
         tv_weight: Of total variation, the squared differences of neighbouring pixels.
         blend: Weights of several styles with commas; equal by default.
         keep_colors: Give the picture the colours of the content.
@@ -97,16 +135,19 @@ class StyleConfig:
         save_every: Steps from one picture on the way to the next; 0 for none.
         threads: Of torch; 0 for its own choice.
         hsc: Options of Hessian Singularity Correction.
+        training: Options of method network.
     """
 
+    method: Literal["image", "network"] = "image"
+    network: str = ""
     size: int = 256
-    steps: int = 150
+    steps: int | None = None
     seconds: float = 0.0
     optimizer: Literal["lbfgs", "adam"] = "lbfgs"
     learning_rate: float | None = None
     correction: Literal["none", "hsc"] = "none"
     content_weight: float = 1.0
-    style_weight: float = 300.0
+    style_weight: float | None = None
     tv_weight: float = 2.0
     blend: str = ""
     keep_colors: bool = False
@@ -117,27 +158,41 @@ class StyleConfig:
     save_every: int = 0
     threads: int = 0
     hsc: CorrectionConfig = field(default_factory=CorrectionConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
         _check_types(self)
+        for name, value in _BY_METHOD[self.method].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         _require(32 <= self.size <= MAX_SIZE, "size", f"in [32, {MAX_SIZE}]", self.size)
         _require_at_least(self, 0, "steps", "seconds", "seed", "save_every", "threads")
         _require_at_least(self, 0, "content_weight", "style_weight", "tv_weight")
         _require(self.threads <= 1024, "threads", "at most 1024", self.threads)
-        _require(self.steps > 0 or self.seconds > 0, "steps", "positive without seconds", 0)
+        _require(bool(self.steps) or self.seconds > 0, "steps", "positive without seconds", 0)
         if self.learning_rate is not None:
             _require_positive(self, "learning_rate")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Those of the parts of the loss, as a `StyleObjective` takes them."""
+        names = "content_weight", "style_weight", "tv_weight"
+        return {name: getattr(self, name) for name in names}
 
     @property
     def rate(self) -> float:
         """The learning rate, chosen or by default."""
         chosen = self.learning_rate
-        return _RATES[self.optimizer, self.correction] if chosen is None else chosen
+        return _RATES[self._trained, self.correction] if chosen is None else chosen
 
     @property
     def title(self) -> str:
         """What optimises, for headings and legends."""
-        return self.optimizer + ("" if self.correction == "none" else " + hsc")
+        return self._trained + ("" if self.correction == "none" else " + hsc")
+
+    @property
+    def _trained(self) -> str:
+        return "network" if self.method == "network" else self.optimizer
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> StyleConfig:

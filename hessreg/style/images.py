@@ -28,6 +28,7 @@ __all__ = [
     "encode",
     "keep_colors",
     "load_image",
+    "load_images",
     "save_image",
 ]
 
@@ -74,6 +75,29 @@ def load_image(path: str | Path, size: int = 256) -> Tensor:
         image = _open(file, size)
     array = np.array(image, dtype=np.float32) / 255
     return torch.from_numpy(array).permute(2, 0, 1).unsqueeze(0).contiguous()
+
+
+def load_images(path: str | Path, size: int = 256) -> list[Tensor]:
+    """Read all photographs in a folder, in the order of their names, or the one of a file.
+
+    Args:
+        path: The folder or the file.
+        size: As for `load_image`.
+
+    Returns:
+        Each ``[1, 3, height, width]``.
+
+    Raises:
+        ImageError: If there are none, or one of them cannot be used.
+        ValueError: If the size is out of range.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return [load_image(path, size)]
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in _FORMATS)
+    if not files:
+        raise ImageError(f"no {', '.join(_FORMATS)} file in the folder {folder}")
+    return [load_image(file, size) for file in files]
 
 
 def _sample(name: str) -> Path:

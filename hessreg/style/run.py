@@ -21,13 +21,15 @@ from hessreg.style.images import (
     check_picture_path,
     keep_colors,
     load_image,
+    load_images,
     save_image,
 )
 from hessreg.style.losses import StyleObjective
 from hessreg.style.pictures import save_losses
+from hessreg.style.synthesis import SynthesisTrainer, build_trainer, load_network, save_network
 from hessreg.style.transfer import PictureOptimizer, start_picture
 
-__all__ = ["StyleRun"]
+__all__ = ["StyleRun", "draw_at_once"]
 
 _PROGRAM = 400 * 2**20  # bytes of memory without a picture
 
@@ -36,7 +38,8 @@ class StyleRun:
     """Paints a photograph in the style of others.
 
     Beside the picture ``out.png`` it writes ``out.jsonl``, the losses of every step, and
-    ``out.losses.png``, their curves; with ``save_every`` also ``out.00050.png`` and so on.
+    ``out.losses.png``, their curves; with ``save_every`` also ``out.00050.png`` and so on, and of a
+    network ``out.safetensors``, its weights.
 
     Args:
         content: File of what the picture shows, or the name of a sample; see `load_image`.
@@ -63,15 +66,20 @@ class StyleRun:
             features,
             self.content,
             pictures,
-            content_weight=config.content_weight,
-            style_weight=config.style_weight,
-            tv_weight=config.tv_weight,
+            **config.weights,
             style_weights=blend,
         )
-        start = start_picture(config, self.content, pictures[0])
-        self.optimizer = PictureOptimizer(self.objective, start, config)
+        self.optimizer = self._build(pictures[0])
         self.rows: list[dict[str, float]] = []
         self._start = 0.0, 0.0  # wall clock and CPU time
+
+    def _build(self, style: Tensor) -> PictureOptimizer | SynthesisTrainer:
+        config = self.config
+        if config.method == "network":
+            chosen = config.training.pictures
+            pictures = load_images(chosen, config.size) if chosen else [self.content]
+            return build_trainer(self.objective, pictures, config)
+        return PictureOptimizer(self.objective, start_picture(config, self.content, style), config)
 
     def _check_memory(self, bytes_per_pixel: int) -> None:
         graphs = 1 if self.config.correction == "none" else 3  # derivatives of derivatives
@@ -140,18 +148,50 @@ class StyleRun:
 
     def picture(self) -> Tensor:
         """The picture as it is, ``[1, 3, height, width]`` in [0, 1]."""
-        image = self.optimizer.image.detach().clamp(0, 1)
+        if isinstance(self.optimizer, SynthesisTrainer):
+            image = self.optimizer.draw(self.content)
+        else:
+            image = self.optimizer.image.detach().clamp(0, 1)
         return keep_colors(image, self.content) if self.config.keep_colors else image
 
     def _finish(self, interrupted: bool) -> str:
         save_image(self.out, self.picture())
-        curves = self.out.with_suffix(".losses.png")
-        save_losses(curves, {self.config.title: self.rows})
+        beside = [self._log, self.out.with_suffix(".losses.png")]
+        if isinstance(self.optimizer, SynthesisTrainer):
+            beside.append(self.out.with_suffix(".safetensors"))
+            save_network(beside[-1], self.optimizer.network)
+        save_losses(beside[1], {self.config.title: self.rows})
         last = self.rows[-1]
         steps = f"{last['step']:.0f} steps of {self.config.title}"
         if interrupted:
             raise Interrupted(f"stopped after {steps}; {self.out} is the picture so far")
         return (
             f"{self.out}: after {steps} in {last['seconds']:.0f} s, loss {self.rows[0]['loss']:.3g}"
-            f" -> {last['loss']:.3g}; {self._log} and {curves} beside it"
+            f" -> {last['loss']:.3g}; {', '.join(map(str, beside))} beside it"
         )
+
+
+def draw_at_once(content: str, out: Path, config: StyleConfig) -> str:
+    """Draw a photograph with a network that was trained before, and write it.
+
+    Args:
+        content: As for `StyleRun`.
+        out: Likewise.
+        config: Names the network; of the rest, the size and whether to keep colours count.
+
+    Returns:
+        A line that says where the picture is.
+
+    Raises:
+        ValueError: If the network or the photograph cannot be read, or the picture not written.
+    """
+    check_picture_path(out)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    network, picture = load_network(Path(config.network)), load_image(content, config.size)
+    start = time.monotonic()
+    with torch.no_grad():
+        drawn = network(picture)
+    seconds = time.monotonic() - start
+    save_image(out, keep_colors(drawn, picture) if config.keep_colors else drawn)
+    return f"{out}: {content} drawn by {config.network} in {seconds:.2f} s"

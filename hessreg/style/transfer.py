@@ -5,18 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hessreg.curvature import HessianOperator, norm
+from hessreg.curvature import HessianOperator
 from hessreg.gan.trainer import NonFiniteError
-from hessreg.optim import HessianCorrection
-from hessreg.style.config import CorrectionConfig, StyleConfig
+from hessreg.style.config import StyleConfig
+from hessreg.style.correction import correct
 from hessreg.style.losses import StyleObjective
 
 __all__ = ["PictureOptimizer", "start_picture"]
 
 _HISTORY = 20  # pairs that L-BFGS remembers
 _NOISE = 0.1  # standard deviation, about mid grey
-_POWER_STEPS = 5  # for the largest eigenvalue at the start
-_ANY = 1e30  # a few Lanczos steps solve nothing exactly, and their step is a good one nevertheless
 
 
 def start_picture(config: StyleConfig, content: Tensor, style: Tensor) -> Tensor:
@@ -67,7 +65,9 @@ class PictureOptimizer:
         self._evaluated: Tensor | None = None  # what the gradient in .grad is of
         self._lowest, self._best = float("inf"), self.image.detach()
         self._optimizer = self._build(config)
-        self._corrected = self._correct(config.hsc) if config.correction == "hsc" else None
+        self._corrected = None
+        if config.correction == "hsc":
+            self._corrected = correct(self._optimizer, self._operator, config.hsc)
 
     def _build(self, config: StyleConfig) -> torch.optim.Optimizer:
         if config.optimizer == "adam":
@@ -85,28 +85,8 @@ class PictureOptimizer:
             **tolerances,
         )
 
-    def _correct(self, options: CorrectionConfig) -> HessianCorrection:
-        eps = options.eps * self._largest_eigenvalue()
-        return HessianCorrection(
-            self._optimizer,
-            self._operator,
-            eps=eps,
-            mu=options.mu / eps,
-            saddle_free=options.saddle_free,
-            num_steps=options.num_steps,
-            every=options.every,
-            trust_radius=options.trust_radius,
-            max_residual=_ANY,
-        )
-
     def _operator(self) -> HessianOperator:
         return HessianOperator(lambda: self.objective(self.image), [self.image])
-
-    def _largest_eigenvalue(self) -> float:
-        """The largest |eigenvalue| at the start, what eps is relative to."""
-        operator = self._operator()
-        with torch.no_grad():
-            return norm(operator, "spectral", num_steps=_POWER_STEPS).item()
 
     def measure(self) -> dict[str, float]:
         """Return the loss of the picture and its parts.
