@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from hessreg.dynamics.games import AdversarialLoss
-from hessreg.gan.config import (
-    _check_types,
-    _require,
-    _require_at_least,
-    _require_finite,
-    _require_positive,
+from hessreg.gan.checks import (
+    check_types,
+    require,
+    require_at_least,
+    require_finite,
+    require_positive,
 )
 
 __all__ = ["DynamicsConfig"]
@@ -29,8 +29,8 @@ class BilinearConfig:
     dim: int = 1
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require(1 <= self.dim <= 64, "bilinear.dim", "in [1, 64]", self.dim)
+        check_types(self)
+        require(1 <= self.dim <= 64, "bilinear.dim", "in [1, 64]", self.dim)
 
 
 @dataclass
@@ -48,8 +48,8 @@ class QuadraticConfig:
     c: float = 0.1
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require_finite(self, "a", "b", "c")
+        check_types(self)
+        require_finite(self, "a", "b", "c")
 
 
 @dataclass
@@ -73,11 +73,11 @@ class RingConfig:
     batch_size: int = 128
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require_positive(self, "seconds")
-        _require(0 < self.eta < math.inf, "ring.eta", "positive", self.eta)
-        _require(2 <= self.width <= 8192, "width", "in [2, 8192]", self.width)
-        _require_at_least(self, 1, "batch_size")
+        check_types(self)
+        require_positive(self, "seconds")
+        require(0 < self.eta < math.inf, "ring.eta", "positive", self.eta)
+        require(2 <= self.width <= 8192, "width", "in [2, 8192]", self.width)
+        require_at_least(self, 1, "batch_size")
 
 
 @dataclass
@@ -91,8 +91,8 @@ class MomentumConfig:
     beta: float = -0.5
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require_finite(self, "beta")
+        check_types(self)
+        require_finite(self, "beta")
 
 
 @dataclass
@@ -106,8 +106,8 @@ class WeightConfig:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require_finite(self, "weight")
+        check_types(self)
+        require_finite(self, "weight")
 
 
 @dataclass
@@ -121,8 +121,8 @@ class R1Config:
     gamma: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require_at_least(self, 0, "gamma")
+        check_types(self)
+        require_at_least(self, 0, "gamma")
 
 
 @dataclass
@@ -138,8 +138,8 @@ class WGANGPConfig:
     target: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require_at_least(self, 0, "gamma", "target")
+        check_types(self)
+        require_at_least(self, 0, "gamma", "target")
 
 
 @dataclass
@@ -153,8 +153,8 @@ class ClippingConfig:
     bound: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require_positive(self, "bound")
+        check_types(self)
+        require_positive(self, "bound")
 
 
 @dataclass
@@ -173,9 +173,9 @@ class HSN1RConfig:
     num_steps: int = 3
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require_at_least(self, 0, "weight")
-        _require_at_least(self, 1, "num_steps")
+        check_types(self)
+        require_at_least(self, 0, "weight")
+        require_at_least(self, 1, "num_steps")
 
 
 @dataclass
@@ -191,9 +191,9 @@ class HSCConfig:
     mu: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require_positive(self, "eps")
-        _require_at_least(self, 0, "mu")
+        check_types(self)
+        require_positive(self, "eps")
+        require_at_least(self, 0, "mu")
 
 
 @dataclass
@@ -209,8 +209,8 @@ class OrthogonalConfig:
     reference: Literal["gradient", "update"] = "gradient"
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require_finite(self, "strength")
+        check_types(self)
+        require_finite(self, "strength")
 
 
 @dataclass
@@ -260,10 +260,10 @@ class DynamicsConfig:
     orthogonal: OrthogonalConfig = field(default_factory=OrthogonalConfig)
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require_positive(self, "eta")
-        _require(10 <= self.steps <= 10**5, "steps", "in [10, 100000]", self.steps)
-        _require_at_least(self, 0, "seed")
+        check_types(self)
+        require_positive(self, "eta")
+        require(10 <= self.steps <= 10**5, "steps", "in [10, 100000]", self.steps)
+        require_at_least(self, 0, "seed")
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> DynamicsConfig:

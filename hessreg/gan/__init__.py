@@ -8,17 +8,31 @@ from hessreg.gan.compare import Comparison
 from hessreg.gan.config import (
     DEFAULTS,
     REGULARIZERS,
+    DRAGANConfig,
     GaussianConfig,
     HessianPenaltyConfig,
     HSCConfig,
     HSN1RConfig,
     ProjectionConfig,
     R1Config,
+    R2Config,
     TrainConfig,
+    WGANGPConfig,
 )
 from hessreg.gan.correction import HessianCorrectedGradients
 from hessreg.gan.data import Dataset, ShuffledSampler
-from hessreg.gan.losses import discriminator_loss, discriminator_losses, generator_loss
+from hessreg.gan.losses import (
+    LOSSES,
+    AdversarialLoss,
+    Hinge,
+    LeastSquares,
+    Minimax,
+    MMDLoss,
+    NonSaturating,
+    Relativistic,
+    Wasserstein,
+    make_loss,
+)
 from hessreg.gan.metrics import ImageJudge, Judge
 from hessreg.gan.networks import Discriminator, Generator
 from hessreg.gan.orthogonal import Orthogonal
@@ -29,9 +43,12 @@ from hessreg.gan.trainer import NonFiniteError, Trainer
 
 __all__ = [
     "DEFAULTS",
+    "LOSSES",
     "REGULARIZERS",
     "TASKS",
+    "AdversarialLoss",
     "Comparison",
+    "DRAGANConfig",
     "Dataset",
     "Discriminator",
     "GaussianConfig",
@@ -40,20 +57,27 @@ __all__ = [
     "HSN1RConfig",
     "HessianCorrectedGradients",
     "HessianPenaltyConfig",
+    "Hinge",
     "ImageJudge",
     "Judge",
+    "LeastSquares",
+    "MMDLoss",
+    "Minimax",
     "NonFiniteError",
+    "NonSaturating",
     "Orthogonal",
     "ProjectionConfig",
     "R1Config",
+    "R2Config",
+    "Relativistic",
     "RingJudge",
     "Run",
     "ShuffledSampler",
     "Task",
     "TrainConfig",
     "Trainer",
-    "discriminator_loss",
-    "discriminator_losses",
-    "generator_loss",
+    "WGANGPConfig",
+    "Wasserstein",
     "load_dataset",
+    "make_loss",
 ]

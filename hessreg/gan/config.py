@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-import math
-import reprlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from types import UnionType
-from typing import Any, Literal, get_args, get_type_hints
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
 
+from hessreg.gan.checks import (
+    check_types,
+    require,
+    require_at_least,
+    require_finite,
+)
+from hessreg.gan.losses import LOSSES, make_loss
 from hessreg.ops.gaussian import _gamma_of
 
 __all__ = [
     "DEFAULTS",
     "REGULARIZERS",
+    "DRAGANConfig",
     "GaussianConfig",
     "HSCConfig",
     "HSN1RConfig",
     "HessianPenaltyConfig",
     "ProjectionConfig",
     "R1Config",
+    "R2Config",
     "TrainConfig",
+    "WGANGPConfig",
     "parse_sigma",
+    "with_method",
 ]
 
-REGULARIZERS = ("r1", "hsn1r", "gaussian", "hessian_penalty")
+REGULARIZERS = ("r1", "r2", "wgan_gp", "dragan", "hsn1r", "gaussian", "hessian_penalty")
+_MODES = ("terms", "previous", "game", "weights")
 _POLICIES = ("median", "ema", "learned")
-
-
-def _require(condition: bool, name: str, wanted: str, value: object) -> None:
-    if not condition:
-        raise ValueError(f"{name} must be {wanted}, got {reprlib.repr(value)}")
 
 
 def parse_sigma(text: str | float, policies: Sequence[str] = _POLICIES) -> str | list[float]:
@@ -50,7 +54,7 @@ def parse_sigma(text: str | float, policies: Sequence[str] = _POLICIES) -> str |
         values = [float(part) for part in str(text).split(",")]
     except ValueError:
         values = []
-    _require(bool(values) and all(map(_is_bandwidth, values)), "sigma", wanted, text)
+    require(bool(values) and all(map(_is_bandwidth, values)), "sigma", wanted, text)
     return values
 
 
@@ -65,60 +69,7 @@ def _check_regularizer(name: str) -> None:
     parts = name.split("+")
     known = all(part in REGULARIZERS for part in parts) and len(set(parts)) == len(parts)
     wanted = f"none, or {', '.join(REGULARIZERS)} joined by +"
-    _require(name == "none" or known, "regularizer", wanted, name)
-
-
-def _require_finite(config: Any, *names: str) -> None:
-    for name in names:
-        _require(math.isfinite(getattr(config, name)), name, "finite", getattr(config, name))
-
-
-def _require_at_least(config: Any, minimum: float, *names: str) -> None:
-    _require_finite(config, *names)
-    for name in names:
-        value = getattr(config, name)
-        _require(value >= minimum, name, f"at least {minimum:g}", value)
-
-
-def _require_positive(config: Any, *names: str) -> None:
-    _require_finite(config, *names)
-    for name in names:
-        _require(getattr(config, name) > 0, name, "positive", getattr(config, name))
-
-
-def _check_types(config: Any) -> None:
-    """Refuse values that are not of the annotated types: YAML and Python give anything."""
-    for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        wanted = _WANTED.get(hint) or f"one of {', '.join(get_args(hint))}"
-        if is_dataclass(hint):
-            wanted = "a mapping of names to values"
-        _require(_fits(value, hint), name, wanted, value)
-        if isinstance(value, int):
-            _require(abs(value) < 2**63, name, "in (-2**63, 2**63)", value)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if isinstance(hint, UnionType):
-        return any(_fits(value, each) for each in get_args(hint))
-    if choices := get_args(hint):
-        return isinstance(value, str) and value in choices
-    if hint in (int, float):
-        return isinstance(value, int if hint is int else int | float) and not isinstance(
-            value, bool
-        )
-    return isinstance(value, hint)
-
-
-_WANTED: dict[Any, str] = {
-    int: "an integer",
-    float: "a number",
-    str: "text",
-    float | str: "a number or text",
-    float | None: "a number or null",
-    int | None: "an integer or null",
-    bool: "true or false",
-}
+    require(name == "none" or known, "regularizer", wanted, name)
 
 
 @dataclass
@@ -132,8 +83,49 @@ class R1Config:
     gamma: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require_at_least(self, 0, "gamma")
+        check_types(self)
+        require_at_least(self, 0, "gamma")
+
+
+@dataclass
+class R2Config(R1Config):
+    """Options of the gradient penalty on generated images.
+
+    Args:
+        gamma: Its weight.
+    """
+
+
+@dataclass
+class WGANGPConfig:
+    """Options of the gradient penalty between real and generated images.
+
+    Args:
+        weight: Its weight.
+    """
+
+    weight: float = 10.0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_at_least(self, 0, "weight")
+
+
+@dataclass
+class DRAGANConfig:
+    """Options of the gradient penalty around real images.
+
+    Args:
+        weight: Its weight.
+        spread: Width of the noise on the images in their standard deviations.
+    """
+
+    weight: float = 10.0
+    spread: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_at_least(self, 0, "weight", "spread")
 
 
 @dataclass
@@ -160,9 +152,9 @@ class HSN1RConfig:
     target: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require_at_least(self, 0, "weight", "discriminator_weight", "target")
-        _require_at_least(self, 1, "every", "num_steps", "num_probes")
+        check_types(self)
+        require_at_least(self, 0, "weight", "discriminator_weight", "target")
+        require_at_least(self, 1, "every", "num_steps", "num_probes")
 
 
 @dataclass
@@ -188,9 +180,9 @@ class GaussianConfig:
     space: Literal["samples", "features"] = "samples"
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         weights = "interaction_weight", "generator_weight", "discriminator_weight"
-        _require_finite(self, *weights)
+        require_finite(self, *weights)
         parse_sigma(self.sigma)
 
 
@@ -211,10 +203,10 @@ class HessianPenaltyConfig:
     every: int = 1
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require_at_least(self, 0, "weight")
-        _require_at_least(self, 1, "every")
-        _require_at_least(self, 2, "num_probes")
+        check_types(self)
+        require_at_least(self, 0, "weight")
+        require_at_least(self, 1, "every")
+        require_at_least(self, 2, "num_probes")
 
 
 @dataclass
@@ -235,9 +227,9 @@ class ProjectionConfig:
     scope: Literal["auto", "global", "tensor", "row"] = "auto"
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         if self.strength is not None:
-            _require_finite(self, "strength")
+            require_finite(self, "strength")
 
 
 @dataclass
@@ -268,14 +260,14 @@ class HSCConfig:
     rows: int = 0
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require_at_least(self, 0, "mu", "damping", "rows")
-        _require_at_least(self, 1, "num_steps", "every")
-        _require_finite(self, "eps")
-        _require(self.eps > 0, "eps", "positive", self.eps)
+        check_types(self)
+        require_at_least(self, 0, "mu", "damping", "rows")
+        require_at_least(self, 1, "num_steps", "every")
+        require_finite(self, "eps")
+        require(self.eps > 0, "eps", "positive", self.eps)
         if self.trust_radius is not None:
-            _require_finite(self, "trust_radius")
-            _require(self.trust_radius > 0, "trust_radius", "positive or null", self.trust_radius)
+            require_finite(self, "trust_radius")
+            require(self.trust_radius > 0, "trust_radius", "positive or null", self.trust_radius)
 
 
 @dataclass
@@ -284,7 +276,11 @@ class TrainConfig:
 
     Args:
         dataset: What to train on.
-        regularizer: none, or any of r1, hsn1r, gaussian and hessian_penalty joined by +.
+        regularizer: none, or any of r1, r2, wgan_gp, dragan, hsn1r, gaussian and hessian_penalty
+            joined by +.
+        loss: What the networks play for.
+        label_smoothing: Distance of the label of real samples from 1, for losses with labels.
+        smoothing: Whether that is one-sided, or generated samples have a label above 0 too.
         orthogonal: Project gradients: of the terms of a network's loss, on the previous one, on the
             other player's, or on the weights.
         correction: Multiply gradients by the corrected inverse of the Hessian of the network's own
@@ -308,6 +304,9 @@ class TrainConfig:
         save_every: Steps between checkpoints.
         tensorboard: Write TensorBoard events as well.
         r1: Options of regulariser r1.
+        r2: Options of regulariser r2.
+        wgan_gp: Options of regulariser wgan_gp.
+        dragan: Options of regulariser dragan.
         hsn1r: Options of regulariser hsn1r.
         gaussian: Options of regulariser gaussian.
         hessian_penalty: Options of regulariser hessian_penalty.
@@ -317,6 +316,17 @@ class TrainConfig:
 
     dataset: Literal["digits", "ring"] = "digits"
     regularizer: str = "hsn1r"
+    loss: Literal[
+        "nonsaturating",
+        "minimax",
+        "least_squares",
+        "hinge",
+        "wasserstein",
+        "relativistic",
+        "mmd",
+    ] = "nonsaturating"
+    label_smoothing: float = 0.0
+    smoothing: Literal["one_sided", "both"] = "one_sided"
     orthogonal: Literal["none", "terms", "previous", "game", "weights"] = "none"
     correction: Literal["none", "hsc"] = "none"
     steps: int = 0
@@ -337,6 +347,9 @@ class TrainConfig:
     save_every: int = 1000
     tensorboard: bool = True
     r1: R1Config = field(default_factory=R1Config)
+    r2: R2Config = field(default_factory=R2Config)
+    wgan_gp: WGANGPConfig = field(default_factory=WGANGPConfig)
+    dragan: DRAGANConfig = field(default_factory=DRAGANConfig)
     hsn1r: HSN1RConfig = field(default_factory=HSN1RConfig)
     gaussian: GaussianConfig = field(default_factory=GaussianConfig)
     hessian_penalty: HessianPenaltyConfig = field(default_factory=HessianPenaltyConfig)
@@ -344,20 +357,19 @@ class TrainConfig:
     hsc: HSCConfig = field(default_factory=HSCConfig)
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         _check_regularizer(self.regularizer)
+        make_loss(self.loss, self.label_smoothing, self.smoothing == "both")
         self._check_orthogonal()
-        _require_at_least(self, 0, "steps", "seconds", "seed", "generator_lr", "discriminator_lr")
-        _require_at_least(self, 1, "threads", "latent_dim", "batch_size")
-        _require_at_least(self, 1, "log_every", "eval_every", "save_every")
+        require_at_least(self, 0, "steps", "seconds", "seed", "generator_lr", "discriminator_lr")
+        require_at_least(self, 1, "threads", "latent_dim", "batch_size")
+        require_at_least(self, 1, "log_every", "eval_every", "save_every")
         if "gaussian" in self.regularizer.split("+"):
-            _require(
-                self.batch_size >= 2, "batch_size", "at least 2 with gaussian", self.batch_size
-            )
-        _require(self.threads <= 1024, "threads", "at most 1024", self.threads)
-        _require(2 <= self.width <= 8192, "width", "in [2, 8192]", self.width)
-        _require(self.latent_dim <= 8192, "latent_dim", "at most 8192", self.latent_dim)
-        _require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
+            require(self.batch_size >= 2, "batch_size", "at least 2 with gaussian", self.batch_size)
+        require(self.threads <= 1024, "threads", "at most 1024", self.threads)
+        require(2 <= self.width <= 8192, "width", "in [2, 8192]", self.width)
+        require(self.latent_dim <= 8192, "latent_dim", "at most 8192", self.latent_dim)
+        require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
         if not self.steps and not self.seconds:
             self.seconds = 40.0
 
@@ -365,15 +377,20 @@ class TrainConfig:
         if self.orthogonal != "terms":
             return
         strength, pair = self.projection.strength, self.projection.pair
-        _require(strength is None, "projection.strength", "null with orthogonal terms", strength)
+        require(strength is None, "projection.strength", "null with orthogonal terms", strength)
         alone = self.regularizer == "none" and pair == "adversarial_regularizer"
+        has_parts = make_loss(self.loss).has_parts
+        wanted = f"adversarial_regularizer: loss {self.loss} has no part on real samples alone"
+        require(has_parts or pair != "real_fake", "projection.pair", wanted, pair)
         wanted = "real_fake with orthogonal terms and no regularizer"
-        _require(not alone, "projection.pair", wanted, pair)
+        require(not alone, "projection.pair", wanted, pair)
 
     @property
     def title(self) -> str:
         """What is trained with, for headings and legends."""
-        chosen = [] if self.orthogonal == "none" else [f"orthogonal {self.orthogonal}"]
+        chosen: list[str] = [] if self.loss == "nonsaturating" else [self.loss]
+        if self.orthogonal != "none":
+            chosen.append(f"orthogonal {self.orthogonal}")
         if self.correction != "none":
             side = "" if self.hsc.network == "both" else f" {self.hsc.network}"
             chosen.append(f"{self.correction}{side}")
@@ -392,6 +409,9 @@ class TrainConfig:
         """
         nested = {
             "r1": R1Config,
+            "r2": R2Config,
+            "wgan_gp": WGANGPConfig,
+            "dragan": DRAGANConfig,
             "hsn1r": HSN1RConfig,
             "gaussian": GaussianConfig,
             "hessian_penalty": HessianPenaltyConfig,
@@ -403,18 +423,53 @@ class TrainConfig:
 
 
 def _mapping(values: Any) -> dict[str, Any]:
-    _require(isinstance(values, dict), "a configuration", "a mapping of names to values", values)
+    require(isinstance(values, dict), "a configuration", "a mapping of names to values", values)
     return values
 
 
 def _build(kind: type[Any], values: Any) -> Any:
     names = [f.name for f in fields(kind)]
     unknown = sorted(map(str, _mapping(values).keys() - set(names)))
-    _require(not unknown, "names", f"among {', '.join(names)}", ", ".join(unknown))
+    require(not unknown, "names", f"among {', '.join(names)}", ", ".join(unknown))
     try:
         return kind(**values)
     except TypeError as error:
         raise ValueError(str(error)) from None
+
+
+_ORTHOGONAL = "orthogonal_"  # before a mode, in the name of a method
+
+
+def with_method(config: TrainConfig, name: str) -> TrainConfig:
+    """Return a configuration with the methods that a name joins by +, and no others.
+
+    Args:
+        config: Everything else.
+        name: ``none``, or any of the regularisers, one loss, ``hsc``, and one of
+            ``orthogonal_terms`` and its kin: ``relativistic+r1+r2``.
+
+    Raises:
+        ValueError: If a part is unknown or there twice, or they cannot be used together.
+
+    Example:
+        >>> chosen = with_method(TrainConfig(), "relativistic+r1+r2")
+        >>> chosen.loss, chosen.regularizer, chosen.correction
+        ('relativistic', 'r1+r2', 'none')
+    """
+    parts = [] if name == "none" else name.split("+")
+    losses = [part for part in parts if part in LOSSES]
+    modes = [part for part in parts if part.removeprefix(_ORTHOGONAL) in _MODES]
+    corrections = [part for part in parts if part == "hsc"]
+    regularizers = [part for part in parts if part in REGULARIZERS]
+    known = len({*losses, *modes, *corrections, *regularizers}) == len(parts)
+    unique = len(losses) < 2 and len(modes) < 2
+    every = [*LOSSES, "hsc", *(_ORTHOGONAL + mode for mode in _MODES), *REGULARIZERS]
+    wanted = f"none, or {', '.join(every)} joined by +, at most one loss and one projection"
+    require(known and unique, "method", wanted, name)
+    chosen: dict[str, Any] = {"loss": losses[0]} if losses else {}
+    chosen["orthogonal"] = modes[0].removeprefix(_ORTHOGONAL) if modes else "none"
+    chosen["correction"] = "hsc" if corrections else "none"
+    return replace(config, regularizer="+".join(regularizers) or "none", **chosen)
 
 
 _RING = TrainConfig(
@@ -426,6 +481,7 @@ _RING = TrainConfig(
     generator_lr=1e-3,
     discriminator_lr=1e-3,
     r1=R1Config(gamma=0.1),
+    r2=R2Config(gamma=0.1),
     gaussian=GaussianConfig(interaction_weight=100.0, sigma="0.25,0.5,1,2"),
 )
 DEFAULTS: dict[str, TrainConfig] = {config.dataset: config for config in (TrainConfig(), _RING)}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hessreg.curvature import HessianOperator, NonFiniteError
 from hessreg.curvature.parameters import FlatParameters
-from hessreg.gan.losses import discriminator_loss, generator_loss
+from hessreg.gan.losses import AdversarialLoss, NonSaturating
 from hessreg.optim import HessianPreconditioner
 from hessreg.regularizers import BaseRegularizer, Gradients, StepContext
 
@@ -32,6 +32,7 @@ class HessianCorrectedGradients(BaseRegularizer):
     Args:
         network: Whose gradients to correct.
         rows: Of the batch, for the Hessian; 0 for all.
+        loss: What the networks play for; the non-saturating loss by default.
         **options: Of `HessianPreconditioner`.
     """
 
@@ -39,9 +40,11 @@ class HessianCorrectedGradients(BaseRegularizer):
         self,
         network: Literal["generator", "discriminator", "both"] = "both",
         rows: int = 0,
+        loss: AdversarialLoss | None = None,
         **options: Any,
     ) -> None:
         chosen = _NETWORKS if network == "both" else (network,)
+        self._adversarial = loss or NonSaturating()
         self._rows = rows or None
         self._preconditioners = {
             name: HessianPreconditioner(
@@ -97,20 +100,16 @@ class HessianCorrectedGradients(BaseRegularizer):
             preconditioner.load_state_dict(state[name])
 
     def _loss(self, name: str, ctx: StepContext) -> Callable[[], Tensor]:
-        if name == "generator":
-            return partial(_generator_loss, ctx, self._sampled("noise", ctx.noise))
-        samples = self._sampled("real", ctx.real), self._sampled("fake", ctx.fake)
-        return partial(_discriminator_loss, ctx, *samples)
+        needs_real = name == "discriminator" or self._adversarial.compares
+        real = self._sampled("real", ctx.real) if needs_real else torch.empty(0)
+        if name == "discriminator":
+            fake = self._sampled("fake", ctx.fake)
+            return partial(self._adversarial.of_discriminator, ctx.discriminator, real, fake)
+        noise = self._sampled("noise", ctx.noise)
+        of_generator = self._adversarial.of_generator
+        return lambda: of_generator(ctx.discriminator, real, ctx.generator(noise))
 
     def _sampled(self, name: str, batch: Tensor | None) -> Tensor:
         if batch is None:
             raise ValueError(f"the Hessian correction needs a batch in ctx.{name}, got None")
         return batch[: self._rows].detach()
-
-
-def _generator_loss(ctx: StepContext, noise: Tensor) -> Tensor:
-    return generator_loss(ctx.discriminator(ctx.generator(noise)))
-
-
-def _discriminator_loss(ctx: StepContext, real: Tensor, fake: Tensor) -> Tensor:
-    return discriminator_loss(ctx.discriminator(real), ctx.discriminator(fake))

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from hessreg.curvature import HessianOperator, LinearOperator, NonFiniteError, SumOperator
 from hessreg.gan.checkpoint import load_state
 from hessreg.gan.config import TrainConfig
-from hessreg.gan.losses import discriminator_loss, generator_loss
 from hessreg.gan.run import build_trainer, fitting
 from hessreg.gan.run_folder import RunFolder
 from hessreg.gan.tasks import load_dataset
@@ -90,14 +89,14 @@ class RunTarget:
             return SumOperator(operators, [len(real) / self.rows for real, _ in batches])
 
     def _generator_loss(self, batch: Batch) -> Tensor:
-        return generator_loss(self.trainer.discriminator(self.trainer.generator(batch[1])))
+        trainer, (real, noise) = self.trainer, batch
+        return trainer.loss.of_generator(trainer.discriminator, real, trainer.generator(noise))
 
     def _discriminator_loss(self, batch: Batch) -> Tensor:
+        trainer, (real, noise) = self.trainer, batch
         with torch.no_grad():
-            fake = self.trainer.generator(batch[1])
-        return discriminator_loss(
-            self.trainer.discriminator(batch[0]), self.trainer.discriminator(fake)
-        )
+            fake = trainer.generator(noise)
+        return trainer.loss.of_discriminator(trainer.discriminator, real, fake)
 
     def _batches(self) -> list[Batch]:
         random = torch.Generator().manual_seed(self.seed)

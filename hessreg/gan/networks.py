@@ -81,13 +81,14 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Maps samples ``[n, *shape]`` to logits ``[n]``: positive means "real".
+    """Maps samples ``[n, *shape]`` to logits ``[n]``, positive for "real", or to several outputs.
 
     Args:
         architecture: ``"mlp"`` or ``"dcgan"``, as for `Generator`.
         width: Units of a hidden layer; channels of the widest feature map of the DCGAN.
         activation: As for `Generator`.
         shape: As for `Generator`.
+        outputs: For each sample; with more than one they are ``[n, outputs]``.
 
     Example:
         >>> Discriminator(width=32)(torch.zeros(5, 1, 8, 8)).shape
@@ -100,15 +101,18 @@ class Discriminator(nn.Module):
         width: int = 128,
         activation: str = "silu",
         shape: Sequence[int] = _IMAGE,
+        outputs: int = 1,
     ) -> None:
         super().__init__()
         _check_architecture(architecture, shape)
         build = _mlp_discriminator if architecture == "mlp" else _dcgan_discriminator
-        self.layers = build(width, activation, tuple(shape))
+        self.layers = build(width, activation, tuple(shape), outputs)
+        self._is_scalar = outputs == 1
 
     def forward(self, samples: Tensor) -> Tensor:
-        """Return one logit per sample."""
-        return self.layers(samples).squeeze(1)
+        """Return one logit per sample, or its outputs."""
+        outputs = self.layers(samples)
+        return outputs.squeeze(1) if self._is_scalar else outputs
 
     def features(self, samples: Tensor) -> Tensor:
         """Return the activations of the last hidden layer, ``[n, features]``."""
@@ -131,14 +135,16 @@ def _mlp_generator(
     )
 
 
-def _mlp_discriminator(width: int, activation: str, shape: tuple[int, ...]) -> nn.Sequential:
+def _mlp_discriminator(
+    width: int, activation: str, shape: tuple[int, ...], outputs: int
+) -> nn.Sequential:
     return nn.Sequential(
         nn.Flatten(),
         nn.Linear(math.prod(shape), width),
         _activation(activation),
         nn.Linear(width, width),
         _activation(activation),
-        nn.Linear(width, 1),
+        nn.Linear(width, outputs),
     )
 
 
@@ -158,7 +164,9 @@ def _dcgan_generator(
     )
 
 
-def _dcgan_discriminator(width: int, activation: str, shape: tuple[int, ...]) -> nn.Sequential:
+def _dcgan_discriminator(
+    width: int, activation: str, shape: tuple[int, ...], outputs: int
+) -> nn.Sequential:
     # No normalisation before the first activation: the usual DCGAN layout.
     return nn.Sequential(
         nn.Conv2d(1, width // 2, 4, stride=2, padding=1),
@@ -167,5 +175,5 @@ def _dcgan_discriminator(width: int, activation: str, shape: tuple[int, ...]) ->
         nn.BatchNorm2d(width),
         _activation(activation),
         nn.Flatten(),
-        nn.Linear(width * 4, 1),
+        nn.Linear(width * 4, outputs),
     )

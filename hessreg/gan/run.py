@@ -23,13 +23,23 @@ from hessreg.gan.config import TrainConfig, parse_sigma
 from hessreg.gan.correction import HessianCorrectedGradients
 from hessreg.gan.data import Dataset
 from hessreg.gan.event_log import EventLog
+from hessreg.gan.losses import AdversarialLoss, make_loss
 from hessreg.gan.networks import Discriminator, Generator
 from hessreg.gan.orthogonal import Orthogonal
 from hessreg.gan.progress import ProgressReport, make_progress
 from hessreg.gan.run_folder import RunFolder
 from hessreg.gan.tasks import TASKS
 from hessreg.gan.trainer import NonFiniteError, Trainer
-from hessreg.regularizers import HSN1R, R1, GaussianKernel, HessianPenalty, Regularizer
+from hessreg.regularizers import (
+    DRAGAN,
+    HSN1R,
+    R1,
+    R2,
+    WGANGP,
+    GaussianKernel,
+    HessianPenalty,
+    Regularizer,
+)
 
 __all__ = ["Interrupted", "Run", "build_trainer", "fitting", "resolve_device"]
 
@@ -85,6 +95,7 @@ def resolve_device(name: str) -> torch.device:
 def build_trainer(config: TrainConfig, dataset: Dataset) -> Trainer:
     """Return a trainer with new networks; seeds torch's global random state."""
     torch.manual_seed(config.seed)
+    loss = _build_loss(config)
     style: dict[str, Any] = {
         "architecture": config.architecture,
         "width": config.width,
@@ -93,15 +104,20 @@ def build_trainer(config: TrainConfig, dataset: Dataset) -> Trainer:
     }
     return Trainer(
         Generator(latent_dim=config.latent_dim, **style),
-        Discriminator(**style),
+        Discriminator(**style, outputs=loss.outputs),
         dataset.train_samples.to(resolve_device(config.device)),
         [*_build_regularizers(config), *_build_correction(config)],
         batch_size=config.batch_size,
         learning_rates=(config.generator_lr, config.discriminator_lr),
         ema_decay=config.ema_decay,
         seed=config.seed,
+        loss=loss,
         orthogonal=_build_orthogonal(config),
     )
+
+
+def _build_loss(config: TrainConfig) -> AdversarialLoss:
+    return make_loss(config.loss, config.label_smoothing, config.smoothing == "both")
 
 
 def _build_orthogonal(config: TrainConfig) -> Orthogonal | None:
@@ -119,7 +135,11 @@ def _build_regularizers(config: TrainConfig) -> list[Regularizer]:
 
 def _build_correction(config: TrainConfig) -> list[Regularizer]:
     """Return what corrects gradients, which is the last to change them."""
-    return [] if config.correction == "none" else [HessianCorrectedGradients(**vars(config.hsc))]
+    return (
+        []
+        if config.correction == "none"
+        else [HessianCorrectedGradients(loss=_build_loss(config), **vars(config.hsc))]
+    )
 
 
 def _gaussian(config: TrainConfig) -> Regularizer:
@@ -129,6 +149,9 @@ def _gaussian(config: TrainConfig) -> Regularizer:
 _BUILD: dict[str, Callable[[TrainConfig], Regularizer]] = {
     "hsn1r": lambda config: HSN1R(**vars(config.hsn1r), seed=config.seed),
     "r1": lambda config: R1(**vars(config.r1)),
+    "r2": lambda config: R2(**vars(config.r2)),
+    "wgan_gp": lambda config: WGANGP(**vars(config.wgan_gp), seed=config.seed),
+    "dragan": lambda config: DRAGAN(**vars(config.dragan), seed=config.seed),
     "gaussian": _gaussian,
     "hessian_penalty": lambda config: HessianPenalty(
         **vars(config.hessian_penalty), seed=config.seed
@@ -322,6 +345,7 @@ class Run:
     def _finish(self) -> str:
         values = self._evaluate()
         result = {
+            "loss": self.config.loss,
             "regularizer": self.config.regularizer,
             "orthogonal": self.config.orthogonal,
             "correction": self.config.correction,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hessreg.curvature import NonFiniteError as NonFiniteCurvatureError
 from hessreg.curvature import third_order_safe
 from hessreg.gan.data import ShuffledSampler
-from hessreg.gan.losses import discriminator_losses, generator_loss
+from hessreg.gan.losses import AdversarialLoss, NonSaturating
 from hessreg.gan.networks import Generator
 from hessreg.gan.orthogonal import Orthogonal
 from hessreg.optim import OrthogonalGradients
@@ -29,7 +29,7 @@ class NonFiniteError(ArithmeticError):
 
 
 class Trainer:
-    """Alternates one discriminator and one generator step on the non-saturating loss.
+    """Alternates one discriminator and one generator step on an adversarial loss.
 
     Everything random comes from ``seed`` and everything that a step depends on is in
     `state_dict`, so training continued from a saved state is the same training, bit for bit on
@@ -37,7 +37,8 @@ class Trainer:
 
     Args:
         generator: Maps noise ``[n, latent_dim]`` to samples ``[n, ...]``.
-        discriminator: Maps samples ``[n, ...]`` to logits ``[n]``.
+        discriminator: Maps samples ``[n, ...]`` to logits ``[n]``, or as many outputs as the loss
+            takes.
         data: Real samples ``[count, ...]``, on the device to train on.
         regularizers: Each may add loss terms and change gradients.
         batch_size: Samples in a batch, the same for both networks.
@@ -45,6 +46,7 @@ class Trainer:
         betas: Adam's betas for both.
         ema_decay: Decay of the averaged generator `ema`, which is the one to sample from.
         seed: Seed of the noise and of the order of the data.
+        loss: What the networks play for; the non-saturating loss by default.
         orthogonal: Which gradients to project before the steps. Its mode ``"previous"`` steps both
             networks at once, from gradients at the same weights.
     """
@@ -61,6 +63,7 @@ class Trainer:
         betas: tuple[float, float] = (0.5, 0.999),
         ema_decay: float = 0.999,
         seed: int = 0,
+        loss: AdversarialLoss | None = None,
         orthogonal: Orthogonal | None = None,
     ) -> None:
         self.generator = generator.to(data.device)
@@ -75,6 +78,7 @@ class Trainer:
                 (self.generator, self.discriminator), learning_rates, strict=True
             )
         }
+        self.loss = loss or NonSaturating()
         self.orthogonal = orthogonal
         self._projecting: dict[nn.Module, OrthogonalGradients] = {}
         if orthogonal is not None:
@@ -178,8 +182,8 @@ class Trainer:
         with torch.no_grad():
             fake = self.generator(noise)
         with self._safe_derivatives():
-            losses = discriminator_losses(self.discriminator(real), self.discriminator(fake))
-            loss = losses[0] + losses[1]
+            losses = self.loss.discriminator(self.discriminator(real), self.discriminator(fake))
+            loss = sum(losses[1:], losses[0])
         context = self._context(None, loss, real, fake, noise)
         self._apply(self.discriminator, loss, losses, context)
 
@@ -187,11 +191,11 @@ class Trainer:
         noise = self._draw_noise()
         with self._safe_derivatives():
             fake = self.generator(noise)
-            logits = self.discriminator(fake)
-            loss = generator_loss(logits)
+            outputs = self.loss.outputs_for_generator(self.discriminator, real, fake)
+            loss = self.loss.generator(*outputs)
             rival = None
             if self.orthogonal is not None:  # its part on real samples does not matter
-                _, rival = discriminator_losses(logits, logits)
+                rival = self.loss.discriminator(*reversed(outputs))[-1]
         context = self._context(loss, None, real, fake, noise)
         self._apply(self.generator, loss, [loss], context, rival)
 

@@ -2,15 +2,19 @@
 
 from hessreg.regularizers._protocol import BaseRegularizer, Gradients, Regularizer, StepContext
 from hessreg.regularizers.gaussian_kernel import GaussianKernel
+from hessreg.regularizers.gradient_penalties import DRAGAN, R1, R2, WGANGP, GradientPenalty
 from hessreg.regularizers.hessian_penalty import HessianPenalty
 from hessreg.regularizers.hsn1r import HSN1R, hsn1r_loss, original_loss
-from hessreg.regularizers.r1 import R1
 
 __all__ = [
+    "DRAGAN",
     "HSN1R",
     "R1",
+    "R2",
+    "WGANGP",
     "BaseRegularizer",
     "GaussianKernel",
+    "GradientPenalty",
     "Gradients",
     "HessianPenalty",
     "Regularizer",

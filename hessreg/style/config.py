@@ -5,12 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from hessreg.gan.config import (
-    _check_types,
-    _require,
-    _require_at_least,
-    _require_positive,
-)
+from hessreg.gan.checks import check_types, require, require_at_least, require_positive
 from hessreg.style.features import Pooling
 from hessreg.style.images import MAX_SIZE
 
@@ -47,7 +42,7 @@ def parse_blend(text: str, count: int) -> list[float]:
         values = []
     valid = len(values) == count and all(0 <= v < float("inf") for v in values) and sum(values) > 0
     wanted = f"{count} numbers with commas, one a style, at least 0 and not all 0"
-    _require(valid, "blend", wanted, text)
+    require(valid, "blend", wanted, text)
     return values
 
 
@@ -73,12 +68,12 @@ class CorrectionConfig:
     trust_radius: float | None = None
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require_positive(self, "eps")
-        _require_at_least(self, 0, "mu")
-        _require_at_least(self, 1, "num_steps", "every")
+        check_types(self)
+        require_positive(self, "eps")
+        require_at_least(self, 0, "mu")
+        require_at_least(self, 1, "num_steps", "every")
         if self.trust_radius is not None:
-            _require_positive(self, "trust_radius")
+            require_positive(self, "trust_radius")
 
 
 @dataclass
@@ -103,11 +98,11 @@ class TrainingConfig:
     activation: Literal["silu", "softplus", "tanh", "leaky_relu"] = "silu"
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require(16 <= self.crop <= MAX_SIZE, "crop", f"in [16, {MAX_SIZE}]", self.crop)
-        _require(1 <= self.batch_size <= 256, "batch_size", "in [1, 256]", self.batch_size)
-        _require(1 <= self.width <= 256, "width", "in [1, 256]", self.width)
-        _require(0 <= self.num_blocks <= 64, "num_blocks", "in [0, 64]", self.num_blocks)
+        check_types(self)
+        require(16 <= self.crop <= MAX_SIZE, "crop", f"in [16, {MAX_SIZE}]", self.crop)
+        require(1 <= self.batch_size <= 256, "batch_size", "in [1, 256]", self.batch_size)
+        require(1 <= self.width <= 256, "width", "in [1, 256]", self.width)
+        require(0 <= self.num_blocks <= 64, "num_blocks", "in [0, 64]", self.num_blocks)
 
 
 @dataclass
@@ -161,17 +156,17 @@ class StyleConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         for name, value in _BY_METHOD[self.method].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        _require(32 <= self.size <= MAX_SIZE, "size", f"in [32, {MAX_SIZE}]", self.size)
-        _require_at_least(self, 0, "steps", "seconds", "seed", "save_every", "threads")
-        _require_at_least(self, 0, "content_weight", "style_weight", "tv_weight")
-        _require(self.threads <= 1024, "threads", "at most 1024", self.threads)
-        _require(bool(self.steps) or self.seconds > 0, "steps", "positive without seconds", 0)
+        require(32 <= self.size <= MAX_SIZE, "size", f"in [32, {MAX_SIZE}]", self.size)
+        require_at_least(self, 0, "steps", "seconds", "seed", "save_every", "threads")
+        require_at_least(self, 0, "content_weight", "style_weight", "tv_weight")
+        require(self.threads <= 1024, "threads", "at most 1024", self.threads)
+        require(bool(self.steps) or self.seconds > 0, "steps", "positive without seconds", 0)
         if self.learning_rate is not None:
-            _require_positive(self, "learning_rate")
+            require_positive(self, "learning_rate")
 
     @property
     def weights(self) -> dict[str, float]:

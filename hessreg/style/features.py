@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, conv2d, max_pool2d, pad, relu, softplus
 
-from hessreg.gan.config import _require
+from hessreg.gan.checks import require
 
 __all__ = [
     "FeatureExtractor",
@@ -109,11 +109,11 @@ class RandomFeatures(nn.Module):
         content_levels: Sequence[int] = (1, 2, 3),
     ) -> None:
         super().__init__()
-        _require(channels >= 1, "channels", "at least 1", channels)
-        _require(1 <= levels <= 8, "levels", "in [1, 8]", levels)
-        _require(kernel_size % 2 == 1, "kernel_size", "odd", kernel_size)
+        require(channels >= 1, "channels", "at least 1", channels)
+        require(1 <= levels <= 8, "levels", "in [1, 8]", levels)
+        require(kernel_size % 2 == 1, "kernel_size", "odd", kernel_size)
         known = all(0 <= level < levels for level in content_levels)
-        _require(known and len(content_levels) > 0, "content_levels", "levels", content_levels)
+        require(known and len(content_levels) > 0, "content_levels", "levels", content_levels)
         self.content_levels = tuple(content_levels)
         self.bytes_per_pixel = round(14 * channels * (1 + sum(0.25**n for n in range(levels))))
         generator = torch.Generator().manual_seed(seed)
@@ -202,7 +202,7 @@ class VGG19Features(nn.Module):
 
     def __init__(self, weights: Path, pooling: Pooling = "average") -> None:
         super().__init__()
-        _require(pooling in ("average", "max"), "pooling", "average or max", pooling)
+        require(pooling in ("average", "max"), "pooling", "average or max", pooling)
         self.bytes_per_pixel = 3600
         self.pool = avg_pool2d if pooling == "average" else max_pool2d
         self.normalise = _Normalise()

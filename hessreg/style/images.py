@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hessreg.gan.checkpoint import write_atomically
-from hessreg.gan.config import _require
+from hessreg.gan.checks import require
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -68,7 +68,7 @@ def load_image(path: str | Path, size: int = 256) -> Tensor:
         >>> load_image("sample:china", size=64).shape
         torch.Size([1, 3, 43, 64])
     """
-    _require(32 <= size <= MAX_SIZE, "size", f"in [32, {MAX_SIZE}]", size)
+    require(32 <= size <= MAX_SIZE, "size", f"in [32, {MAX_SIZE}]", size)
     file = _sample(str(path)) if str(path).startswith("sample:") else Path(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Pillow, on odd files it can read nevertheless

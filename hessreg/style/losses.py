@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hessreg.gan.config import _require
+from hessreg.gan.checks import require
 from hessreg.style.features import FeatureExtractor
 
 __all__ = ["StyleObjective", "content_loss", "feature_gram", "style_loss", "total_variation"]
@@ -32,7 +32,7 @@ def feature_gram(features: Tensor) -> Tensor:
         tensor([[[5., 3.],
                  [3., 2.]]])
     """
-    _require(features.dim() == 4, "features", "[n, channels, height, width]", features.shape)
+    require(features.dim() == 4, "features", "[n, channels, height, width]", features.shape)
     rows = features.flatten(2)
     return rows @ rows.mT / rows.shape[2]
 
@@ -49,7 +49,7 @@ def content_loss(features: Sequence[Tensor], targets: Sequence[Tensor]) -> Tenso
     Returns:
         A scalar.
     """
-    _require(len(features) == len(targets) > 0, "features", f"{len(targets)} layers", len(features))
+    require(len(features) == len(targets) > 0, "features", f"{len(targets)} layers", len(features))
     terms = [_relative(*pair) for pair in zip(features, targets, strict=True)]
     return torch.stack(terms).mean()
 
@@ -69,7 +69,7 @@ def style_loss(
     Returns:
         A scalar.
     """
-    _require(len(grams) == len(targets) > 0, "grams", f"{len(targets)} layers", len(grams))
+    require(len(grams) == len(targets) > 0, "grams", f"{len(targets)} layers", len(grams))
     shares = _shares(weights, len(targets), "weights")
     terms = [
         share * _relative(found, target)
@@ -87,9 +87,9 @@ def _relative(found: Tensor, target: Tensor) -> Tensor:
 def _shares(weights: Sequence[float] | None, count: int, name: str) -> list[float]:
     """Weights with sum 1."""
     given = [1.0] * count if weights is None else [float(weight) for weight in weights]
-    _require(len(given) == count, name, f"{count} numbers", weights)
+    require(len(given) == count, name, f"{count} numbers", weights)
     valid = all(0 <= weight < float("inf") for weight in given) and sum(given) > 0
-    _require(valid, name, "finite, at least 0 and not all 0", weights)
+    require(valid, name, "finite, at least 0 and not all 0", weights)
     return [weight / sum(given) for weight in given]
 
 
@@ -148,10 +148,10 @@ class StyleObjective:
         tv_weight: float = 0.0,
         style_weights: Sequence[float] | None = None,
     ) -> None:
-        _require(len(styles) > 0, "styles", "one picture or more", styles)
+        require(len(styles) > 0, "styles", "one picture or more", styles)
         self.weights = {"content": content_weight, "style": style_weight, "tv": tv_weight}
         for name, weight in self.weights.items():
-            _require(0 <= weight < float("inf"), f"{name}_weight", "finite, at least 0", weight)
+            require(0 <= weight < float("inf"), f"{name}_weight", "finite, at least 0", weight)
         self.weights["range"] = _RANGE_WEIGHT
         self.features = features
         with torch.no_grad():

@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 
 from hessreg.curvature import HessianOperator
 from hessreg.gan.checkpoint import CheckpointError, load_state, save_state
-from hessreg.gan.config import _require
+from hessreg.gan.checks import require
 from hessreg.gan.trainer import NonFiniteError
 from hessreg.style.config import CorrectionConfig, StyleConfig
 from hessreg.style.correction import correct
@@ -48,10 +48,10 @@ class CropSampler:
     """
 
     def __init__(self, pictures: Sequence[Tensor], size: int, batch_size: int, seed: int) -> None:
-        _require(len(pictures) > 0, "pictures", "one or more", pictures)
+        require(len(pictures) > 0, "pictures", "one or more", pictures)
         shortest = min(min(picture.shape[2:]) for picture in pictures)
-        _require(1 <= size <= shortest, "size", f"in [1, {shortest}] for these pictures", size)
-        _require(batch_size >= 1, "batch_size", "at least 1", batch_size)
+        require(1 <= size <= shortest, "size", f"in [1, {shortest}] for these pictures", size)
+        require(batch_size >= 1, "batch_size", "at least 1", batch_size)
         self.pictures, self.size, self.batch_size = list(pictures), size, batch_size
         self._generator = torch.Generator().manual_seed(seed)
 

@@ -1,0 +1,230 @@
+"""Penalties on the slope of the discriminator: at data, at generated samples, and between them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hessreg.curvature._checks import check_not_negative
+from hessreg.regularizers._protocol import BaseRegularizer, StepContext
+
+__all__ = ["DRAGAN", "R1", "R2", "WGANGP", "GradientPenalty"]
+
+
+class GradientPenalty(BaseRegularizer):
+    """A penalty on grad_x D(x) at some points, in the discriminator's phase; to derive from.
+
+    Where D gives several numbers for a sample, its slope is that of their sum.
+
+    Attributes:
+        name: of the metric, the penalty in the last step.
+    """
+
+    name: str
+
+    def __init__(self) -> None:
+        self._penalty: Tensor | None = None
+
+    @abstractmethod
+    def points(self, ctx: StepContext) -> Tensor:
+        """Where the slope is taken: [n, ...]."""
+
+    @abstractmethod
+    def penalty(self, slopes: Tensor) -> Tensor:
+        """The scalar to add, of grad_x D at every point: [n, d]."""
+
+    def loss_terms(self, ctx: StepContext) -> tuple[Tensor | None, Tensor | None]:
+        """The penalty, in the discriminator's phase.
+
+        Raises:
+            ValueError: samples that it needs are not in ``ctx``.
+        """
+        if ctx.discriminator_loss is None:
+            return None, None
+        penalty = self.penalty(_slopes(ctx.discriminator, self.points(ctx)))
+        self._penalty = penalty.detach()
+        return None, penalty
+
+    def metrics(self) -> dict[str, float]:
+        """The penalty in the last step."""
+        return {} if self._penalty is None else {self.name: self._penalty.item()}
+
+    def _samples(self, ctx: StepContext, name: str) -> Tensor:
+        samples: Tensor | None = getattr(ctx, name)
+        if samples is None:
+            what = {"real": "real data", "fake": "generated samples"}[name]
+            raise ValueError(
+                f"{type(self).__name__} needs a batch of {what} in ctx.{name}, got None"
+            )
+        return samples.detach()
+
+
+def _slopes(discriminator: nn.Module, x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_(True)
+    (slopes,) = torch.autograd.grad(discriminator(x).sum(), x, create_graph=True)
+    return slopes.flatten(1)
+
+
+class R1(GradientPenalty):
+    """Gradient penalty gamma/2 E |grad_x D(x)|^2 on real data (Mescheder and others, 2018).
+
+    Args:
+        gamma: weight of the penalty.
+
+    Raises:
+        TypeError: a weight that is not a number.
+        ValueError: a weight that is negative or not finite.
+
+    Example:
+        >>> D = torch.nn.Linear(2, 1)
+        >>> _ = torch.nn.init.constant_(D.weight, 3.0)
+        >>> loss = D(torch.ones(4, 2)).mean()
+        >>> ctx = StepContext(0, D, D, None, loss, real=torch.ones(4, 2))
+        >>> R1(gamma=0.5).loss_terms(ctx)[1].item()
+        4.5
+    """
+
+    name = "r1"
+
+    def __init__(self, gamma: float = 1.0) -> None:
+        super().__init__()
+        check_not_negative(gamma=gamma)
+        self.gamma = gamma
+
+    def points(self, ctx: StepContext) -> Tensor:
+        """The batch of data."""
+        return self._samples(ctx, "real")
+
+    def penalty(self, slopes: Tensor) -> Tensor:
+        """gamma/2 E |slope|^2."""
+        return 0.5 * self.gamma * slopes.square().sum(1).mean()
+
+
+class R2(R1):
+    """Gradient penalty gamma/2 E |grad_x D(G(z))|^2 on generated samples.
+
+    R3GAN (Huang and others, 2024) has it beside :class:`R1`, with a relativistic loss.
+
+    Args:
+        gamma: weight of the penalty.
+
+    Raises:
+        TypeError: a weight that is not a number.
+        ValueError: a weight that is negative or not finite.
+    """
+
+    name = "r2"
+
+    def points(self, ctx: StepContext) -> Tensor:
+        """The generated batch."""
+        return self._samples(ctx, "fake")
+
+
+class _UnitSlope(GradientPenalty):
+    """weight E (|grad_x D| - 1)^2 at random points.
+
+    Args:
+        weight: lambda.
+        seed: of the random numbers, which are the same on every device.
+    """
+
+    def __init__(self, weight: float, seed: int) -> None:
+        super().__init__()
+        check_not_negative(weight=weight)
+        self.weight = weight
+        self._random = torch.Generator().manual_seed(seed)
+
+    def penalty(self, slopes: Tensor) -> Tensor:
+        """Weight E (|slope| - 1)^2."""
+        return self.weight * (torch.linalg.vector_norm(slopes, dim=1) - 1).square().mean()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the random numbers."""
+        return {"random": self._random.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what :meth:`state_dict` gave, so that a resumed run is the same bit for bit.
+
+        Raises:
+            ValueError: missing or unknown entries.
+        """
+        if state.keys() != {"random"}:
+            raise ValueError(f"state must have random, got {sorted(state)}")
+        self._random.set_state(state["random"].cpu())
+
+    def _uniform(self, *shape: int, like: Tensor) -> Tensor:
+        return torch.rand(*shape, generator=self._random).to(like)
+
+
+class WGANGP(_UnitSlope):
+    """weight E (|grad_x D(x')| - 1)^2 at x' = x + u (G(z) - x), u uniform in [0, 1].
+
+    From Gulrajani and others, "Improved training of Wasserstein GANs", 2017.
+
+    Args:
+        weight: lambda.
+        seed: of u.
+
+    Raises:
+        TypeError: a weight that is not a number.
+        ValueError: a weight that is negative or not finite.
+
+    Example:
+        >>> D = torch.nn.Linear(2, 1)
+        >>> _ = torch.nn.init.constant_(D.weight, 0.0)
+        >>> x = torch.ones(4, 2)
+        >>> ctx = StepContext(0, D, D, None, D(x).mean(), real=x, fake=-x)
+        >>> WGANGP(weight=10.0).loss_terms(ctx)[1].item()
+        10.0
+    """
+
+    name = "wgan_gp"
+
+    def __init__(self, weight: float = 10.0, seed: int = 0) -> None:
+        super().__init__(weight, seed)
+
+    def points(self, ctx: StepContext) -> Tensor:
+        """One point between every real sample and the generated one it is paired with.
+
+        Raises:
+            ValueError: not as many of both.
+        """
+        real, fake = self._samples(ctx, "real"), self._samples(ctx, "fake")
+        if real.shape != fake.shape:
+            shapes = f"{tuple(real.shape)} and {tuple(fake.shape)}"
+            raise ValueError(f"WGANGP needs as many real as generated samples, got {shapes}")
+        return torch.lerp(real, fake, self._uniform(len(real), *[1] * (real.dim() - 1), like=real))
+
+
+class DRAGAN(_UnitSlope):
+    """weight E (|grad_x D(x')| - 1)^2 at real samples with noise.
+
+    x' = x + spread std(x) u with u uniform in [0, 1] for every component, as in Kodali and others,
+    "On convergence and stability of GANs", 2017.
+
+    Args:
+        weight: lambda.
+        spread: width of the noise in standard deviations of the batch.
+        seed: of u.
+
+    Raises:
+        TypeError: a weight or spread that is not a number.
+        ValueError: one that is negative or not finite.
+    """
+
+    name = "dragan"
+
+    def __init__(self, weight: float = 10.0, spread: float = 0.5, seed: int = 0) -> None:
+        super().__init__(weight, seed)
+        check_not_negative(spread=spread)
+        self.spread = spread
+
+    def points(self, ctx: StepContext) -> Tensor:
+        """The batch of data with noise."""
+        real = self._samples(ctx, "real")
+        noise = self._uniform(*real.shape, like=real)
+        return real + self.spread * real.std(correction=0) * noise
