@@ -22,7 +22,7 @@ SOURCES := $(shell find csrc -type f)
 	touch $@
 
 demo: .venv/installed
-	$(BIN)/hessreg compare digits --regularizers none,r1,hsn1r --seconds $(SECONDS_EACH) --jobs $(JOBS) \
+	$(BIN)/hessreg compare digits --methods none,r1,hsn1r --seconds $(SECONDS_EACH) --jobs $(JOBS) \
 	  --out runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
 style: .venv/installed

@@ -144,7 +144,7 @@ def _parser() -> ArgumentParser:
     commands = parser.add_subcommands(dest="command")
     _add_per_dataset(commands, "train", "train a GAN", _train_parser)
     commands.add_subcommand("resume", _resume_parser(), help="continue a run; also train --resume")
-    _add_per_dataset(commands, "compare", "several regularisers at equal cost", _compare_parser)
+    _add_per_dataset(commands, "compare", "several methods at equal cost", _compare_parser)
     purpose = "eigenvalues, trace and density of a Hessian"
     commands.add_subcommand("spectrum", _spectrum_parser(), help=purpose)
     purpose = "how training methods move in small games, and why"
@@ -200,9 +200,11 @@ def _train_parser(dataset: str) -> ArgumentParser:
 
 
 def _compare_parser(dataset: str) -> ArgumentParser:
-    purpose = f"Train with several regularisers on {dataset} at equal cost."
-    parser = _config_parser(dataset, purpose, {"regularizer"})
-    parser.add_argument("--regularizers", type=str, default=_COMPARED, help="Names, with commas.")
+    purpose = f"Train with several methods on {dataset} at equal cost."
+    parser = _config_parser(dataset, purpose, {"regularizer", "orthogonal", "correction", "seed"})
+    names = "With commas: none, or regularisers, a loss, hsc and orthogonal_MODE joined by +."
+    parser.add_argument("--methods", type=str, default=_COMPARED, help=names)
+    parser.add_argument("--seeds", type=str, default="0", help="Seeds, with commas.")
     parser.add_argument("--jobs", type=int, default=1, help="Runs at once.")
     return parser
 
@@ -378,12 +380,20 @@ def _resume(options: dict[str, Any]) -> None:
 
 
 def _compare(options: dict[str, Any]) -> None:
-    names = [name.strip() for name in options["regularizers"].split(",")]
+    names = [name.strip() for name in options["methods"].split(",")]
     with _input():
         config = _train_config(options)
         out = _out(options, f"{config.dataset}-compare")
-        comparison = Comparison.create(out, names, config, options["jobs"])
+        seeds = _seeds(options["seeds"])
+        comparison = Comparison.create(out, names, config, seeds, options["jobs"])
     say(comparison.train())
+
+
+def _seeds(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ValueError(f"seeds must be integers of at least 0 with commas, got {text!r:.40}")
+    return [int(part) for part in parts]
 
 
 def _spectrum(options: dict[str, Any]) -> None:

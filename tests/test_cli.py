@@ -112,14 +112,14 @@ def assert_says_how_to_continue(folder, error) -> None:
 
 def test_compare_writes_pictures_and_tables(tmp_path, capfd):
     folder = tmp_path / "compare"
-    args = ["--regularizers=none,hsn1r", "--steps=20", f"--out={folder}", "--jobs=2", *SMALL]
+    args = ["--methods=none,hsn1r", "--steps=20", f"--out={folder}", "--jobs=2", *SMALL]
     assert main(["compare", "digits", *args]) == 0
     printed = capfd.readouterr().out
     for name in ("none", "hsn1r", "training images", "one image per class", "Lowest FDD"):
         assert name in printed
     rows = json.loads((folder / "comparison.json").read_text())
     assert [row["name"] for row in rows[:3]] == ["none", "hsn1r", "training images"]
-    assert (folder / "comparison.csv").read_text().startswith("name,fdd,classes,precision")
+    assert (folder / "comparison.csv").read_text().startswith("name,seed,fdd,classes,precision")
     for picture in ("comparison.png", "curves.png", "none/samples.png", "hsn1r/curves.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
 
@@ -136,13 +136,34 @@ def test_kernels_keep_all_modes_of_the_ring(tmp_path):
 
 def test_compare_on_the_ring(tmp_path, capfd):
     folder = tmp_path / "compare"
-    args = ["--regularizers=none,gaussian+r1", "--steps=20", f"--out={folder}", *SMALL]
+    args = ["--methods=none,gaussian+r1", "--steps=20", f"--out={folder}", *SMALL]
     assert main(["compare", "ring", *args]) == 0
     printed = capfd.readouterr().out
     for name in ("none", "gaussian+r1", "training points", "seven modes", "Lowest MMD"):
         assert name in printed
-    assert (folder / "comparison.csv").read_text().startswith("name,modes,quality,tv,mmd,steps")
+    assert (folder / "comparison.csv").read_text().startswith("name,seed,modes,quality,tv,mmd")
     assert (folder / "gaussian+r1" / "kernel.png").exists()
+
+
+def test_compare_any_methods_over_seeds(tmp_path, capfd):
+    folder = tmp_path / "compare"
+    methods = "relativistic+r1+r2,hsc,orthogonal_previous"
+    args = [f"--methods={methods}", "--seeds=3,4", "--steps=4", f"--out={folder}", *SMALL]
+    assert main(["compare", "ring", *args, "--hsc.num_steps=2"]) == 0
+    printed = capfd.readouterr().out
+    assert "Lowest MMD, mean over 2 seeds" in printed
+    rows = [row for row in json.loads((folder / "comparison.json").read_text()) if "seed" in row]
+    kinds = [(r["loss"], r["regularizer"], r["orthogonal"], r["correction"]) for r in rows]
+    assert kinds[::2] == kinds[1::2]
+    assert kinds[::2] == [
+        ("relativistic", "r1+r2", "none", "none"),
+        ("nonsaturating", "none", "none", "hsc"),
+        ("nonsaturating", "none", "previous", "none"),
+    ]
+    assert [row["seed"] for row in rows] == [3, 4] * 3
+    mean = (rows[0]["mmd"] + rows[1]["mmd"]) / 2
+    assert f"{mean:.4f} ± {abs(rows[0]['mmd'] - rows[1]['mmd']) / 2**0.5:.4f}" in printed
+    assert (folder / "hsc-4" / "samples.png").exists()
 
 
 def test_each_data_set_has_defaults_of_its_own(capsys):
@@ -224,8 +245,20 @@ def refused(capsys, *args) -> str:
         ("train digits --config missing.yaml", "--config: File does not exist"),
         ("train digits --batch_size 5000", "batch_size must be in [1, 1437]"),
         ("train digits --width 1000000", "width must be in [2, 8192]"),
-        ("compare digits --regularizers none,foo", "joined by +, got 'foo'"),
-        ("compare digits --regularizers r1,r1", "regularizers must be different names"),
+        ("compare digits --methods none,foo", "one loss and one projection, got 'foo'"),
+        (
+            "compare digits --methods r1,r1",
+            "methods must be different, and at least one, got 'r1, r1'",
+        ),
+        (
+            "compare digits --methods hinge+minimax",
+            "at most one loss and one projection, got 'hinge+m",
+        ),
+        (
+            "compare digits --seeds 1,x",
+            "seeds must be integers of at least 0 with commas, got '1,x'",
+        ),
+        ("compare digits --seeds 1,1", "seeds must be different, and at least one, got '1, 1'"),
         ("compare digits --jobs 0", "jobs must be at least 1, got 0"),
         ("train ring --architecture dcgan", "dcgan is for samples of shape (1, 8, 8), got (2,)"),
         ("train ring --gaussian.sigma 0", "sigma must be median, ema, learned or positive"),

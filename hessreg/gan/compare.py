@@ -1,10 +1,11 @@
-"""Several regularisers at equal cost, side by side."""
+"""Several methods at equal cost, side by side."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import statistics
 import subprocess
 import sys
 import threading
@@ -16,13 +17,16 @@ from typing import Any
 
 from hessreg.gan import pictures
 from hessreg.gan.checkpoint import write_atomically
-from hessreg.gan.config import TrainConfig
+from hessreg.gan.config import TrainConfig, with_method
 from hessreg.gan.metrics import Judge
 from hessreg.gan.run import Interrupted, Run
 from hessreg.gan.run_folder import RunFolder
 from hessreg.gan.tasks import TASKS
 
 __all__ = ["Comparison", "ComparisonError", "format_table"]
+
+Row = dict[str, Any]
+Rows = dict[str, list[Row]]  # of each method one for each seed
 
 _INTERRUPTED = 130  # exit code of a run that saved its state after a signal
 
@@ -32,51 +36,74 @@ class ComparisonError(RuntimeError):
 
 
 class Comparison:
-    """Several regularisers, the same limit, seed and networks. Use `create`, then `train`.
+    """Several methods, the same limit and networks, over some seeds. Use `create`, then `train`.
 
     Each runs in a process of its own, so that none shares threads, caches or random
-    numbers with another, and in its own run folder ``path/name``.
+    numbers with another, and in its own run folder ``path/name``, or with several seeds
+    ``path/name-seed``.
 
     Args:
         path: Folder for the runs, ``comparison.png``, ``curves.png``, ``comparison.csv`` and
             ``comparison.json``.
-        regularizers: What `TrainConfig.regularizer` may be.
+        methods: As `with_method` takes them.
         dataset: Name of the data set.
+        seeds: Of the runs of each method.
         jobs: Runs at once. CPU time is what is limited, so this changes the wait only.
     """
 
     def __init__(
-        self, path: Path, regularizers: Sequence[str], dataset: str, jobs: int = 1
+        self,
+        path: Path,
+        methods: Sequence[str],
+        dataset: str,
+        seeds: Sequence[int] = (0,),
+        jobs: int = 1,
     ) -> None:
         self.path = path
-        self.regularizers = list(regularizers)
+        self.methods = list(methods)
         self.dataset = dataset
         self.jobs = jobs
+        several = len(seeds) > 1
+        self._folders = {
+            method: {seed: path / (f"{method}-{seed}" if several else method) for seed in seeds}
+            for method in methods
+        }
 
     @classmethod
     def create(
-        cls, path: Path, regularizers: Sequence[str], config: TrainConfig, jobs: int = 1
+        cls,
+        path: Path,
+        methods: Sequence[str],
+        config: TrainConfig,
+        seeds: Sequence[int] = (),
+        jobs: int = 1,
     ) -> Comparison:
-        """Prepare one run for each.
+        """Prepare the runs.
 
         Args:
             path: New folder, or that of an unfinished comparison with equal options.
-            regularizers: What `TrainConfig.regularizer` may be, each once.
-            config: Everything else; its ``regularizer`` is ignored.
+            methods: As `with_method` takes them, each once.
+            config: Everything else.
+            seeds: Of the runs of each method; that of the configuration by default.
             jobs: Runs at once.
 
         Raises:
             RunFolderError: If the folder has content or cannot be written.
-            ValueError: If a name is unknown or given twice, or an option cannot be used.
+            ValueError: If a name or a seed is unknown or given twice, or an option cannot be used.
         """
-        if not regularizers or len(set(regularizers)) < len(regularizers):
-            named = ", ".join(regularizers)
-            raise ValueError(f"regularizers must be different names, got {named!r}")
+        seeds = list(seeds) or [config.seed]
+        for what, given in {"methods": methods, "seeds": seeds}.items():
+            if not given or len(set(given)) < len(given):
+                named = ", ".join(map(str, given))
+                raise ValueError(f"{what} must be different, and at least one, got {named!r}")
         if jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {jobs}")
-        for each in [replace(config, regularizer=name) for name in regularizers]:
-            _prepare(path / each.regularizer, each)
-        return cls(path, regularizers, config.dataset, jobs)
+        comparison = cls(path, methods, config.dataset, seeds, jobs)
+        chosen = {method: with_method(config, method) for method in methods}
+        for method, folders in comparison._folders.items():
+            for seed, folder in folders.items():
+                _prepare(folder, replace(chosen[method], seed=seed))
+        return comparison
 
     def train(self) -> str:
         """Train all, evaluate and draw.
@@ -88,15 +115,20 @@ class Comparison:
             ComparisonError: If a run failed.
             Interrupted: If Ctrl-C was pressed; every run has saved its state.
         """
-        _train_all(self.path, self.regularizers, self.jobs)
-        rows = {name: RunFolder(self.path / name).read_result() for name in self.regularizers}
+        folders = [folder for by_seed in self._folders.values() for folder in by_seed.values()]
+        _train_all(self.path, folders, self.jobs)
+        rows = {
+            method: [RunFolder(folder).read_result() for folder in by_seed.values()]
+            for method, by_seed in self._folders.items()
+        }
         task = TASKS[self.dataset]
         dataset = task.load()
         judge = task.judge(dataset)
         references = judge.reference_rows()
-        _write_tables(self.path, {**rows, **references}, judge)
+        _write_tables(self.path, rows, references, judge)
         task.draw(self.path / "training.png", dataset.train_samples)
-        _write_pictures(self.path, rows, judge)
+        first = {method: next(iter(each.values())) for method, each in self._folders.items()}
+        _write_pictures(self.path, first, rows, judge)
         table = format_table(rows, references, judge.columns)
         return "\n".join([table, "", _verdict(self.path, rows, judge)])
 
@@ -133,11 +165,11 @@ class _Children:
                 process.terminate()
 
 
-def _train_all(path: Path, regularizers: Sequence[str], jobs: int) -> None:
+def _train_all(path: Path, folders: Sequence[Path], jobs: int) -> None:
     children = _Children()
 
-    def train(regularizer: str) -> int:
-        command = [sys.executable, "-m", "hessreg", "resume", str(path / regularizer)]
+    def train(folder: Path) -> int:
+        command = [sys.executable, "-m", "hessreg", "resume", str(folder)]
         # Two bars would overwrite each other.
         code = children.run(command if jobs == 1 else [*command, "--plain"])
         if code == _INTERRUPTED:
@@ -147,57 +179,70 @@ def _train_all(path: Path, regularizers: Sequence[str], jobs: int) -> None:
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            codes = list(pool.map(train, regularizers))
+            codes = list(pool.map(train, folders))
         except KeyboardInterrupt:
             children.stop()
             pool.shutdown(wait=False, cancel_futures=True)
             raise Interrupted(f"stopped; continue with the same command and --out {path}") from None
-    failed = [regularizer for regularizer, code in zip(regularizers, codes, strict=True) if code]
+    failed = [folder.name for folder, code in zip(folders, codes, strict=True) if code]
     if failed:
         raise ComparisonError(f"{', '.join(failed)} did not finish; see {path}")
 
 
-def _write_tables(path: Path, rows: dict[str, dict[str, Any]], judge: Judge) -> None:
-    named = [{"name": name, **row} for name, row in rows.items()]
+def _write_tables(path: Path, rows: Rows, references: dict[str, Row], judge: Judge) -> None:
+    runs = [{"name": name, **row} for name, of_seeds in rows.items() for row in of_seeds]
+    named = runs + [{"name": name, **row} for name, row in references.items()]
     write_atomically(path / "comparison.json", json.dumps(named, indent=2).encode())
     table = io.StringIO()
-    names = ["name", *judge.columns, "steps", "cpu_seconds"]
+    names = ["name", "seed", *judge.columns, "steps", "cpu_seconds"]
     writer = csv.DictWriter(table, names, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(named)
     write_atomically(path / "comparison.csv", table.getvalue().encode())
 
 
-def _write_pictures(path: Path, rows: dict[str, dict[str, Any]], judge: Judge) -> None:
+def _write_pictures(path: Path, folders: Mapping[str, Path], rows: Rows, judge: Judge) -> None:
+    """Samples and curves of each method's first seed."""
     heading, form = judge.columns[judge.headline]
     titled = {"training data": path / "training.png"}
-    for name, row in rows.items():
-        titled[f"{name}: {heading} {row[judge.headline]:{form}}"] = path / name / "samples.png"
+    for name, folder in folders.items():
+        value = rows[name][0][judge.headline]
+        titled[f"{name}: {heading} {value:{form}}"] = folder / "samples.png"
     pictures.save_side_by_side(path / "comparison.png", titled)
-    curves = {name: RunFolder(path / name).read_metrics() for name in rows}
+    curves = {name: RunFolder(folder).read_metrics() for name, folder in folders.items()}
     pictures.save_curves(path / "curves.png", curves, (judge.headline, heading))
 
 
-def _verdict(path: Path, rows: dict[str, dict[str, Any]], judge: Judge) -> str:
+def _verdict(path: Path, rows: Rows, judge: Judge) -> str:
     heading, form = judge.columns[judge.headline]
-    order = sorted(rows, key=lambda name: rows[name][judge.headline])
-    ranking = " < ".join(f"{name} ({rows[name][judge.headline]:{form}})" for name in order)
+    means = {name: _mean(of_seeds, judge.headline) for name, of_seeds in rows.items()}
+    ranking = " < ".join(
+        f"{name} ({means[name]:{form}})" for name in sorted(means, key=lambda name: means[name])
+    )
+    count = len(next(iter(rows.values())))
+    over = "one seed" if count == 1 else f"mean over {count} seeds"
+    shown = "" if count == 1 else " of the first seed"
     return (
-        f"Lowest {heading}, one seed: {ranking}\n"
-        f"{path / 'comparison.png'}: samples beside real data; {path / 'curves.png'}: losses,"
-        f" regularisers and {heading} against CPU time; {path / 'comparison.csv'} and .json: the"
-        " numbers"
+        f"Lowest {heading}, {over}: {ranking}\n"
+        f"{path / 'comparison.png'}: samples{shown} beside real data; {path / 'curves.png'}:"
+        f" losses, regularisers and {heading}{shown} against CPU time;"
+        f" {path / 'comparison.csv'} and .json: the numbers"
     )
 
 
 def format_table(
-    rows: dict[str, dict[str, Any]],
-    references: dict[str, dict[str, float]],
-    columns: Mapping[str, tuple[str, str]],
+    rows: Rows, references: dict[str, Row], columns: Mapping[str, tuple[str, str]]
 ) -> str:
-    """Return runs and reference rows as aligned text, with a judge's columns."""
+    """Return runs and reference rows as aligned text, with a judge's columns.
+
+    Args:
+        rows: Of each method the runs; several are shown as mean and standard deviation.
+        references: A row for each of those below the line.
+        columns: Heading and format by name.
+    """
     head = ["", *(heading for heading, _ in columns.values()), "steps", "CPU s"]
-    body = [_cells(name, row, columns) for name, row in (rows | references).items()]
+    singles = {name: [row] for name, row in references.items()}
+    body = [_cells(name, group, columns) for name, group in (rows | singles).items()]
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
     lines = [
         "  ".join(
@@ -212,6 +257,21 @@ def format_table(
     return "\n".join(lines)
 
 
-def _cells(name: str, row: dict[str, Any], columns: Mapping[str, tuple[str, str]]) -> list[str]:
-    cost = [str(row["steps"]), f"{row['cpu_seconds']:.1f}"] if "steps" in row else ["", ""]
-    return [name, *(f"{row[key]:{form}}" for key, (_, form) in columns.items()), *cost]
+def _cells(name: str, runs: Sequence[Row], columns: Mapping[str, tuple[str, str]]) -> list[str]:
+    shown = {key: form for key, (_, form) in columns.items()}
+    cost = {"steps": ".0f", "cpu_seconds": ".1f"}
+    if "steps" not in runs[0]:
+        return [name, *(_cell(runs, key, form) for key, form in shown.items()), "", ""]
+    return [name, *(_cell(runs, key, form) for key, form in (shown | cost).items())]
+
+
+def _cell(runs: Sequence[Row], key: str, form: str) -> str:
+    if len(runs) == 1:
+        return f"{runs[0][key]:{form}}"
+    spread = statistics.stdev(run[key] for run in runs)
+    form = ".1f" if form == "d" else form  # a mean of counts is none
+    return f"{_mean(runs, key):{form}} ± {spread:{form}}"
+
+
+def _mean(runs: Sequence[Row], key: str) -> float:
+    return statistics.fmean(run[key] for run in runs)
