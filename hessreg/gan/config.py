@@ -364,14 +364,22 @@ class TrainConfig:
         require_at_least(self, 0, "steps", "seconds", "seed", "generator_lr", "discriminator_lr")
         require_at_least(self, 1, "threads", "latent_dim", "batch_size")
         require_at_least(self, 1, "log_every", "eval_every", "save_every")
-        if "gaussian" in self.regularizer.split("+"):
-            require(self.batch_size >= 2, "batch_size", "at least 2 with gaussian", self.batch_size)
+        self._check_pairs()
         require(self.threads <= 1024, "threads", "at most 1024", self.threads)
         require(2 <= self.width <= 8192, "width", "in [2, 8192]", self.width)
         require(self.latent_dim <= 8192, "latent_dim", "at most 8192", self.latent_dim)
         require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
         if not self.steps and not self.seconds:
             self.seconds = 40.0
+
+    def _check_pairs(self) -> None:
+        """MMD^2 without bias takes two samples of each kind."""
+        users = {"gaussian": self.regularizer.split("+"), "mmd": [self.loss]}
+        used = [name for name, chosen in users.items() if name in chosen]
+        wanted = f"at least 2 with {' and '.join(used)}"
+        require(self.batch_size >= 2 or not used, "batch_size", wanted, self.batch_size)
+        is_alone = "mmd" in used and self.correction == "hsc" and self.hsc.rows == 1
+        require(not is_alone, "hsc.rows", "0 or at least 2 with mmd", self.hsc.rows)
 
     def _check_orthogonal(self) -> None:
         if self.orthogonal != "terms":
