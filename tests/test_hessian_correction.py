@@ -730,12 +730,31 @@ def trained(first, last, group=None, parallel=False):
     return flat(net.parameters())
 
 
+def reasons_to_fall_back(rank, group):
+    """Why a process does not correct where the curvature's loss is NaN in the second one only."""
+    x = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    share = torch.tensor([1.0, math.nan][rank], dtype=torch.float64)
+    reasons = []
+    for data in (None, [torch.ones(1)]):
+        optimizer = HessianCorrection(
+            torch.optim.SGD([x], lr=0.1),
+            lambda data=data: HessianOperator(
+                lambda *batch: share * x.square().sum(), [x], data, process_group=group
+            ),
+        )
+        x.grad = torch.ones_like(x)
+        with pytest.warns(CorrectionWarning) as warned:
+            optimizer.step()
+        reasons.append(str(warned[0].message))
+    return reasons
+
+
 def _share_of_a_process(rank, size, path, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{path}", rank=rank, world_size=size)
     rows = 4 * rank, 4 * rank + 4
     found = [trained(*rows, dist.group.WORLD, parallel).numpy() for parallel in (False, True)]
-    results.put((rank, found))
+    results.put((rank, [*found, reasons_to_fall_back(rank, dist.group.WORLD)]))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -751,6 +770,12 @@ def test_two_processes_train_as_one_on_the_joined_batch(found_by_two, parallel):
     first, second = (torch.from_numpy(found_by_two[rank][parallel]) for rank in range(2))
     assert torch.equal(first, second)
     torch.testing.assert_close(first, trained(0, 8), rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_not_finite_in_one_process_is_corrected_in_none(found_by_two):
+    for first, second in zip(found_by_two[0][2], found_by_two[1][2], strict=True):
+        assert first.endswith("the loss or its gradient has NaN or infinity in another process")
+        assert second.endswith("loss must be finite, got nan")
 
 
 # --- the example
