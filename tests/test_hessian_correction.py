@@ -381,6 +381,14 @@ def test_a_second_run_of_failures_is_said_again():
     assert "step 3: " in results[2][1][0]
 
 
+def test_a_run_of_failures_ends_where_a_state_is_restored():
+    A, g = symmetric([4.0, 1.0]), torch.ones(2, dtype=DOUBLE)
+    preconditioner, _ = preconditioned(g, [Failing(A, True)])
+    preconditioner.load_state_dict(preconditioner.state_dict())
+    with pytest.warns(CorrectionWarning, match="step 2: the gradient is used as it is"):
+        preconditioner.correct(g, lambda: Failing(A, True))
+
+
 def test_a_loss_that_is_not_finite_falls_back_and_names_it():
     problem = Quadratic([4.0, 1.0], eps=0.1)
     problem.closure()

@@ -407,6 +407,25 @@ def test_step_is_that_of_explicit_hessians(eps, mu, with_target):
     assert [values["content_loss"], values["style_loss"]] == pytest.approx(expected, rel=1e-12)
 
 
+def test_the_style_loss_has_its_weight():
+    made, other = transfer(None), transfer(None)
+    other.style_weight = 1.0
+    both = pictures(1, 8).double(), pictures(1, 8, seed=1).double()
+    (content, style), expected = made.losses(*both), other.losses(*both)
+    torch.testing.assert_close((content, style), (expected[0], 2 * expected[1]))
+
+
+def test_each_loss_keeps_a_curvature_of_its_own():
+    made = transfer(partial(HessianPreconditioner, every=5, num_steps=5, max_residual=math.inf))
+    both = pictures(1, 8).double(), pictures(1, 8, seed=1).double()
+    functions, start = loss_functions(made, *both)
+    made.step(*both)
+    kept = [each.state_dict()["curvature"]["basis"][0] for each in made.corrections]
+    for first, loss in zip(kept, functions, strict=True):
+        g = torch.func.grad(loss)(start)
+        torch.testing.assert_close(first, g / g.norm())  # of which the space is
+
+
 def test_uncorrected_step_is_along_the_sum_of_the_gradients():
     made = transfer(None, max_norm=math.inf)
     content, style = pictures(1, 8).double(), pictures(1, 8, seed=1).double()

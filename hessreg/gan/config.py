@@ -374,11 +374,11 @@ class TrainConfig:
 
     def _check_pairs(self) -> None:
         """MMD^2 without bias takes two samples of each kind."""
-        users = {"gaussian": self.regularizer.split("+"), "mmd": [self.loss]}
-        used = [name for name, chosen in users.items() if name in chosen]
-        wanted = f"at least 2 with {' and '.join(used)}"
-        require(self.batch_size >= 2 or not used, "batch_size", wanted, self.batch_size)
-        is_alone = "mmd" in used and self.correction == "hsc" and self.hsc.rows == 1
+        chosen = [*self.regularizer.split("+"), self.loss]
+        for name in ("gaussian", "mmd"):
+            enough = self.batch_size >= 2 or name not in chosen
+            require(enough, "batch_size", f"at least 2 with {name}", self.batch_size)
+        is_alone = self.loss == "mmd" and self.correction == "hsc" and self.hsc.rows == 1
         require(not is_alone, "hsc.rows", "0 or at least 2 with mmd", self.hsc.rows)
 
     def _check_orthogonal(self) -> None:
@@ -445,7 +445,7 @@ def _build(kind: type[Any], values: Any) -> Any:
         raise ValueError(str(error)) from None
 
 
-_ORTHOGONAL = "orthogonal_"  # before a mode, in the name of a method
+_ORTHOGONAL = {f"orthogonal_{mode}": mode for mode in _MODES}  # by what methods call them
 
 
 def with_method(config: TrainConfig, name: str) -> TrainConfig:
@@ -466,16 +466,16 @@ def with_method(config: TrainConfig, name: str) -> TrainConfig:
     """
     parts = [] if name == "none" else name.split("+")
     losses = [part for part in parts if part in LOSSES]
-    modes = [part for part in parts if part.removeprefix(_ORTHOGONAL) in _MODES]
+    modes = [_ORTHOGONAL[part] for part in parts if part in _ORTHOGONAL]
     corrections = [part for part in parts if part == "hsc"]
     regularizers = [part for part in parts if part in REGULARIZERS]
     known = len({*losses, *modes, *corrections, *regularizers}) == len(parts)
     unique = len(losses) < 2 and len(modes) < 2
-    every = [*LOSSES, "hsc", *(_ORTHOGONAL + mode for mode in _MODES), *REGULARIZERS]
+    every = [*LOSSES, "hsc", *_ORTHOGONAL, *REGULARIZERS]
     wanted = f"none, or {', '.join(every)} joined by +, at most one loss and one projection"
     require(known and unique, "method", wanted, name)
     chosen: dict[str, Any] = {"loss": losses[0]} if losses else {}
-    chosen["orthogonal"] = modes[0].removeprefix(_ORTHOGONAL) if modes else "none"
+    chosen["orthogonal"] = modes[0] if modes else "none"
     chosen["correction"] = "hsc" if corrections else "none"
     return replace(config, regularizer="+".join(regularizers) or "none", **chosen)
 
