@@ -436,6 +436,17 @@ def test_uncorrected_step_is_along_the_sum_of_the_gradients():
     torch.testing.assert_close(gradient, wanted)
 
 
+def test_three_adams_step_as_the_article_has_them():
+    made = transfer(None)
+    reference = parameters_to_vector(made.parameters).detach().requires_grad_()
+    adam = torch.optim.Adam([reference], 2e-4, betas=(0.5, 0.999))
+    for seed in range(3):
+        made.step(pictures(1, 8, seed=seed).double(), pictures(1, 8, seed=seed + 5).double())
+        reference.grad = parameters_to_vector([p.grad for p in made.parameters])
+        adam.step()
+    torch.testing.assert_close(parameters_to_vector(made.parameters), reference)
+
+
 def test_synthesis_network_alone_is_clipped():
     made = transfer(None, max_norm=1e-4)
     made.step(pictures(1, 8).double(), pictures(1, 8, seed=1).double())
@@ -460,6 +471,16 @@ def test_three_networks_learn(make):
     totals = [sum(row.values()) for row in runs[0]]
     assert sum(totals[-5:]) < 0.9 * sum(totals[:5])
     assert runs[0] == runs[1]
+
+
+def test_initial_weights_depend_on_the_seed_only():
+    weights = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(weights))
+        made = ThreeNetworkTransfer(small_features(), width=2, num_blocks=1, seed=seed)
+        weights.append(parameters_to_vector(made.parameters))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
 
 
 def test_drawing_depends_on_content_and_style():
