@@ -316,6 +316,16 @@ def test_steps_solve_the_corrected_system(saddle_free):
     torch.testing.assert_close((corrected @ p[..., None])[..., 0], g.expand(3, 2, 5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_zero_to_rounding_is_at_most_n_epsilons_of_the_largest(size, dtype):
+    unit = size * torch.finfo(dtype).eps
+    H = torch.diag(torch.tensor([size, size, size, 3 * unit], dtype=dtype))
+    assert correct(H, mu=0.5)[3, 3].item() == pytest.approx(3 * unit + 2, rel=1e-6)
+    H[3, 3] = 5 * unit
+    assert correct(H, mu=0.5)[3, 3].item() == pytest.approx(5 * unit + 1 / (5 * unit), rel=1e-6)
+
+
 def test_float32_is_computed_in_float64():
     H, g = with_spectrum(torch.logspace(-3, 3, 40)).float(), vector(40, torch.float32)
     found = solve_corrected(H, g, 0.01)

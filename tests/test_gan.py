@@ -674,6 +674,14 @@ def test_corrected_training_of_normalised_networks_leaves_no_trace_of_the_curvat
     assert equal(plain.noise.get_state(), corrected.noise.get_state())
 
 
+def test_a_correction_of_few_products_is_made_whatever_its_residual():
+    trainer = small_trainer([HessianCorrectedGradients(num_steps=1, eps=1e-3)])
+    trainer.step()
+    for side in "gd":
+        assert trainer.metrics()[f"hsc_residual_{side}"] > 1
+        assert trainer.metrics()[f"hsc_fallbacks_{side}"] == 0
+
+
 def test_projected_gradients_are_what_is_corrected():
     before, after = Noted(8), Noted(8)
     correction = HessianCorrectedGradients(num_steps=1, eps=1e9)  # f(H) is the identity

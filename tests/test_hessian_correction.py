@@ -381,6 +381,14 @@ def test_a_second_run_of_failures_is_said_again():
     assert "step 3: " in results[2][1][0]
 
 
+def test_a_run_of_failures_ends_where_a_state_is_restored():
+    A, g = symmetric([4.0, 1.0]), torch.ones(2, dtype=DOUBLE)
+    preconditioner, _ = preconditioned(g, [Failing(A, True)])
+    preconditioner.load_state_dict(preconditioner.state_dict())
+    with pytest.warns(CorrectionWarning, match="step 2: the gradient is used as it is"):
+        preconditioner.correct(g, lambda: Failing(A, True))
+
+
 def test_a_loss_that_is_not_finite_falls_back_and_names_it():
     problem = Quadratic([4.0, 1.0], eps=0.1)
     problem.closure()
@@ -730,12 +738,31 @@ def trained(first, last, group=None, parallel=False):
     return flat(net.parameters())
 
 
+def reasons_to_fall_back(rank, group):
+    """Why a process does not correct where the curvature's loss is NaN in the second one only."""
+    x = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    share = torch.tensor([1.0, math.nan][rank], dtype=torch.float64)
+    reasons = []
+    for data in (None, [torch.ones(1)]):
+        optimizer = HessianCorrection(
+            torch.optim.SGD([x], lr=0.1),
+            lambda data=data: HessianOperator(
+                lambda *batch: share * x.square().sum(), [x], data, process_group=group
+            ),
+        )
+        x.grad = torch.ones_like(x)
+        with pytest.warns(CorrectionWarning) as warned:
+            optimizer.step()
+        reasons.append(str(warned[0].message))
+    return reasons
+
+
 def _share_of_a_process(rank, size, path, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{path}", rank=rank, world_size=size)
     rows = 4 * rank, 4 * rank + 4
     found = [trained(*rows, dist.group.WORLD, parallel).numpy() for parallel in (False, True)]
-    results.put((rank, found))
+    results.put((rank, [*found, reasons_to_fall_back(rank, dist.group.WORLD)]))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -751,6 +778,12 @@ def test_two_processes_train_as_one_on_the_joined_batch(found_by_two, parallel):
     first, second = (torch.from_numpy(found_by_two[rank][parallel]) for rank in range(2))
     assert torch.equal(first, second)
     torch.testing.assert_close(first, trained(0, 8), rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_not_finite_in_one_process_is_corrected_in_none(found_by_two):
+    for first, second in zip(found_by_two[0][2], found_by_two[1][2], strict=True):
+        assert first.endswith("the loss or its gradient has NaN or infinity in another process")
+        assert second.endswith("loss must be finite, got nan")
 
 
 # --- the example

@@ -9,6 +9,7 @@ from hessreg.gan import (
     Discriminator,
     Generator,
     HessianCorrectedGradients,
+    HSCConfig,
     MMDLoss,
     ProjectionConfig,
     TrainConfig,
@@ -50,7 +51,7 @@ def test_minimax_is_zero_sum_and_saturates():
 
 
 def test_least_squares_with_labels():
-    loss = make_loss("least_squares", smoothing=0.1, both=True)
+    loss = make_loss("least_squares", label_smoothing=0.1, both=True)
     assert loss.discriminator(REAL, FAKE)[0] == 0.5 * F.mse_loss(REAL, torch.full_like(REAL, 0.9))
     assert loss.discriminator(REAL, FAKE)[1] == 0.5 * F.mse_loss(FAKE, torch.full_like(FAKE, 0.1))
     assert loss.generator(FAKE, REAL) == 0.5 * F.mse_loss(FAKE, torch.full_like(FAKE, 0.9))
@@ -116,10 +117,10 @@ def test_every_loss_separates_and_fools(name):
     ("arguments", "message"),
     [
         (("wgan",), "loss must be one of nonsaturating, minimax"),
-        (("hinge", 0.1), "smoothing is for losses with labels, nonsaturating"),
-        (("minimax", 0.5), r"smoothing must be in \[0, 0.5\), got 0.5"),
-        (("minimax", -0.1), "smoothing must be in"),
-        (("minimax", float("nan")), "smoothing must be in"),
+        (("hinge", 0.1), "label_smoothing is for losses with labels, nonsaturating"),
+        (("minimax", 0.5), r"label_smoothing must be in \[0, 0.5\), got 0.5"),
+        (("minimax", -0.1), "label_smoothing must be in"),
+        (("minimax", float("nan")), "label_smoothing must be in"),
     ],
 )
 def test_bad_input_is_named(arguments, message):
@@ -202,5 +203,15 @@ def test_real_and_fake_parts_are_wanted_of_losses_that_have_them():
 
 def test_configuration_refuses_smoothing_without_labels():
     TrainConfig(loss="least_squares", label_smoothing=0.1, smoothing="both")
-    with pytest.raises(ValueError, match="smoothing is for losses with labels"):
+    with pytest.raises(ValueError, match="label_smoothing is for losses with labels"):
         TrainConfig(loss="wasserstein", label_smoothing=0.1)
+
+
+def test_configuration_refuses_batches_too_small_for_mmd():
+    options = {"loss": "mmd", "regularizer": "none"}
+    TrainConfig(**options, batch_size=2, correction="hsc", hsc=HSCConfig(rows=2))
+    TrainConfig(**options, hsc=HSCConfig(rows=1))  # not used
+    with pytest.raises(ValueError, match="batch_size must be at least 2 with mmd, got 1"):
+        TrainConfig(**options, batch_size=1)
+    with pytest.raises(ValueError, match=r"hsc\.rows must be 0 or at least 2 with mmd, got 1"):
+        TrainConfig(**options, correction="hsc", hsc=HSCConfig(rows=1))

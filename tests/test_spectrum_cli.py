@@ -202,6 +202,18 @@ def test_a_checkpoint_is_the_run_at_that_moment(run, tmp_path, monkeypatch, caps
     assert first != last
 
 
+def test_batches_of_a_run_with_mmd_are_not_of_one_sample(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = ["--width=3", "--latent_dim=2", "--batch_size=8", "--activation=tanh", "--steps=2"]
+    options = ["--loss=mmd", "--regularizer=none", "--tensorboard=false", "--out=run"]
+    assert main(["train", "ring", *small, *options]) == 0
+    capsys.readouterr()
+    message = "rows must be no multiple of 8 and 1 more, with loss mmd, got 17"
+    assert message in refused(capsys, "spectrum", "run", "--rows=17", *FEW)
+    found = measured(capsys, "run", "--rows=18", *FEW)
+    assert list(found) == ["generator", "discriminator"]
+
+
 def test_modes_and_batches_are_those_of_training(tmp_path, monkeypatch, capsys):
     """Batch normalisation tells the modes, and the size of the batches, apart."""
     monkeypatch.chdir(tmp_path)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -364,6 +366,8 @@ def broken_weights(state, folder):
     torch.save({first: torch.ones(32, 3, 3, 3)}, folder / "shape.pth")
     torch.save({first: state[first] * float("nan")}, folder / "nan.pth")
     torch.save({first: "text"}, folder / "kind.pth")
+    (folder / "empty.pth").touch()
+    (folder / "plain.pth").write_bytes(pickle.dumps({first: os.mkdir}))
     save_file(small, folder / "half.safetensors")
     content = (folder / "half.safetensors").read_bytes()
     (folder / "cut.safetensors").write_bytes(content[:-100])
@@ -373,6 +377,8 @@ def broken_weights(state, folder):
         "missing.pth": "no file of weights at",
         "text.pth": "is not a readable file of weights",
         "text.safetensors": "is not a readable file of weights",
+        "empty.pth": "empty.pth is not a readable file of weights\n",
+        "plain.pth": "plain.pth is not a readable file of weights\n",  # and no advice to run it
         "cut.pth": "is not a readable file of weights",
         "cut.safetensors": "is not a readable file of weights",
         "list.pth": "must hold a state dict, found list",
@@ -730,6 +736,37 @@ def test_bad_options_are_refused_in_one_line(capsys, tmp_path, monkeypatch, args
     (tmp_path / "folder.png").mkdir()
     assert message in refused(capsys, "style", *args.split())
     assert [file.name for file in tmp_path.iterdir()] == ["folder.png"]
+
+
+def test_what_is_read_is_not_written_over(capsys, tmp_path, monkeypatch, vgg_file):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.png", "a.losses.png"):
+        save_image(tmp_path / name, torch.rand(1, 3, 32, 32))
+    shutil.copy(vgg_file, "a.safetensors")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    read = {
+        "a.png": ["sample:china"],
+        "sample:china": ["./a.png"],
+        "sample:flower": ["a.losses.png"],
+    }
+    for content, styles in read.items():
+        found = refused(capsys, "style", content, *styles, "-o", "a.png", *TINY)
+        assert "would be written over" in found
+    network = "--method=network", "--features=a.safetensors"
+    found = refused(capsys, "style", *SAMPLES, *network, "-o", "a.png", *TINY)
+    assert "a.safetensors would be written over a.safetensors, which is read" in found
+    found = refused(capsys, "style", "a.png", "-o", "a.png", "--network", "a.safetensors")
+    assert "a.png would be written over a.png, which is read" in found
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("method", ["image", "network"])
+def test_a_loss_without_curvature_is_not_corrected(capsys, tmp_path, method):
+    weights = "--content-weight=0", "--style-weight=0", "--tv-weight=0"
+    options = *weights, "--correction=hsc", f"--method={method}", "-o", str(tmp_path / "out.png")
+    found = refused(capsys, "style", *SAMPLES, *options, *TINY)
+    assert "the loss has no curvature at the start" in found
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="nothing is read-only to root")

@@ -407,6 +407,25 @@ def test_step_is_that_of_explicit_hessians(eps, mu, with_target):
     assert [values["content_loss"], values["style_loss"]] == pytest.approx(expected, rel=1e-12)
 
 
+def test_the_style_loss_has_its_weight():
+    made, other = transfer(None), transfer(None)
+    other.style_weight = 1.0
+    both = pictures(1, 8).double(), pictures(1, 8, seed=1).double()
+    (content, style), expected = made.losses(*both), other.losses(*both)
+    torch.testing.assert_close((content, style), (expected[0], 2 * expected[1]))
+
+
+def test_each_loss_keeps_a_curvature_of_its_own():
+    made = transfer(partial(HessianPreconditioner, every=5, num_steps=5, max_residual=math.inf))
+    both = pictures(1, 8).double(), pictures(1, 8, seed=1).double()
+    functions, start = loss_functions(made, *both)
+    made.step(*both)
+    kept = [each.state_dict()["curvature"]["basis"][0] for each in made.corrections]
+    for first, loss in zip(kept, functions, strict=True):
+        g = torch.func.grad(loss)(start)
+        torch.testing.assert_close(first, g / g.norm())  # of which the space is
+
+
 def test_uncorrected_step_is_along_the_sum_of_the_gradients():
     made = transfer(None, max_norm=math.inf)
     content, style = pictures(1, 8).double(), pictures(1, 8, seed=1).double()
@@ -415,6 +434,17 @@ def test_uncorrected_step_is_along_the_sum_of_the_gradients():
     made.step(content, style)
     gradient = parameters_to_vector([p.grad for p in made.parameters])
     torch.testing.assert_close(gradient, wanted)
+
+
+def test_three_adams_step_as_the_article_has_them():
+    made = transfer(None)
+    reference = parameters_to_vector(made.parameters).detach().requires_grad_()
+    adam = torch.optim.Adam([reference], 2e-4, betas=(0.5, 0.999))
+    for seed in range(3):
+        made.step(pictures(1, 8, seed=seed).double(), pictures(1, 8, seed=seed + 5).double())
+        reference.grad = parameters_to_vector([p.grad for p in made.parameters])
+        adam.step()
+    torch.testing.assert_close(parameters_to_vector(made.parameters), reference)
 
 
 def test_synthesis_network_alone_is_clipped():
@@ -441,6 +471,16 @@ def test_three_networks_learn(make):
     totals = [sum(row.values()) for row in runs[0]]
     assert sum(totals[-5:]) < 0.9 * sum(totals[:5])
     assert runs[0] == runs[1]
+
+
+def test_initial_weights_depend_on_the_seed_only():
+    weights = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(weights))
+        made = ThreeNetworkTransfer(small_features(), width=2, num_blocks=1, seed=seed)
+        weights.append(parameters_to_vector(made.parameters))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2])
 
 
 def test_drawing_depends_on_content_and_style():

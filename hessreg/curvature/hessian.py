@@ -66,7 +66,7 @@ class HessianOperator(ParameterOperator):
             devices, a gradient penalty through a normalisation layer that torch differentiates
             wrongly, native weight normalisation, a reentrant checkpoint, a compiled module, data
             without rows.
-        NonFiniteError: NaN or infinity in the loss or the gradient.
+        NonFiniteError: NaN or infinity in the loss or the gradient, of any process.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0], requires_grad=True)

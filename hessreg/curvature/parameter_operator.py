@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -140,9 +141,14 @@ class ParameterOperator(SymmetricOperator):
         self.dtype, self.device = params.dtype, params.device
         self.shape = (params.size, params.size)
         self._state = RandomState(params.device)
-        self._graph = linearize() if data is None else None
+        self._graph = None
+        with _all_or_none(process_group, self.device):
+            if data is None:
+                self._graph = linearize()
+            else:  # a batch that is no good is reported here
+                first = self._sum_over_data(lambda graph: graph.gradient)
         if data is not None:
-            _ = self.gradient  # a batch that is no good is reported here
+            self.gradient = self._mean(*first)
 
     @property
     def loss(self) -> Tensor | None:
@@ -265,6 +271,9 @@ class ParameterOperator(SymmetricOperator):
                 total, rows = of(self._graph), 1
         else:
             total, rows = self._sum_over_data(of)
+        return self._mean(total, rows)
+
+    def _mean(self, total: Tensor, rows: int) -> Tensor:
         return total if self._group is None else _mean_over_processes(total, rows, self._group)
 
     def _sum_over_data(self, of: Callable[[CurvatureGraph], Tensor]) -> tuple[Tensor, int]:
@@ -329,6 +338,23 @@ def _count_rows(batch: Any) -> int:
         for part in parts:
             return _count_rows(part)
     raise TypeError(f"a batch must hold a tensor to tell its rows, got {type(batch).__name__}")
+
+
+@contextmanager
+def _all_or_none(group: dist.ProcessGroup | None, device: torch.device) -> Iterator[None]:
+    """What is not finite in one process is so in all: the others would wait for it for ever."""
+    failure = None
+    try:
+        yield
+    except NonFiniteError as error:
+        failure = error
+    if group is not None:
+        failures = torch.tensor(float(failure is not None), device=device)
+        dist.all_reduce(failures, group=group)
+        if failures and failure is None:
+            raise NonFiniteError("the loss or its gradient has NaN or infinity in another process")
+    if failure is not None:
+        raise failure
 
 
 def _mean_over_processes(mean: Tensor, rows: int, group: dist.ProcessGroup) -> Tensor:

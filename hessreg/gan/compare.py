@@ -100,9 +100,13 @@ class Comparison:
             raise ValueError(f"jobs must be at least 1, got {jobs}")
         comparison = cls(path, methods, config.dataset, seeds, jobs)
         chosen = {method: with_method(config, method) for method in methods}
-        for method, folders in comparison._folders.items():
-            for seed, folder in folders.items():
-                _prepare(folder, replace(chosen[method], seed=seed))
+        runs = {
+            folder: replace(chosen[method], seed=seed)
+            for method, folders in comparison._folders.items()
+            for seed, folder in folders.items()
+        }
+        for folder, own in runs.items():
+            _prepare(folder, own)
         return comparison
 
     def train(self) -> str:

@@ -364,14 +364,22 @@ class TrainConfig:
         require_at_least(self, 0, "steps", "seconds", "seed", "generator_lr", "discriminator_lr")
         require_at_least(self, 1, "threads", "latent_dim", "batch_size")
         require_at_least(self, 1, "log_every", "eval_every", "save_every")
-        if "gaussian" in self.regularizer.split("+"):
-            require(self.batch_size >= 2, "batch_size", "at least 2 with gaussian", self.batch_size)
+        self._check_pairs()
         require(self.threads <= 1024, "threads", "at most 1024", self.threads)
         require(2 <= self.width <= 8192, "width", "in [2, 8192]", self.width)
         require(self.latent_dim <= 8192, "latent_dim", "at most 8192", self.latent_dim)
         require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
         if not self.steps and not self.seconds:
             self.seconds = 40.0
+
+    def _check_pairs(self) -> None:
+        """MMD^2 without bias takes two samples of each kind."""
+        chosen = [*self.regularizer.split("+"), self.loss]
+        for name in ("gaussian", "mmd"):
+            enough = self.batch_size >= 2 or name not in chosen
+            require(enough, "batch_size", f"at least 2 with {name}", self.batch_size)
+        is_alone = self.loss == "mmd" and self.correction == "hsc" and self.hsc.rows == 1
+        require(not is_alone, "hsc.rows", "0 or at least 2 with mmd", self.hsc.rows)
 
     def _check_orthogonal(self) -> None:
         if self.orthogonal != "terms":
@@ -437,7 +445,7 @@ def _build(kind: type[Any], values: Any) -> Any:
         raise ValueError(str(error)) from None
 
 
-_ORTHOGONAL = "orthogonal_"  # before a mode, in the name of a method
+_ORTHOGONAL = {f"orthogonal_{mode}": mode for mode in _MODES}  # by what methods call them
 
 
 def with_method(config: TrainConfig, name: str) -> TrainConfig:
@@ -458,16 +466,16 @@ def with_method(config: TrainConfig, name: str) -> TrainConfig:
     """
     parts = [] if name == "none" else name.split("+")
     losses = [part for part in parts if part in LOSSES]
-    modes = [part for part in parts if part.removeprefix(_ORTHOGONAL) in _MODES]
+    modes = [_ORTHOGONAL[part] for part in parts if part in _ORTHOGONAL]
     corrections = [part for part in parts if part == "hsc"]
     regularizers = [part for part in parts if part in REGULARIZERS]
     known = len({*losses, *modes, *corrections, *regularizers}) == len(parts)
     unique = len(losses) < 2 and len(modes) < 2
-    every = [*LOSSES, "hsc", *(_ORTHOGONAL + mode for mode in _MODES), *REGULARIZERS]
+    every = [*LOSSES, "hsc", *_ORTHOGONAL, *REGULARIZERS]
     wanted = f"none, or {', '.join(every)} joined by +, at most one loss and one projection"
     require(known and unique, "method", wanted, name)
     chosen: dict[str, Any] = {"loss": losses[0]} if losses else {}
-    chosen["orthogonal"] = modes[0].removeprefix(_ORTHOGONAL) if modes else "none"
+    chosen["orthogonal"] = modes[0] if modes else "none"
     chosen["correction"] = "hsc" if corrections else "none"
     return replace(config, regularizer="+".join(regularizers) or "none", **chosen)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hessreg.curvature import HessianOperator, LinearOperator, NonFiniteError, SumOperator
 from hessreg.gan.checkpoint import load_state
+from hessreg.gan.checks import require
 from hessreg.gan.config import TrainConfig
 from hessreg.gan.run import build_trainer, fitting
 from hessreg.gan.run_folder import RunFolder
@@ -104,6 +105,9 @@ class RunTarget:
         chosen = torch.randperm(len(data), generator=random)[: self.rows].to(data.device)
         noise = torch.randn(self.rows, self.config.latent_dim, generator=random).to(data.device)
         size = self.config.batch_size
+        if self.config.loss == "mmd":  # which compares a batch's samples with each other
+            wanted = f"no multiple of {size} and 1 more, with loss mmd"
+            require(self.rows % size != 1, "rows", wanted, self.rows)
         return list(zip(data[chosen].split(size), noise.split(size), strict=True))
 
 

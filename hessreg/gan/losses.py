@@ -226,29 +226,29 @@ LOSSES: dict[str, Callable[..., AdversarialLoss]] = {
 _WITH_LABELS = "nonsaturating", "minimax", "least_squares"
 
 
-def make_loss(name: str, smoothing: float = 0.0, both: bool = False) -> AdversarialLoss:
+def make_loss(name: str, label_smoothing: float = 0.0, both: bool = False) -> AdversarialLoss:
     """Return a loss by name.
 
     Args:
         name: A key of `LOSSES`.
-        smoothing: How far the label of real samples is below 1, in [0, 0.5).
+        label_smoothing: How far the label of real samples is below 1, in [0, 0.5).
         both: Whether that of generated samples is as far above 0; one-sided otherwise.
 
     Raises:
-        ValueError: If there is no such loss, or smoothing is out of range or for a loss that has
-            no labels.
+        ValueError: If there is no such loss, or label_smoothing is out of range or for a loss that
+            has no labels.
 
     Example:
-        >>> make_loss("least_squares", smoothing=0.1)
+        >>> make_loss("least_squares", label_smoothing=0.1)
         LeastSquares(real_target=0.9, fake_target=0.0)
     """
     if name not in LOSSES:
         raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {name!r}")
-    if not 0 <= smoothing < 0.5:
-        raise ValueError(f"smoothing must be in [0, 0.5), got {smoothing}")
-    if smoothing == 0:
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
+    if label_smoothing == 0:
         return LOSSES[name]()
     if name not in _WITH_LABELS:
         labelled = ", ".join(_WITH_LABELS)
-        raise ValueError(f"smoothing is for losses with labels, {labelled}, not for {name}")
-    return LOSSES[name](1 - smoothing, smoothing if both else 0.0)
+        raise ValueError(f"label_smoothing is for losses with labels, {labelled}; {name} has none")
+    return LOSSES[name](1 - label_smoothing, label_smoothing if both else 0.0)

@@ -11,14 +11,7 @@ from hessreg.style.images import MAX_SIZE
 
 __all__ = ["CorrectionConfig", "StyleConfig", "TrainingConfig", "parse_blend"]
 
-_RATES = {
-    ("lbfgs", "none"): 1.0,
-    ("adam", "none"): 0.1,
-    ("lbfgs", "hsc"): 1.0,
-    ("adam", "hsc"): 0.1,
-    ("network", "none"): 3e-3,
-    ("network", "hsc"): 3e-3,
-}
+_RATES = {"lbfgs": 1.0, "adam": 0.1, "network": 3e-3}
 # A network that is made to drop more of the content than this becomes blurred.
 _BY_METHOD = {
     "image": {"steps": 150, "style_weight": 300.0},
@@ -178,7 +171,7 @@ class StyleConfig:
     def rate(self) -> float:
         """The learning rate, chosen or by default."""
         chosen = self.learning_rate
-        return _RATES[self._trained, self.correction] if chosen is None else chosen
+        return _RATES[self._trained] if chosen is None else chosen
 
     @property
     def title(self) -> str:

@@ -28,10 +28,15 @@ def correct(
         operator_factory: Makes the Hessian where the parameters are; called once here, to measure
             its largest |eigenvalue|, what ``options.eps`` is relative to.
         options: How to correct.
+
+    Raises:
+        ValueError: If the Hessian is zero there.
     """
     operator = operator_factory()
     with torch.no_grad():
         eps = options.eps * norm(operator, "spectral", num_steps=_POWER_STEPS).item()
+    if eps == 0:
+        raise ValueError("the loss has no curvature at the start that correction could use")
     return HessianCorrection(
         optimizer,
         operator_factory,

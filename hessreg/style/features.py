@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -265,12 +266,13 @@ def _read_state(path: Path) -> Mapping[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, on pickles of other programs
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except ModuleNotFoundError:
         raise
-    except Exception as error:  # unpickling what is no pickle raises anything
-        reason = str(error).strip().split("\n")[0]
-        raise WeightsError(f"{path} is not a readable file of weights ({reason})") from None
+    except Exception:  # unpickling what is no pickle raises anything, and advises to trust it
+        raise WeightsError(f"{path} is not a readable file of weights") from None
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise WeightsError(f"{path} must hold a state dict, found {type(state).__name__}")
     return state

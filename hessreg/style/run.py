@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -53,6 +54,13 @@ class StyleRun:
 
     def __init__(self, content: str, styles: Sequence[str], out: Path, config: StyleConfig) -> None:
         check_picture_path(out)
+        beside = [
+            ".jsonl",
+            ".losses.png",
+            *([".safetensors"] if config.method == "network" else []),
+        ]
+        inputs = [content, *styles, config.features, config.training.pictures]
+        _check_not_read([out, *map(out.with_suffix, beside)], inputs)
         blend = parse_blend(config.blend, len(styles))
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -171,6 +179,13 @@ class StyleRun:
         )
 
 
+def _check_not_read(outputs: Sequence[Path], inputs: Sequence[str]) -> None:
+    """Refuse to write over what is read: a photograph, weights."""
+    for out, name in itertools.product(outputs, inputs):
+        if name and out.exists() and Path(name).exists() and out.samefile(name):
+            raise ImageError(f"{out} would be written over {name}, which is read")
+
+
 def draw_at_once(content: str, out: Path, config: StyleConfig) -> str:
     """Draw a photograph with a network that was trained before, and write it.
 
@@ -186,6 +201,7 @@ def draw_at_once(content: str, out: Path, config: StyleConfig) -> str:
         ValueError: If the network or the photograph cannot be read, or the picture not written.
     """
     check_picture_path(out)
+    _check_not_read([out], [content, config.network])
     if config.threads:
         torch.set_num_threads(config.threads)
     network, picture = load_network(Path(config.network)), load_image(content, config.size)
