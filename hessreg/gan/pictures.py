@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from hessreg.gan.checkpoint import write_atomically
-from hessreg.gan.ring import CENTRES, RING_STD, load_ring
+from hessreg.gan.mixtures import Mixture, load_mixture
 from hessreg.kernels import gaussian_kernel, mmd2
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LabelledPoints = tuple[Tensor, Tensor]
 
-__all__ = ["save_curves", "save_grid", "save_kernel", "save_ring", "save_side_by_side", "tile"]
+__all__ = ["save_curves", "save_grid", "save_kernel", "save_points", "save_side_by_side", "tile"]
 
 
 def _of_both(name: str) -> tuple[str, ...]:
@@ -85,14 +85,20 @@ def save_grid(path: Path, images: Tensor) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def save_ring(path: Path, points: Tensor) -> None:
-    """Write the first 2000 of points ``[n, 2]`` over real ones; two modes also enlarged."""
+def save_points(path: Path, points: Tensor, mixture: Mixture) -> None:
+    """Write the first 2000 of points ``[n, 2]`` over real ones; two modes also enlarged.
+
+    Args:
+        path: The PNG file.
+        points: Scaled as the mixture; shown in its own unit.
+        mixture: Where the real ones are from.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.6, 5.0), layout="constrained")
     panels = figure.subplot_mosaic("AAB;AAC")
-    real = load_ring().test_samples[:_POINTS].T
-    drawn = points[:_POINTS].float().cpu().T
+    real = mixture.unit * load_mixture(mixture).test_samples[:_POINTS].T
+    drawn = mixture.unit * points[:_POINTS].float().cpu().T
     for (name, axes), size in zip(panels.items(), (1, 4, 4), strict=True):
         axes.scatter(real[0], real[1], s=size, c=_BLUE, label="real", linewidths=0)
         axes.scatter(
@@ -101,20 +107,24 @@ def save_ring(path: Path, points: Tensor) -> None:
         axes.set_aspect("equal")
         axes.tick_params(labelsize="small")
         if name != "A":
-            _zoom(axes, "BC".index(name))
-    panels["A"].set(xlim=(-2.9, 2.9), ylim=(-2.9, 2.9), title=f"{drawn.shape[1]} points of each")
+            _zoom(axes, mixture, "BC".index(name))
+    end = 1.45 * real.abs().max().item()
+    panels["A"].set(xlim=(-end, end), ylim=(-end, end), title=f"{drawn.shape[1]} points of each")
     panels["A"].legend(loc="center", markerscale=5, frameon=False)
     _save_figure(path, figure)
 
 
-def _zoom(axes: Axes, mode: int) -> None:
+def _zoom(axes: Axes, mixture: Mixture, mode: int) -> None:
     """Show one mode, and the circle that holds its samples of high quality."""
     from matplotlib.patches import Circle
 
-    x, y = CENTRES[mode].tolist()
-    axes.add_patch(Circle((x, y), 3 * RING_STD, fill=False, color="black", linewidth=0.8))
+    mode = min(mode, len(mixture.centres) - 1)
+    x, y = (mixture.unit * mixture.centres[mode]).tolist()
+    std = mixture.unit * mixture.std
+    axes.add_patch(Circle((x, y), 3 * std, fill=False, color="black", linewidth=0.8))
+    wide = 7.5 * std
     axes.set(
-        xlim=(x - 0.15, x + 0.15), ylim=(y - 0.15, y + 0.15), title=f"mode {mode}; circle: 3 std"
+        xlim=(x - wide, x + wide), ylim=(y - wide, y + wide), title=f"mode {mode}; circle: 3 std"
     )
 
 
