@@ -54,7 +54,7 @@ from hessreg.gan.metrics import (
     precision_recall,
 )
 from hessreg.gan.mixtures import RING, grid_mixture, load_mixture, ring_mixture
-from hessreg.gan.pictures import save_kernel, tile
+from hessreg.gan.pictures import save_curves, save_kernel, tile
 from hessreg.gan.run import build_trainer
 from hessreg.gan.run_folder import RunFolder, RunFolderError
 from hessreg.optim import MODES, OrthogonalGradients
@@ -1256,3 +1256,14 @@ def test_documented_code_runs():
     names: dict[str, Tensor] = {}
     exec(text.split("```python\n")[1].split("```")[0], names)
     assert names["drawn"].shape == (64, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("logged", "panels"), [((), 1), (("r1",), 2), (("r2", "hsc_condition_g"), 3)]
+)
+def test_curves_have_a_panel_for_each_kind_that_was_logged(tmp_path, logged, panels):
+    from PIL import Image
+
+    rows = [{"cpu_seconds": 1.0, "loss_g": 0.5, **dict.fromkeys(logged, 2.0)}]
+    save_curves(tmp_path / "curves.png", {"run": rows}, ("fdd", "FDD"))
+    assert Image.open(tmp_path / "curves.png").width == 550 * panels

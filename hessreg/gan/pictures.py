@@ -37,6 +37,8 @@ _LINES = {
     "loss_d": "--",
     "hessian_norm_d": "--",
     "r1": ":",
+    "r2": "-.",
+    "dragan": "--",
     "mmd2": "-.",
     "angle_d": "--",
     "angle_after": ":",
@@ -49,8 +51,13 @@ _LINES = {
     "hsc_smallest_corrected_g": ":",
     "hsc_smallest_corrected_d": "-.",
 }
+_LOSSES = "loss_g", "loss_d"
+_PENALTIES = (
+    *("hessian_norm_g", "hessian_norm_d", "mmd2", "hessian_penalty"),
+    *("r1", "r2", "wgan_gp", "dragan"),
+)
 _ANGLES = "angles of gradients, degrees"
-_ON_REQUEST = {
+_STEPS = {
     _ANGLES: ("angle", "angle_after", "angle_g", "angle_after_g", "angle_d", "angle_after_d"),
     "condition number of H, and corrected": _of_both("hsc_condition"),
     "smallest |eigenvalue| of H, and corrected": _of_both("hsc_smallest"),
@@ -192,9 +199,7 @@ def save_side_by_side(path: Path, titled: Mapping[str, Path]) -> None:
 def save_curves(
     path: Path, runs: Mapping[str, Sequence[Mapping[str, float]]], headline: tuple[str, str]
 ) -> None:
-    """Plot losses, regularisers and one metric of one or several runs against CPU time.
-
-    Angles of projected gradients and the conditioning of corrected ones are added where logged.
+    """Plot what one or several runs logged against CPU time: a panel for each kind of quantity.
 
     Args:
         path: The PNG file.
@@ -203,24 +208,19 @@ def save_curves(
     """
     from matplotlib.figure import Figure
 
-    panels = {
-        "losses": ("loss_g", "loss_d"),
-        "regularisers": ("hessian_norm_g", "hessian_norm_d", "r1", "mmd2", "hessian_penalty"),
-        headline[1]: headline[:1],
-    }
     logged = {key for rows in runs.values() for row in rows for key in row}
-    panels |= {title: keys for title, keys in _ON_REQUEST.items() if logged & {*keys}}
-    figure = Figure(figsize=(5 * len(panels), 4.2), layout="constrained")
-    for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+    panels = {"losses": _LOSSES, "penalties": _PENALTIES, headline[1]: headline[:1]} | _STEPS
+    panels = {title: keys for title, keys in panels.items() if logged & {*keys}}
+    figure = Figure(figsize=(5 * max(1, len(panels)), 4.2), layout="constrained")
+    for number, (title, keys) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(1, len(panels), number)
         for index, (run, rows) in enumerate(runs.items()):
             for key in keys:
                 _plot(axes, rows, key, color=f"C{index}", label=f"{run} {key}")
         axes.set(title=title, xlabel="CPU seconds of training")
-        axes.set_visible(bool(axes.lines))
-        if axes.lines:
-            axes.legend(fontsize="small")
-            if title not in ("losses", _ANGLES):
-                _set_scale(axes)
+        axes.legend(fontsize="small")
+        if title not in ("losses", _ANGLES):
+            _set_scale(axes)
     _save_figure(path, figure)
 
 
