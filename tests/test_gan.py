@@ -1266,4 +1266,5 @@ def test_curves_have_a_panel_for_each_kind_that_was_logged(tmp_path, logged, pan
 
     rows = [{"cpu_seconds": 1.0, "loss_g": 0.5, **dict.fromkeys(logged, 2.0)}]
     save_curves(tmp_path / "curves.png", {"run": rows}, ("fdd", "FDD"))
-    assert Image.open(tmp_path / "curves.png").width == 550 * panels
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.width == 550 * panels
