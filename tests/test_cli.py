@@ -139,7 +139,7 @@ def test_compare_on_the_ring(tmp_path, capfd):
     args = ["--methods=none,gaussian+r1", "--steps=20", f"--out={folder}", *SMALL]
     assert main(["compare", "ring", *args]) == 0
     printed = capfd.readouterr().out
-    for name in ("none", "gaussian+r1", "training points", "seven modes", "Lowest MMD"):
+    for name in ("none", "gaussian+r1", "training points", "all modes but one", "Lowest MMD"):
         assert name in printed
     assert (folder / "comparison.csv").read_text().startswith("name,seed,modes,quality,tv,mmd")
     assert (folder / "gaussian+r1" / "kernel.png").exists()
@@ -164,6 +164,20 @@ def test_compare_any_methods_over_seeds(tmp_path, capfd):
     mean = (rows[0]["mmd"] + rows[1]["mmd"]) / 2
     assert f"{mean:.4f} ± {abs(rows[0]['mmd'] - rows[1]['mmd']) / 2**0.5:.4f}" in printed
     assert (folder / "hsc-4" / "samples.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "modes"),
+    [("ring --ring.modes=3 --ring.radius=50 --ring.std=1 --ring.rotation=10", 3), ("grid", 25)],
+)
+def test_train_on_any_mixture(tmp_path, capfd, command, modes):
+    folder = tmp_path / "run"
+    args = ["--regularizer=r1", "--steps=4", f"--out={folder}", *SMALL]
+    assert main(["train", *command.split(), *args]) == 0
+    assert f"of {modes} modes" in capfd.readouterr().out
+    assert (folder / "samples.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["resume", str(folder), "--steps=6", "--plain"]) == 0
+    assert RunFolder(folder).read_result()["steps"] == 6
 
 
 def test_each_data_set_has_defaults_of_its_own(capsys):
@@ -263,6 +277,11 @@ def refused(capsys, *args) -> str:
         ("compare ring --methods mmd --batch_size 1", "batch_size must be at least 2 with mmd"),
         ("train digits --loss hinge --label_smoothing 0.1", "label_smoothing is for losses with"),
         ("compare digits --seeds 1,1", "seeds must be different, and at least one, got '1, 1'"),
+        ("train ring --ring.modes 0", "modes must be in [1, 1000], got 0"),
+        ("train ring --ring.radius -1", "radius must be positive, got -1"),
+        ("train ring --ring.std 0", "std must be positive, got 0"),
+        ("train ring --ring.rotation inf", "rotation must be finite, got inf"),
+        ("train grid --grid.side 1", "side must be in [2, 30], got 1"),
         ("compare digits --jobs 0", "jobs must be at least 1, got 0"),
         ("train ring --architecture dcgan", "dcgan is for samples of shape (1, 8, 8), got (2,)"),
         ("train ring --gaussian.sigma 0", "sigma must be median, ema, learned or positive"),

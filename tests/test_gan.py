@@ -20,19 +20,18 @@ from hessreg.curvature import NonFiniteError as NonFiniteCurvatureError
 from hessreg.gan import (
     DEFAULTS,
     REGULARIZERS,
-    TASKS,
     Discriminator,
     GaussianConfig,
     Generator,
     HessianCorrectedGradients,
     HSCConfig,
     ImageJudge,
+    MixtureJudge,
     NonFiniteError,
     NonSaturating,
     Orthogonal,
     ProjectionConfig,
     R1Config,
-    RingJudge,
     Run,
     ShuffledSampler,
     TrainConfig,
@@ -54,8 +53,8 @@ from hessreg.gan.metrics import (
     frechet_distance,
     precision_recall,
 )
-from hessreg.gan.pictures import save_kernel, tile
-from hessreg.gan.ring import CENTRES, RING_STD
+from hessreg.gan.mixtures import RING, grid_mixture, load_mixture, ring_mixture
+from hessreg.gan.pictures import save_curves, save_kernel, tile
 from hessreg.gan.run import build_trainer
 from hessreg.gan.run_folder import RunFolder, RunFolderError
 from hessreg.optim import MODES, OrthogonalGradients
@@ -124,17 +123,60 @@ def test_ring_is_eight_narrow_gaussians(ring):
     assert ring.train_samples.shape == (40_000, 2)
     assert ring.test_samples.shape == (10_000, 2)
     assert torch.equal(ring.train_samples, load_dataset("ring").train_samples)
-    torch.testing.assert_close(CENTRES.norm(dim=1), torch.full((8,), 2.0))
+    torch.testing.assert_close(RING.centres.norm(dim=1), torch.full((8,), 2.0))
     for mode in range(8):
         points = ring.train_samples[ring.train_labels == mode]
         assert len(points) == pytest.approx(5000, rel=0.05)
-        torch.testing.assert_close(points.mean(0), CENTRES[mode], atol=2e-3, rtol=0)
-        torch.testing.assert_close(points.std(0), torch.full((2,), RING_STD), rtol=0.05, atol=0)
+        torch.testing.assert_close(points.mean(0), RING.centres[mode], atol=2e-3, rtol=0)
+        torch.testing.assert_close(points.std(0), torch.full((2,), RING.std), rtol=0.05, atol=0)
 
 
 def test_unknown_data_set_is_refused():
-    with pytest.raises(ValueError, match="unknown data set 'mnist'; choose from digits, ring"):
+    known = "choose from digits, ring, grid"
+    with pytest.raises(ValueError, match=f"unknown data set 'mnist'; {known}"):
         load_dataset("mnist")
+
+
+MIXTURES = {
+    "ring": ring_mixture(modes=5, radius=30.0, std=0.6, rotation=20.0),
+    "grid": grid_mixture(side=3, spacing=7.0, std=0.1),
+    "one": ring_mixture(modes=1),
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_mixtures_are_what_they_are_called(name):
+    mixture = MIXTURES[name]
+    data = load_mixture(mixture)
+    modes = len(mixture.centres)
+    for mode in range(modes):
+        points = data.train_samples[data.train_labels == mode]
+        assert len(points) == pytest.approx(40_000 / modes, rel=0.05)
+        close = {"atol": 4 * mixture.std / len(points) ** 0.5, "rtol": 0}
+        torch.testing.assert_close(points.mean(0), mixture.centres[mode], **close)
+        wanted = torch.full((2,), mixture.std)
+        torch.testing.assert_close(points.std(0), wanted, rtol=0.05, atol=0)
+    rows = MixtureJudge(data, mixture).reference_rows()
+    assert rows["training points"]["modes"] == modes
+    assert rows["training points"]["quality"] == pytest.approx(1 - math.exp(-4.5), abs=0.004)
+    kept = [row["modes"] for row in list(rows.values())[2:]]
+    assert kept == ([modes - 1, 1] if modes > 1 else [])
+
+
+def test_mixtures_have_their_own_unit_and_networks_do_not_see_it():
+    ring, grid, _ = MIXTURES.values()
+    assert ring.unit == pytest.approx(15)
+    assert ring.std * ring.unit == pytest.approx(0.6)
+    angle = math.radians(20)
+    first = ring.unit * ring.centres[0]
+    assert first.tolist() == pytest.approx([30 * math.cos(angle), 30 * math.sin(angle)])
+    distances = torch.pdist(grid.unit * grid.centres)
+    assert distances.min() == pytest.approx(7)
+    assert distances.max() == pytest.approx(14 * 2**0.5)
+    for mixture in (ring, grid):
+        assert mixture.centres.square().sum(1).mean() == pytest.approx(4)
+    small = load_mixture(ring_mixture(modes=5, radius=0.03, std=0.0006, rotation=20.0))
+    torch.testing.assert_close(small.train_samples, load_mixture(ring).train_samples)
 
 
 def test_sampler_visits_every_sample_once_in_each_pass():
@@ -172,7 +214,7 @@ def test_networks_for_points():
     assert discriminator(points).shape == (3,)
 
 
-@pytest.mark.parametrize("dataset", TASKS)
+@pytest.mark.parametrize("dataset", DEFAULTS)
 def test_networks_fit_their_data_set(dataset):
     config = replace(DEFAULTS[dataset], regularizer="none", batch_size=4, width=8)
     trainer = build_trainer(config, load_dataset(dataset))
@@ -254,12 +296,12 @@ def test_reference_rows_span_the_scale(judge):
 
 
 def test_ring_judge_of_known_sets(ring):
-    judge = RingJudge(ring)
+    judge = MixtureJudge(ring)
     rows = judge.reference_rows()
     assert [row["modes"] for row in rows.values()] == [8, 8, 7, 1]
     assert rows["training points"]["quality"] == pytest.approx(1 - math.exp(-4.5), abs=0.004)
     assert rows["training points"]["tv"] < 0.02
-    assert rows["seven modes"]["tv"] == pytest.approx(1 / 8, abs=0.02)
+    assert rows["all modes but one"]["tv"] == pytest.approx(1 / 8, abs=0.02)
     assert rows["one mode"]["tv"] == pytest.approx(7 / 8)
     mmd = [row["mmd"] for row in rows.values()]
     assert mmd == sorted(mmd)
@@ -269,9 +311,10 @@ def test_ring_judge_of_known_sets(ring):
 
 def test_a_mode_counts_with_a_fifth_of_its_share_of_good_samples(ring):
     counts = torch.tensor([25, 25, 25, 25, 25, 25, 5, 4])
-    points = CENTRES.repeat_interleave(counts, 0)
-    far = CENTRES[7].expand(41, 2) + 3.1 * RING_STD  # near enough to be of mode 7, but not good
-    values = RingJudge(ring).evaluate(torch.cat([points, far]))
+    points = RING.centres.repeat_interleave(counts, 0)
+    # Near enough to be of mode 7, but not good.
+    far = RING.centres[7].expand(41, 2) + 3.1 * RING.std
+    values = MixtureJudge(ring).evaluate(torch.cat([points, far]))
     assert values["modes"] == 7
     assert values["quality"] == pytest.approx(159 / 200)
 
@@ -1221,3 +1264,15 @@ def test_documented_code_runs():
     names: dict[str, Tensor] = {}
     exec(text.split("```python\n")[1].split("```")[0], names)
     assert names["drawn"].shape == (64, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("logged", "panels"), [((), 1), (("r1",), 2), (("r2", "hsc_condition_g"), 3)]
+)
+def test_curves_have_a_panel_for_each_kind_that_was_logged(tmp_path, logged, panels):
+    from PIL import Image
+
+    rows = [{"cpu_seconds": 1.0, "loss_g": 0.5, **dict.fromkeys(logged, 2.0)}]
+    save_curves(tmp_path / "curves.png", {"run": rows}, ("fdd", "FDD"))
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.width == 550 * panels

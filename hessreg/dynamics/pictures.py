@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from hessreg.gan.mixtures import load_mixture
 from hessreg.gan.pictures import _save_figure
-from hessreg.gan.ring import load_ring
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,7 +98,7 @@ def save_rings(path: Path, title: str, results: Sequence[RingResult]) -> None:
     """
     legend = f"blue: {_POINTS} real points, orange: as many generated ones"
     figure, panels = _panels(f"{title}\n{legend}", len(results), 2.9, (-2, 0, 2))
-    real = load_ring().test_samples[:_POINTS]
+    real = load_mixture().test_samples[:_POINTS]
     for axes, each in zip(panels, results, strict=True):
         axes.set_title(f"{each.method}\n{_judged(each)}", fontsize=9)
         _scatter(axes, real, "tab:blue")

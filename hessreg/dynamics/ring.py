@@ -16,8 +16,8 @@ from torch.func import functional_call
 from hessreg.curvature import NonFiniteError
 from hessreg.dynamics.games import AdversarialGame, AdversarialLoss, Game
 from hessreg.dynamics.methods import Method
+from hessreg.gan.mixtures import MixtureJudge, load_mixture
 from hessreg.gan.networks import Discriminator, Generator
-from hessreg.gan.ring import RingJudge, load_ring
 
 __all__ = ["RingGame", "RingResult", "play_ring"]
 
@@ -37,7 +37,7 @@ class RingGame(AdversarialGame):
 
     def __init__(self, loss: AdversarialLoss, width: int, batch_size: int, seed: int = 0) -> None:
         self.adversarial_loss = loss
-        self.dataset = load_ring()
+        self.dataset = load_mixture()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self._generator = Generator("mlp", _LATENT, width, _ACTIVATION, shape=(2,))
@@ -94,7 +94,7 @@ class RingResult:
         method: Its name.
         steps: Taken.
         cpu_seconds: Spent on them.
-        metrics: See `RingJudge`; empty if it diverged.
+        metrics: See `MixtureJudge`; empty if it diverged.
         points: Generated at the end, ``[n, 2]``.
     """
 
@@ -138,7 +138,7 @@ def play_ring(
             spent = time.process_time() - begin
             if spent >= seconds or not math.isfinite(z.sum()):
                 break
-    judge = RingJudge(ring.dataset)
+    judge = MixtureJudge(ring.dataset)
     points = ring.draw(z, judge.num_samples)
     metrics = judge.evaluate(points) if points.isfinite().all() else {}
     return RingResult(name, steps, spent, metrics, points)

@@ -10,12 +10,14 @@ from hessreg.gan.config import (
     REGULARIZERS,
     DRAGANConfig,
     GaussianConfig,
+    GridConfig,
     HessianPenaltyConfig,
     HSCConfig,
     HSN1RConfig,
     ProjectionConfig,
     R1Config,
     R2Config,
+    RingConfig,
     TrainConfig,
     WGANGPConfig,
 )
@@ -34,18 +36,17 @@ from hessreg.gan.losses import (
     make_loss,
 )
 from hessreg.gan.metrics import ImageJudge, Judge
+from hessreg.gan.mixtures import Mixture, MixtureJudge, grid_mixture, load_mixture, ring_mixture
 from hessreg.gan.networks import Discriminator, Generator
 from hessreg.gan.orthogonal import Orthogonal
-from hessreg.gan.ring import RingJudge
 from hessreg.gan.run import Run
-from hessreg.gan.tasks import TASKS, Task, load_dataset
+from hessreg.gan.tasks import Task, load_dataset, make_task
 from hessreg.gan.trainer import NonFiniteError, Trainer
 
 __all__ = [
     "DEFAULTS",
     "LOSSES",
     "REGULARIZERS",
-    "TASKS",
     "AdversarialLoss",
     "Comparison",
     "DRAGANConfig",
@@ -53,6 +54,7 @@ __all__ = [
     "Discriminator",
     "GaussianConfig",
     "Generator",
+    "GridConfig",
     "HSCConfig",
     "HSN1RConfig",
     "HessianCorrectedGradients",
@@ -63,6 +65,8 @@ __all__ = [
     "LeastSquares",
     "MMDLoss",
     "Minimax",
+    "Mixture",
+    "MixtureJudge",
     "NonFiniteError",
     "NonSaturating",
     "Orthogonal",
@@ -70,7 +74,7 @@ __all__ = [
     "R1Config",
     "R2Config",
     "Relativistic",
-    "RingJudge",
+    "RingConfig",
     "Run",
     "ShuffledSampler",
     "Task",
@@ -78,6 +82,10 @@ __all__ = [
     "Trainer",
     "WGANGPConfig",
     "Wasserstein",
+    "grid_mixture",
     "load_dataset",
+    "load_mixture",
     "make_loss",
+    "make_task",
+    "ring_mixture",
 ]

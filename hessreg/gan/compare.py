@@ -21,7 +21,7 @@ from hessreg.gan.config import TrainConfig, with_method
 from hessreg.gan.metrics import Judge
 from hessreg.gan.run import Interrupted, Run
 from hessreg.gan.run_folder import RunFolder
-from hessreg.gan.tasks import TASKS
+from hessreg.gan.tasks import make_task
 
 __all__ = ["Comparison", "ComparisonError", "format_table"]
 
@@ -46,7 +46,7 @@ class Comparison:
         path: Folder for the runs, ``comparison.png``, ``curves.png``, ``comparison.csv`` and
             ``comparison.json``.
         methods: As `with_method` takes them.
-        dataset: Name of the data set.
+        config: Everything else.
         seeds: Of the runs of each method.
         jobs: Runs at once. CPU time is what is limited, so this changes the wait only.
     """
@@ -55,13 +55,13 @@ class Comparison:
         self,
         path: Path,
         methods: Sequence[str],
-        dataset: str,
+        config: TrainConfig,
         seeds: Sequence[int] = (0,),
         jobs: int = 1,
     ) -> None:
         self.path = path
         self.methods = list(methods)
-        self.dataset = dataset
+        self.config = config
         self.jobs = jobs
         several = len(seeds) > 1
         self._folders = {
@@ -98,7 +98,7 @@ class Comparison:
                 raise ValueError(f"{what} must be different, and at least one, got {named!r}")
         if jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {jobs}")
-        comparison = cls(path, methods, config.dataset, seeds, jobs)
+        comparison = cls(path, methods, config, seeds, jobs)
         chosen = {method: with_method(config, method) for method in methods}
         runs = {
             folder: replace(chosen[method], seed=seed)
@@ -125,7 +125,7 @@ class Comparison:
             method: [RunFolder(folder).read_result() for folder in by_seed.values()]
             for method, by_seed in self._folders.items()
         }
-        task = TASKS[self.dataset]
+        task = make_task(self.config)
         dataset = task.load()
         judge = task.judge(dataset)
         references = judge.reference_rows()

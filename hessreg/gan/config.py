@@ -11,6 +11,7 @@ from hessreg.gan.checks import (
     require,
     require_at_least,
     require_finite,
+    require_positive,
 )
 from hessreg.gan.losses import LOSSES, make_loss
 from hessreg.ops.gaussian import _gamma_of
@@ -20,12 +21,14 @@ __all__ = [
     "REGULARIZERS",
     "DRAGANConfig",
     "GaussianConfig",
+    "GridConfig",
     "HSCConfig",
     "HSN1RConfig",
     "HessianPenaltyConfig",
     "ProjectionConfig",
     "R1Config",
     "R2Config",
+    "RingConfig",
     "TrainConfig",
     "WGANGPConfig",
     "parse_sigma",
@@ -70,6 +73,49 @@ def _check_regularizer(name: str) -> None:
     known = all(part in REGULARIZERS for part in parts) and len(set(parts)) == len(parts)
     wanted = f"none, or {', '.join(REGULARIZERS)} joined by +"
     require(name == "none" or known, "regularizer", wanted, name)
+
+
+@dataclass
+class RingConfig:
+    """Options of data set ring.
+
+    Args:
+        modes: Gaussians on the circle.
+        radius: Of the circle.
+        std: Standard deviation of each.
+        rotation: Angle of the first in degrees.
+    """
+
+    modes: int = 8
+    radius: float = 2.0
+    std: float = 0.02
+    rotation: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(1 <= self.modes <= 1000, "modes", "in [1, 1000]", self.modes)
+        require_positive(self, "radius", "std")
+        require_finite(self, "rotation")
+
+
+@dataclass
+class GridConfig:
+    """Options of data set grid.
+
+    Args:
+        side: Gaussians in each row and in each column.
+        spacing: Distance of neighbours.
+        std: Standard deviation of each.
+    """
+
+    side: int = 5
+    spacing: float = 2.0
+    std: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(2 <= self.side <= 30, "side", "in [2, 30]", self.side)
+        require_positive(self, "spacing", "std")
 
 
 @dataclass
@@ -303,6 +349,8 @@ class TrainConfig:
         eval_every: Steps between evaluations by the judge.
         save_every: Steps between checkpoints.
         tensorboard: Write TensorBoard events as well.
+        ring: Options of data set ring.
+        grid: Options of data set grid.
         r1: Options of regulariser r1.
         r2: Options of regulariser r2.
         wgan_gp: Options of regulariser wgan_gp.
@@ -314,7 +362,7 @@ class TrainConfig:
         hsc: Options of correction hsc.
     """
 
-    dataset: Literal["digits", "ring"] = "digits"
+    dataset: Literal["digits", "ring", "grid"] = "digits"
     regularizer: str = "hsn1r"
     loss: Literal[
         "nonsaturating",
@@ -346,6 +394,8 @@ class TrainConfig:
     eval_every: int = 2000
     save_every: int = 1000
     tensorboard: bool = True
+    ring: RingConfig = field(default_factory=RingConfig)
+    grid: GridConfig = field(default_factory=GridConfig)
     r1: R1Config = field(default_factory=R1Config)
     r2: R2Config = field(default_factory=R2Config)
     wgan_gp: WGANGPConfig = field(default_factory=WGANGPConfig)
@@ -416,6 +466,8 @@ class TrainConfig:
             ValueError: If a name is unknown, or a value is missing or of the wrong kind.
         """
         nested = {
+            "ring": RingConfig,
+            "grid": GridConfig,
             "r1": R1Config,
             "r2": R2Config,
             "wgan_gp": WGANGPConfig,
@@ -492,4 +544,7 @@ _RING = TrainConfig(
     r2=R2Config(gamma=0.1),
     gaussian=GaussianConfig(interaction_weight=100.0, sigma="0.25,0.5,1,2"),
 )
-DEFAULTS: dict[str, TrainConfig] = {config.dataset: config for config in (TrainConfig(), _RING)}
+_GRID = replace(_RING, dataset="grid")
+DEFAULTS: dict[str, TrainConfig] = {
+    config.dataset: config for config in (TrainConfig(), _RING, _GRID)
+}

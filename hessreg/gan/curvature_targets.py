@@ -21,7 +21,7 @@ from hessreg.gan.checks import require
 from hessreg.gan.config import TrainConfig
 from hessreg.gan.run import build_trainer, fitting
 from hessreg.gan.run_folder import RunFolder
-from hessreg.gan.tasks import load_dataset
+from hessreg.gan.tasks import make_task
 from hessreg.gan.trainer import Trainer
 
 __all__ = ["NETWORKS", "RunTarget", "TargetError", "load_factory", "load_run", "naming_target"]
@@ -132,7 +132,7 @@ def load_run(path: Path, rows: int, seed: int, evaluate: bool) -> RunTarget:
     checkpoint = path if path.is_file() else folder.last_checkpoint()
     state = load_state(checkpoint)
     torch.set_num_threads(config.threads)
-    dataset = load_dataset(config.dataset)
+    dataset = make_task(config).load()
     if not 1 <= rows <= len(dataset.train_samples):
         count = len(dataset.train_samples)
         raise ValueError(f"rows must be in [1, {count}] for {config.dataset}, got {rows}")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from hessreg.gan.checkpoint import write_atomically
-from hessreg.gan.ring import CENTRES, RING_STD, load_ring
+from hessreg.gan.mixtures import Mixture, load_mixture
 from hessreg.kernels import gaussian_kernel, mmd2
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 LabelledPoints = tuple[Tensor, Tensor]
 
-__all__ = ["save_curves", "save_grid", "save_kernel", "save_ring", "save_side_by_side", "tile"]
+__all__ = ["save_curves", "save_grid", "save_kernel", "save_points", "save_side_by_side", "tile"]
 
 
 def _of_both(name: str) -> tuple[str, ...]:
@@ -37,6 +37,8 @@ _LINES = {
     "loss_d": "--",
     "hessian_norm_d": "--",
     "r1": ":",
+    "r2": "-.",
+    "dragan": "--",
     "mmd2": "-.",
     "angle_d": "--",
     "angle_after": ":",
@@ -49,8 +51,13 @@ _LINES = {
     "hsc_smallest_corrected_g": ":",
     "hsc_smallest_corrected_d": "-.",
 }
+_LOSSES = "loss_g", "loss_d"
+_PENALTIES = (
+    *("hessian_norm_g", "hessian_norm_d", "mmd2", "hessian_penalty"),
+    *("r1", "r2", "wgan_gp", "dragan"),
+)
 _ANGLES = "angles of gradients, degrees"
-_ON_REQUEST = {
+_STEPS = {
     _ANGLES: ("angle", "angle_after", "angle_g", "angle_after_g", "angle_d", "angle_after_d"),
     "condition number of H, and corrected": _of_both("hsc_condition"),
     "smallest |eigenvalue| of H, and corrected": _of_both("hsc_smallest"),
@@ -85,14 +92,20 @@ def save_grid(path: Path, images: Tensor) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def save_ring(path: Path, points: Tensor) -> None:
-    """Write the first 2000 of points ``[n, 2]`` over real ones; two modes also enlarged."""
+def save_points(path: Path, points: Tensor, mixture: Mixture) -> None:
+    """Write the first 2000 of points ``[n, 2]`` over real ones; two modes also enlarged.
+
+    Args:
+        path: The PNG file.
+        points: Scaled as the mixture; shown in its own unit.
+        mixture: Where the real ones are from.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.6, 5.0), layout="constrained")
     panels = figure.subplot_mosaic("AAB;AAC")
-    real = load_ring().test_samples[:_POINTS].T
-    drawn = points[:_POINTS].float().cpu().T
+    real = mixture.unit * load_mixture(mixture).test_samples[:_POINTS].T
+    drawn = mixture.unit * points[:_POINTS].float().cpu().T
     for (name, axes), size in zip(panels.items(), (1, 4, 4), strict=True):
         axes.scatter(real[0], real[1], s=size, c=_BLUE, label="real", linewidths=0)
         axes.scatter(
@@ -101,20 +114,24 @@ def save_ring(path: Path, points: Tensor) -> None:
         axes.set_aspect("equal")
         axes.tick_params(labelsize="small")
         if name != "A":
-            _zoom(axes, "BC".index(name))
-    panels["A"].set(xlim=(-2.9, 2.9), ylim=(-2.9, 2.9), title=f"{drawn.shape[1]} points of each")
+            _zoom(axes, mixture, "BC".index(name))
+    end = 1.45 * real.abs().max().item()
+    panels["A"].set(xlim=(-end, end), ylim=(-end, end), title=f"{drawn.shape[1]} points of each")
     panels["A"].legend(loc="center", markerscale=5, frameon=False)
     _save_figure(path, figure)
 
 
-def _zoom(axes: Axes, mode: int) -> None:
+def _zoom(axes: Axes, mixture: Mixture, mode: int) -> None:
     """Show one mode, and the circle that holds its samples of high quality."""
     from matplotlib.patches import Circle
 
-    x, y = CENTRES[mode].tolist()
-    axes.add_patch(Circle((x, y), 3 * RING_STD, fill=False, color="black", linewidth=0.8))
+    mode = min(mode, len(mixture.centres) - 1)
+    x, y = (mixture.unit * mixture.centres[mode]).tolist()
+    std = mixture.unit * mixture.std
+    axes.add_patch(Circle((x, y), 3 * std, fill=False, color="black", linewidth=0.8))
+    wide = 7.5 * std
     axes.set(
-        xlim=(x - 0.15, x + 0.15), ylim=(y - 0.15, y + 0.15), title=f"mode {mode}; circle: 3 std"
+        xlim=(x - wide, x + wide), ylim=(y - wide, y + wide), title=f"mode {mode}; circle: 3 std"
     )
 
 
@@ -182,9 +199,7 @@ def save_side_by_side(path: Path, titled: Mapping[str, Path]) -> None:
 def save_curves(
     path: Path, runs: Mapping[str, Sequence[Mapping[str, float]]], headline: tuple[str, str]
 ) -> None:
-    """Plot losses, regularisers and one metric of one or several runs against CPU time.
-
-    Angles of projected gradients and the conditioning of corrected ones are added where logged.
+    """Plot what one or several runs logged against CPU time: a panel for each kind of quantity.
 
     Args:
         path: The PNG file.
@@ -193,24 +208,19 @@ def save_curves(
     """
     from matplotlib.figure import Figure
 
-    panels = {
-        "losses": ("loss_g", "loss_d"),
-        "regularisers": ("hessian_norm_g", "hessian_norm_d", "r1", "mmd2", "hessian_penalty"),
-        headline[1]: headline[:1],
-    }
     logged = {key for rows in runs.values() for row in rows for key in row}
-    panels |= {title: keys for title, keys in _ON_REQUEST.items() if logged & {*keys}}
-    figure = Figure(figsize=(5 * len(panels), 4.2), layout="constrained")
-    for axes, (title, keys) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+    panels = {"losses": _LOSSES, "penalties": _PENALTIES, headline[1]: headline[:1]} | _STEPS
+    panels = {title: keys for title, keys in panels.items() if logged & {*keys}}
+    figure = Figure(figsize=(5 * max(1, len(panels)), 4.2), layout="constrained")
+    for number, (title, keys) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(1, len(panels), number)
         for index, (run, rows) in enumerate(runs.items()):
             for key in keys:
                 _plot(axes, rows, key, color=f"C{index}", label=f"{run} {key}")
         axes.set(title=title, xlabel="CPU seconds of training")
-        axes.set_visible(bool(axes.lines))
-        if axes.lines:
-            axes.legend(fontsize="small")
-            if title not in ("losses", _ANGLES):
-                _set_scale(axes)
+        axes.legend(fontsize="small")
+        if title not in ("losses", _ANGLES):
+            _set_scale(axes)
     _save_figure(path, figure)
 
 

@@ -28,7 +28,7 @@ from hessreg.gan.networks import Discriminator, Generator
 from hessreg.gan.orthogonal import Orthogonal
 from hessreg.gan.progress import ProgressReport, make_progress
 from hessreg.gan.run_folder import RunFolder
-from hessreg.gan.tasks import TASKS
+from hessreg.gan.tasks import make_task
 from hessreg.gan.trainer import NonFiniteError, Trainer
 from hessreg.regularizers import (
     DRAGAN,
@@ -172,7 +172,7 @@ class Run:
         torch.set_num_threads(config.threads)
         self.folder = folder
         self.config = config
-        self.task = TASKS[config.dataset]
+        self.task = make_task(config)
         self.dataset = self.task.load()
         self.trainer = build_trainer(config, self.dataset)
         self.judge = self.task.judge(self.dataset)

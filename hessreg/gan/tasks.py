@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from hessreg.gan import pictures
+from hessreg.gan.config import DEFAULTS, TrainConfig
 from hessreg.gan.data import Dataset, load_digits
 from hessreg.gan.metrics import ImageJudge, Judge
-from hessreg.gan.ring import RingJudge, load_ring
+from hessreg.gan.mixtures import (
+    Mixture,
+    MixtureJudge,
+    grid_mixture,
+    load_mixture,
+    ring_mixture,
+)
 
-__all__ = ["TASKS", "Task", "load_dataset"]
+__all__ = ["Task", "load_dataset", "make_task"]
 
 
 @dataclass(frozen=True)
@@ -33,17 +41,29 @@ class Task:
     shown: str
 
 
-TASKS = {
-    "digits": Task(load_digits, ImageJudge, pictures.save_grid, "64 images"),
-    "ring": Task(load_ring, RingJudge, pictures.save_ring, "2000 points"),
-}
+def make_task(config: TrainConfig) -> Task:
+    """Return what belongs to the data set of a configuration, with its options."""
+    if config.dataset == "digits":
+        return Task(load_digits, ImageJudge, pictures.save_grid, "64 images")
+    if config.dataset == "ring":
+        return _mixture_task(ring_mixture(**vars(config.ring)))
+    return _mixture_task(grid_mixture(**vars(config.grid)))
+
+
+def _mixture_task(mixture: Mixture) -> Task:
+    return Task(
+        partial(load_mixture, mixture),
+        partial(MixtureJudge, mixture=mixture),
+        partial(pictures.save_points, mixture=mixture),
+        "2000 points",
+    )
 
 
 def load_dataset(name: str) -> Dataset:
-    """Load a data set by name.
+    """Load a data set by name, with its options as they are by default.
 
     Args:
-        name: ``"digits"`` or ``"ring"``; see `load_digits` and `load_ring`.
+        name: ``"digits"``, ``"ring"`` or ``"grid"``; see `load_digits` and `load_mixture`.
 
     Returns:
         The data set, on the CPU.
@@ -51,6 +71,6 @@ def load_dataset(name: str) -> Dataset:
     Raises:
         ValueError: If there is no such data set.
     """
-    if name not in TASKS:
-        raise ValueError(f"unknown data set {name!r}; choose from {', '.join(TASKS)}")
-    return TASKS[name].load()
+    if name not in DEFAULTS:
+        raise ValueError(f"unknown data set {name!r}; choose from {', '.join(DEFAULTS)}")
+    return make_task(DEFAULTS[name]).load()
