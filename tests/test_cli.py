@@ -280,7 +280,7 @@ def refused(capsys, *args) -> str:
         ("train ring --ring.modes 0", "modes must be in [1, 1000], got 0"),
         ("train ring --ring.radius -1", "radius must be positive, got -1"),
         ("train ring --ring.std 0", "std must be positive, got 0"),
-        ("train ring --ring.rotation inf", "rotation must be finite, got inf"),
+        ("train ring --ring.rotation inf", "--ring.rotation: Expected float. Got value: inf"),
         ("train grid --grid.side 1", "side must be in [2, 30], got 1"),
         ("compare digits --jobs 0", "jobs must be at least 1, got 0"),
         ("train ring --architecture dcgan", "dcgan is for samples of shape (1, 8, 8), got (2,)"),

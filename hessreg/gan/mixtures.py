@@ -60,8 +60,9 @@ def ring_mixture(
         rotation: Angle of the first, in degrees.
 
     Example:
-        >>> ring_mixture(modes=4, radius=10.0, rotation=90.0).centres.round().tolist()[0]
-        [0.0, 2.0]
+        >>> mixture = ring_mixture(modes=4, radius=10.0)
+        >>> round(mixture.unit, 6), (mixture.unit * mixture.centres[0]).round().tolist()
+        (5.0, [10.0, 0.0])
     """
     angles = torch.arange(modes) * (2.0 * math.pi / modes) + math.radians(rotation)
     return Mixture.scaled("ring", radius * torch.stack([angles.cos(), angles.sin()], 1), std)
