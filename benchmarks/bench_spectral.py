@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import hessreg
-from benchmarks.harness import keep_memory, machine, measure, options, save
+from benchmarks.harness import measure, run_cases, save
 
 OURS = "hessreg"
 BATCH, STEPS = 256, 30
@@ -241,15 +241,7 @@ def show_requirements(found: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Runs every case."""
-    keep_memory()
-    args = options(__doc__.splitlines()[0])
-    torch.set_num_threads(args.threads)
-    card = machine(args.device)
-    print(f"{card['processor']}, torch {card['torch']}, {args.threads} thread(s), {args.device}")
-    cases = []
-    for case in CASES:
-        cases.append(run(case, args.rounds, args.device))
-        show(cases[-1])
+    args, card, cases = run_cases(__doc__.splitlines()[0], CASES, run, show)
     found = requirements(cases)
     show_requirements(found)
     if args.json:

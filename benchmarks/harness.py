@@ -9,7 +9,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,25 @@ def options(
     if more is not None:
         more(parser)
     return parser.parse_args()
+
+
+def run_cases(
+    description: str,
+    cases: Iterable[Any],
+    run: Callable[[Any, int, str], dict[str, Any]],
+    show: Callable[[dict[str, Any]], None],
+) -> tuple[argparse.Namespace, dict[str, Any], list[dict[str, Any]]]:
+    """Runs and shows every case; returns the options, the machine and the results."""
+    keep_memory()
+    args = options(description)
+    torch.set_num_threads(args.threads)
+    card = machine(args.device)
+    print(f"{card['processor']}, torch {card['torch']}, {args.threads} thread(s), {args.device}")
+    results = []
+    for case in cases:
+        results.append(run(case, args.rounds, args.device))
+        show(results[-1])
+    return args, card, results
 
 
 _FLUSH_BYTES = 128 << 20  # more than the caches hold

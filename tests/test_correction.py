@@ -20,22 +20,11 @@ from torch import nn
 from hessreg.curvature import DenseOperator, HessianOperator, NonFiniteError
 from hessreg.optim import correct, correction_step, diagonal_preconditioner, solve_corrected
 from hessreg.optim._krylov_curvature import KrylovCurvature
+from tests.test_eigenvalues import orthogonal, with_spectrum
 
 DOUBLE = torch.float64
 DTYPES = [torch.float32, DOUBLE]
 METHODS = ["lanczos", "minres", "cg"]
-
-
-def orthogonal(n, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(n, n, dtype=DOUBLE, generator=generator)).Q
-
-
-def with_spectrum(values, seed=0):
-    values = torch.as_tensor(values, dtype=DOUBLE)
-    U = orthogonal(len(values), seed)
-    H = U @ torch.diag(values) @ U.mT
-    return (H + H.mT) / 2
 
 
 def vector(n, dtype=DOUBLE, seed=1):

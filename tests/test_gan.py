@@ -68,6 +68,7 @@ from hessreg.regularizers import (
     GaussianKernel,
     StepContext,
 )
+from tests.states import equal
 
 for package in ("matplotlib", "PIL", "safetensors", "sklearn", "yaml"):
     pytest.importorskip(package)
@@ -95,15 +96,6 @@ def small_trainer(regularizers=(), seed=0, architecture="mlp", orthogonal=None):
         networks = Generator(architecture, 4, 8), Discriminator(architecture, 8)
     options = {"batch_size": 8, "seed": seed, "orthogonal": orthogonal}
     return Trainer(*networks, images, regularizers, **options)
-
-
-def equal(a, b) -> bool:
-    """Bitwise equality of nested dictionaries and sequences of tensors and plain values."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
 # Data

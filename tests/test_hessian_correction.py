@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hessreg.curvature import DenseOperator, HessianOperator, NonFiniteError
 from hessreg.optim import CorrectionWarning, HessianCorrection, HessianPreconditioner
 from tests.processes import in_two_processes
+from tests.states import equal
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "hessian_correction.py"
 DOUBLE = torch.float64
@@ -586,15 +587,6 @@ def test_steps_and_metrics_are_finite_whatever_the_operator(values, mu, g, dtype
 # --- state
 
 
-def same(a, b) -> bool:
-    """Bitwise equality of nested dictionaries and sequences of tensors and plain values."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, Tensor) else a == b
-
-
 class Training:
     """A network, its wrapped optimiser and steps on the batches of the seeds given."""
 
@@ -627,10 +619,10 @@ def test_a_resumed_training_is_the_same_bit_for_bit(rate, stop):
     resumed.run([50])  # to be forgotten
     resumed.net.load_state_dict(weights)
     resumed.optimizer.load_state_dict(state)
-    assert same(resumed.optimizer.state_dict(), state)
+    assert equal(resumed.optimizer.state_dict(), state)
     resumed.run(range(stop, 9))
     assert torch.equal(flat(straight.parameters), flat(resumed.parameters))
-    assert same(straight.optimizer.state_dict(), resumed.optimizer.state_dict())
+    assert equal(straight.optimizer.state_dict(), resumed.optimizer.state_dict())
     assert straight.optimizer.metrics() == resumed.optimizer.metrics()
 
 
@@ -699,7 +691,7 @@ def test_a_state_that_does_not_fit_is_refused(keys, value, message):
     optimizer, good = state_with(["optimizer"], {})
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(state)
-    assert same(optimizer.preconditioner.state_dict(), good["preconditioner"])
+    assert equal(optimizer.preconditioner.state_dict(), good["preconditioner"])
 
 
 def test_a_state_keeps_no_curvature_that_is_not_used_again():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hessreg.optim import MODES, OppositeGradientsError, OrthogonalGradients
 from tests.processes import in_two_processes
+from tests.states import equal
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "orthogonal_gradients.py"
 SGD = torch.optim.SGD
@@ -386,19 +387,11 @@ def test_steps_with_infinite_gradients_are_skipped(mode, bad, value):
             spoiled = [loss * value if i == bad else loss for i, loss in enumerate(losses)]
             one_step(optimizer, spoiled, scaler)
             assert torch.equal(flat(net.parameters()), before)
-            assert same(optimizer.state_dict(), state)
+            assert equal(optimizer.state_dict(), state)
             losses = losses_for(mode, net, batch(seed=step))
         one_step(optimizer, losses, scaler)
         one_step(reference, losses_for(mode, plain, batch(seed=step)))
     assert torch.equal(flat(net.parameters()), flat(plain.parameters()))
-
-
-def same(a, b) -> bool:
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -558,7 +551,7 @@ def test_training_from_a_saved_state_is_the_same_training(mode):
         if step >= 3:
             one_step(resumed, losses_for(mode, other, batch(seed=step)))
     assert torch.equal(flat(straight.parameters()), flat(other.parameters()))
-    assert same(optimizer.state_dict(), resumed.state_dict())
+    assert equal(optimizer.state_dict(), resumed.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -587,7 +580,7 @@ def test_a_state_that_does_not_fit_is_refused(change, message):
     state = optimizer.state_dict()
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict({**state, **change})
-    assert same(optimizer.state_dict(), state)
+    assert equal(optimizer.state_dict(), state)
 
 
 # --- errors

@@ -229,7 +229,7 @@ def _verdict(path: Path, rows: Rows, judge: Judge) -> str:
     return (
         f"Lowest {heading}, {over}: {ranking}\n"
         f"{path / 'comparison.png'}: samples{shown} beside real data; {path / 'curves.png'}:"
-        f" losses, regularisers and {heading}{shown} against CPU time;"
+        f" losses, penalties and {heading}{shown} against CPU time;"
         f" {path / 'comparison.csv'} and .json: the numbers"
     )
 

@@ -194,7 +194,8 @@ class Trainer:
             outputs = self.loss.outputs_for_generator(self.discriminator, real, fake)
             loss = self.loss.generator(*outputs)
             rival = None
-            if self.orthogonal is not None:  # its part on real samples does not matter
+            if self.orthogonal is not None and self.orthogonal.mode == "game":
+                # Its part on real samples does not matter.
                 rival = self.loss.discriminator(*reversed(outputs))[-1]
         context = self._context(loss, None, real, fake, noise)
         self._apply(self.generator, loss, [loss], context, rival)
