@@ -60,7 +60,6 @@ class Comparison:
         jobs: int = 1,
     ) -> None:
         self.path = path
-        self.methods = list(methods)
         self.config = config
         self.jobs = jobs
         several = len(seeds) > 1
