@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from benchmarks.harness import keep_memory, machine, measure, options, save
 from hessreg.curvature import HessianOperator, eigenvalues, power_iteration
-from hessreg.gan.config import HSN1RConfig, TrainConfig
-from hessreg.gan.run import build_trainer
+from hessreg.gan import HSN1RConfig, TrainConfig
+from hessreg.gan.building import build_trainer
 from hessreg.gan.tasks import load_dataset
 from hessreg.gan.trainer import Trainer
 

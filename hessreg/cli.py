@@ -33,8 +33,9 @@ from hessreg.dynamics.config import DynamicsConfig
 from hessreg.dynamics.lab import Lab
 from hessreg.gan.checkpoint import CheckpointError
 from hessreg.gan.compare import Comparison, ComparisonError
-from hessreg.gan.config import DEFAULTS, TrainConfig, parse_sigma
+from hessreg.gan.config import DEFAULTS, TrainConfig
 from hessreg.gan.curvature_targets import NETWORKS, load_factory, load_run
+from hessreg.gan.options import parse_sigma
 from hessreg.gan.progress import make_progress, say
 from hessreg.gan.run import Run
 from hessreg.gan.run_folder import RunFolderError

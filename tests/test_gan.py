@@ -38,6 +38,7 @@ from hessreg.gan import (
     Trainer,
     load_dataset,
 )
+from hessreg.gan.building import build_trainer
 from hessreg.gan.checkpoint import (
     CheckpointError,
     _digest,
@@ -55,7 +56,6 @@ from hessreg.gan.metrics import (
 )
 from hessreg.gan.mixtures import RING, grid_mixture, load_mixture, ring_mixture
 from hessreg.gan.pictures import save_curves, save_kernel, tile
-from hessreg.gan.run import build_trainer
 from hessreg.gan.run_folder import RunFolder, RunFolderError
 from hessreg.optim import MODES, OrthogonalGradients
 from hessreg.regularizers import (

@@ -10,8 +10,8 @@ from torch import nn
 
 from hessreg import gaussian_kernel
 from hessreg.gan import Discriminator, Generator, HessianPenaltyConfig, TrainConfig, Trainer
+from hessreg.gan.building import build_trainer
 from hessreg.gan.checkpoint import load_state, save_state
-from hessreg.gan.run import build_trainer
 from hessreg.gan.tasks import load_dataset
 from hessreg.regularizers import HSN1R, HessianPenalty, Regularizer, StepContext
 from tests.test_gan import equal

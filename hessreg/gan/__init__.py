@@ -5,22 +5,7 @@ pictures; `Comparison` trains with several regularisers at equal cost.
 """
 
 from hessreg.gan.compare import Comparison
-from hessreg.gan.config import (
-    DEFAULTS,
-    REGULARIZERS,
-    DRAGANConfig,
-    GaussianConfig,
-    GridConfig,
-    HessianPenaltyConfig,
-    HSCConfig,
-    HSN1RConfig,
-    ProjectionConfig,
-    R1Config,
-    R2Config,
-    RingConfig,
-    TrainConfig,
-    WGANGPConfig,
-)
+from hessreg.gan.config import DEFAULTS, REGULARIZERS, TrainConfig
 from hessreg.gan.correction import HessianCorrectedGradients
 from hessreg.gan.data import Dataset, ShuffledSampler
 from hessreg.gan.losses import (
@@ -38,6 +23,19 @@ from hessreg.gan.losses import (
 from hessreg.gan.metrics import ImageJudge, Judge
 from hessreg.gan.mixtures import Mixture, MixtureJudge, grid_mixture, load_mixture, ring_mixture
 from hessreg.gan.networks import Discriminator, Generator
+from hessreg.gan.options import (
+    DRAGANConfig,
+    GaussianConfig,
+    GridConfig,
+    HessianPenaltyConfig,
+    HSCConfig,
+    HSN1RConfig,
+    ProjectionConfig,
+    R1Config,
+    R2Config,
+    RingConfig,
+    WGANGPConfig,
+)
 from hessreg.gan.orthogonal import Orthogonal
 from hessreg.gan.run import Run
 from hessreg.gan.tasks import Task, load_dataset, make_task

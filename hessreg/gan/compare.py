@@ -17,7 +17,8 @@ from typing import Any
 
 from hessreg.gan import pictures
 from hessreg.gan.checkpoint import write_atomically
-from hessreg.gan.config import TrainConfig, with_method
+from hessreg.gan.config import TrainConfig
+from hessreg.gan.methods import with_method
 from hessreg.gan.metrics import Judge
 from hessreg.gan.run import Interrupted, Run
 from hessreg.gan.run_folder import RunFolder

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from hessreg.curvature import HessianOperator, LinearOperator, NonFiniteError, SumOperator
+from hessreg.gan.building import build_trainer
 from hessreg.gan.checkpoint import load_state
 from hessreg.gan.checks import require
 from hessreg.gan.config import TrainConfig
-from hessreg.gan.run import build_trainer, fitting
+from hessreg.gan.run import fitting
 from hessreg.gan.run_folder import RunFolder
 from hessreg.gan.tasks import make_task
 from hessreg.gan.trainer import Trainer

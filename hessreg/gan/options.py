@@ -1,0 +1,302 @@
+"""The groups of options of a run: of its data sets, its regularisers and its corrections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from hessreg.gan.checks import (
+    check_types,
+    require,
+    require_at_least,
+    require_finite,
+    require_positive,
+)
+from hessreg.ops.gaussian import _gamma_of
+
+__all__ = [
+    "DRAGANConfig",
+    "GaussianConfig",
+    "GridConfig",
+    "HSCConfig",
+    "HSN1RConfig",
+    "HessianPenaltyConfig",
+    "ProjectionConfig",
+    "R1Config",
+    "R2Config",
+    "RingConfig",
+    "WGANGPConfig",
+    "parse_sigma",
+]
+
+_POLICIES = ("median", "ema", "learned")
+
+
+def parse_sigma(text: str | float, policies: Sequence[str] = _POLICIES) -> str | list[float]:
+    """Return what a bandwidth on the command line means: a policy, or numbers between commas.
+
+    Raises:
+        ValueError: If it is neither, or a number is not positive and finite.
+
+    Example:
+        >>> parse_sigma("0.5, 1")
+        [0.5, 1.0]
+    """
+    if isinstance(text, str) and text in policies:
+        return text
+    wanted = f"{', '.join(policies)} or positive numbers with commas"
+    try:
+        values = [float(part) for part in str(text).split(",")]
+    except ValueError:
+        values = []
+    require(bool(values) and all(map(_is_bandwidth, values)), "sigma", wanted, text)
+    return values
+
+
+def _is_bandwidth(value: float) -> bool:
+    try:
+        return _gamma_of(value) > 0
+    except ValueError:
+        return False
+
+
+@dataclass
+class RingConfig:
+    """Options of data set ring.
+
+    Args:
+        modes: Gaussians on the circle.
+        radius: Of the circle.
+        std: Standard deviation of each.
+        rotation: Angle of the first in degrees.
+    """
+
+    modes: int = 8
+    radius: float = 2.0
+    std: float = 0.02
+    rotation: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(1 <= self.modes <= 1000, "modes", "in [1, 1000]", self.modes)
+        require_positive(self, "radius", "std")
+        require_finite(self, "rotation")
+
+
+@dataclass
+class GridConfig:
+    """Options of data set grid.
+
+    Args:
+        side: Gaussians in each row and in each column.
+        spacing: Distance of neighbours.
+        std: Standard deviation of each.
+    """
+
+    side: int = 5
+    spacing: float = 2.0
+    std: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(2 <= self.side <= 30, "side", "in [2, 30]", self.side)
+        require_positive(self, "spacing", "std")
+
+
+@dataclass
+class R1Config:
+    """Options of the gradient penalty on real images.
+
+    Args:
+        gamma: Its weight.
+    """
+
+    gamma: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_at_least(self, 0, "gamma")
+
+
+@dataclass
+class R2Config(R1Config):
+    """Options of the gradient penalty on generated images.
+
+    Args:
+        gamma: Its weight.
+    """
+
+
+@dataclass
+class WGANGPConfig:
+    """Options of the gradient penalty between real and generated images.
+
+    Args:
+        weight: Its weight.
+    """
+
+    weight: float = 10.0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_at_least(self, 0, "weight")
+
+
+@dataclass
+class DRAGANConfig:
+    """Options of the gradient penalty around real images.
+
+    Args:
+        weight: Its weight.
+        spread: Width of the noise on the images in their standard deviations.
+    """
+
+    weight: float = 10.0
+    spread: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_at_least(self, 0, "weight", "spread")
+
+
+@dataclass
+class HSN1RConfig:
+    """Options of the penalty on the norms of both networks' loss Hessians.
+
+    Args:
+        norm: Sum of absolute eigenvalues, largest absolute eigenvalue, largest column sum, or root
+            of the sum of squares.
+        weight: Weight of the generator's norm.
+        discriminator_weight: Weight of the discriminator's norm.
+        every: Apply it in every k-th step.
+        num_steps: Lanczos or power iterations for one norm.
+        num_probes: Random vectors for one norm, where it is estimated.
+        target: Penalise only what exceeds this norm.
+    """
+
+    norm: Literal["nuclear", "spectral", "one", "fro"] = "nuclear"
+    weight: float = 1e-4
+    discriminator_weight: float = 3e-4
+    every: int = 16
+    num_steps: int = 3
+    num_probes: int = 1
+    target: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_at_least(self, 0, "weight", "discriminator_weight", "target")
+        require_at_least(self, 1, "every", "num_steps", "num_probes")
+
+
+@dataclass
+class GaussianConfig:
+    """Options of the Gaussian-kernel terms.
+
+    Args:
+        interaction_weight: Weight of MMD^2 between generated and real samples, in the generator's
+            loss.
+        generator_weight: Weight of the mean kernel of each generated sample and the real one it
+            is paired with; positive repels.
+        discriminator_weight: Weight of the mean kernels of the discriminator's outputs and 1/2;
+            positive pushes them away from 1/2.
+        sigma: Bandwidth: median, ema, learned, or numbers with commas for the mean of their
+            kernels.
+        space: Compare samples, or the discriminator's last hidden layer.
+    """
+
+    interaction_weight: float = 10.0
+    generator_weight: float = 0.0
+    discriminator_weight: float = 0.0
+    sigma: float | str = "median"
+    space: Literal["samples", "features"] = "samples"
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        weights = "interaction_weight", "generator_weight", "discriminator_weight"
+        require_finite(self, *weights)
+        parse_sigma(self.sigma)
+
+
+@dataclass
+class HessianPenaltyConfig:
+    """Options of the penalty on interactions of noise components.
+
+    Args:
+        weight: Its weight in the generator's loss.
+        num_probes: Random directions, at least 2.
+        reduction: Largest or mean value over the outputs of a sample.
+        every: Apply it in every k-th step.
+    """
+
+    weight: float = 0.1
+    num_probes: int = 2
+    reduction: Literal["max", "mean"] = "max"
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_at_least(self, 0, "weight")
+        require_at_least(self, 1, "every")
+        require_at_least(self, 2, "num_probes")
+
+
+@dataclass
+class ProjectionConfig:
+    """Options of orthogonal gradients.
+
+    Args:
+        pair: What terms projects: the adversarial loss against what the regularisers add, or also
+            the discriminator's loss on real samples against that on generated ones.
+        strength: Share of the component that previous, game and weights remove; by default 0.5 for
+            previous and 1 for the others.
+        scope: What makes up one vector: all parameters, each tensor, or each row; auto is tensor
+            for weights and else global.
+    """
+
+    pair: Literal["adversarial_regularizer", "real_fake"] = "adversarial_regularizer"
+    strength: float | None = None
+    scope: Literal["auto", "global", "tensor", "row"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.strength is not None:
+            require_finite(self, "strength")
+
+
+@dataclass
+class HSCConfig:
+    """Options of the Hessian correction.
+
+    Args:
+        network: Whose gradients are corrected.
+        eps: Curvatures below it count as none: a gradient along an eigenvalue l of the Hessian is
+            multiplied by (l + mu eps^2) / (l^2 + eps^2).
+        mu: Factor of the gradient where there is no curvature; 0 is the article's formula.
+        saddle_free: Divide by the size of the curvature, so that every step leads downhill.
+        num_steps: Hessian-vector products for the curvature of one network.
+        damping: Added to the Hessian's diagonal beforehand.
+        trust_radius: Greatest length of a corrected gradient; null for none.
+        every: Renew the curvature in every k-th step; in between the last one serves.
+        rows: Rows of the batch for the curvature; 0 for all.
+    """
+
+    network: Literal["generator", "discriminator", "both"] = "generator"
+    eps: float = 1.0
+    mu: float = 1.0
+    saddle_free: bool = False
+    num_steps: int = 10
+    damping: float = 0.0
+    trust_radius: float | None = None
+    every: int = 10
+    rows: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_at_least(self, 0, "mu", "damping", "rows")
+        require_at_least(self, 1, "num_steps", "every")
+        require_finite(self, "eps")
+        require(self.eps > 0, "eps", "positive", self.eps)
+        if self.trust_radius is not None:
+            require_finite(self, "trust_radius")
+            require(self.trust_radius > 0, "trust_radius", "positive or null", self.trust_radius)
