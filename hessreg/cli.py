@@ -28,6 +28,7 @@ from torch import Tensor
 
 import hessreg
 from hessreg._interrupt import INTERRUPTED
+from hessreg._spelling import suggestion
 from hessreg.curvature import LinearOperator
 from hessreg.curvature import NonFiniteError as NonFiniteCurvatureError
 from hessreg.curvature._checks import check_at_least, check_not_negative
@@ -192,8 +193,7 @@ def _parser() -> ArgumentParser:
     purpose = "paint a photograph in the style of another"
     commands.add_subcommand("style", _style_parser(), help=purpose)
     commands.add_subcommand("mmd", _mmd_parser(), help="maximum mean discrepancy of two samples")
-    doctor = ArgumentParser(exit_on_error=False, description="Show versions and devices.")
-    commands.add_subcommand("doctor", doctor, help="show versions and devices")
+    commands.add_subcommand("doctor", _doctor_parser(), help="versions, devices and self-tests")
     return parser
 
 
@@ -343,6 +343,23 @@ def _resume_parser() -> ArgumentParser:
     return parser
 
 
+def _doctor_parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    purpose = "Show versions and devices, and test every operator where it runs."
+    return ArgumentParser(exit_on_error=False, description=purpose)
+
+
+_PARSERS: dict[str, Callable[[], ArgumentParser]] = {
+    "resume": _resume_parser,
+    "spectrum": _spectrum_parser,
+    "dynamics": _dynamics_parser,
+    "style": _style_parser,
+    "mmd": _mmd_parser,
+    "doctor": _doctor_parser,
+}
+
+
 def _parse(args: list[str]) -> tuple[str, dict[str, Any]]:
     from jsonargparse import ArgumentError
 
@@ -358,7 +375,7 @@ def _parse(args: list[str]) -> tuple[str, dict[str, Any]]:
         # Of an unknown name in a file, jsonargparse says only the command.
         nameless = str(error) == repr(args[0]) if args else False
         message = _unknown_name(args) if nameless else str(error)
-        raise _InputError(_readable(message)) from None
+        raise _InputError(_readable(message) + suggestion(message, _names(args))) from None
     chosen = options[options.command]
     per_dataset = options.command in ("train", "compare")
     return options.command, dict(vars(chosen[chosen.dataset] if per_dataset else chosen))
@@ -369,16 +386,35 @@ def _underscored(arg: str) -> str:
     return re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), arg)
 
 
+def _innermost_parser(args: list[str]) -> ArgumentParser:
+    """That of a command and its data set; a LookupError if there is none."""
+    per_dataset = {"train": _train_parser, "compare": _compare_parser}
+    if args[0] not in per_dataset:
+        return _PARSERS[args[0]]()
+    if args[1] not in DEFAULTS:
+        raise LookupError(args[1])
+    return per_dataset[args[0]](args[1])
+
+
+def _names(args: list[str]) -> list[str]:
+    """Every option that a command has."""
+    try:
+        options = _innermost_parser(args).get_defaults().as_dict()
+    except LookupError:
+        return []
+    return ["config", "print_config", *_flat(options)]
+
+
 def _unknown_name(args: list[str]) -> str:
     """What the innermost parser says, which names the unknown key."""
     from jsonargparse import ArgumentError
 
-    parsers = {"train": _train_parser, "compare": _compare_parser}
+    per_dataset = args[0] in ("train", "compare")
     try:
-        parsers[args[0]](args[1]).parse_args(args[2:])
+        _innermost_parser(args).parse_args(args[2 if per_dataset else 1 :])
     except (ArgumentError, ValueError, TypeError) as error:
         return str(error)
-    except (LookupError, AttributeError):
+    except LookupError:
         pass
     return "--config: unknown name"
 
