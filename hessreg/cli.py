@@ -54,6 +54,7 @@ from hessreg.gan.trainer import NonFiniteError
 from hessreg.kernels import TwoSampleTest, median_bandwidth, mmd2, mmd2_test
 from hessreg.ops.gaussian import _ESTIMATORS
 from hessreg.optim import OppositeGradientsError
+from hessreg.self_test import self_tests, tested_devices
 from hessreg.style.config import StyleConfig
 from hessreg.style.images import ImageError
 from hessreg.style.run import StyleRun, draw_at_once
@@ -63,6 +64,11 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+
+class _SelfTestError(Exception):
+    """An operator computes something else than its reference."""
+
+
 _ROWS = 512  # of the data of a run
 _COMPARED = "none,r1,hsn1r,gaussian"
 _FAILURES = (
@@ -71,6 +77,7 @@ _FAILURES = (
     NonFiniteCurvatureError,
     OppositeGradientsError,
     StorageError,
+    _SelfTestError,
 )
 _PACKAGES = ("numpy", "scikit-learn", "safetensors", "matplotlib", "tensorboard", "rich")
 
@@ -605,6 +612,13 @@ def _doctor(options: dict[str, Any]) -> None:
     say(f"cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     for index in range(torch.cuda.device_count()):
         say(f"cuda:{index}: {torch.cuda.get_device_name(index)}")
+    tests = []
+    for device in tested_devices():
+        for test in self_tests(device):
+            say(str(test))
+            tests.append(test)
+    if failed := [f"{test.operator} on {test.device}" for test in tests if test.failure]:
+        raise _SelfTestError(f"{len(failed)} of {len(tests)} self-tests fail: {', '.join(failed)}")
 
 
 def _version(package: str) -> str:
