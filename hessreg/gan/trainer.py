@@ -19,7 +19,7 @@ from hessreg.gan.losses import AdversarialLoss, NonSaturating
 from hessreg.gan.networks import Generator
 from hessreg.gan.orthogonal import Orthogonal
 from hessreg.optim import OrthogonalGradients
-from hessreg.optim._vectors import average
+from hessreg.optim._vectors import average, laid_out_like
 from hessreg.regularizers import Gradients, Regularizer, StepContext
 
 __all__ = ["NonFiniteError", "Trainer"]
@@ -240,7 +240,7 @@ class Trainer:
         self._measure(f"_{_NAMES[side][0]}", loss=loss, penalty=penalty, grad_norm=norm)
         network.zero_grad()  # those that are frozen or unused stay without a gradient
         for parameter, grad in zip(parameters, grads, strict=True):
-            parameter.grad = grad
+            parameter.grad = None if grad is None else laid_out_like(parameter, grad)
         self._step(side, network, len(losses))
 
     def _step(self, side: int, network: nn.Module, num_losses: int) -> None:
