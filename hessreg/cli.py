@@ -20,12 +20,14 @@ from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 import hessreg
+from hessreg._interrupt import INTERRUPTED
 from hessreg.curvature import LinearOperator
 from hessreg.curvature import NonFiniteError as NonFiniteCurvatureError
 from hessreg.curvature._checks import check_at_least, check_not_negative
@@ -37,7 +39,7 @@ from hessreg.gan.config import DEFAULTS, TrainConfig
 from hessreg.gan.curvature_targets import NETWORKS, load_factory, load_run
 from hessreg.gan.options import parse_sigma
 from hessreg.gan.progress import make_progress, say
-from hessreg.gan.run import Run
+from hessreg.gan.run import Interrupted, Run, StorageError
 from hessreg.gan.run_folder import RunFolderError
 from hessreg.gan.sample_files import load_samples
 from hessreg.gan.spectrum import (
@@ -62,7 +64,13 @@ __all__ = ["main"]
 
 _ROWS = 512  # of the data of a run
 _COMPARED = "none,r1,hsn1r,gaussian"
-_FAILURES = ComparisonError, NonFiniteError, NonFiniteCurvatureError, OppositeGradientsError
+_FAILURES = (
+    ComparisonError,
+    NonFiniteError,
+    NonFiniteCurvatureError,
+    OppositeGradientsError,
+    StorageError,
+)
 _PACKAGES = ("numpy", "scikit-learn", "safetensors", "matplotlib", "tensorboard", "rich")
 
 
@@ -75,18 +83,30 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    signals = _Interrupts()
     try:
-        with _terminate_as_interrupt():
+        with signals:
             _run(list(sys.argv[1:] if args is None else args))
-    except KeyboardInterrupt as error:  # an Interrupted run among them
-        return _fail(str(error) or "interrupted", 130)
+    except Interrupted as error:
+        return _fail(str(error), INTERRUPTED)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except Exception as error:
+        # Some libraries turn an interruption into an error of theirs.
+        return _fail("interrupted", INTERRUPTED) if signals.received else _explain(error)
+    return 0
+
+
+def _explain(error: Exception) -> int:
+    """Say in one line what went wrong, and return the exit code."""
+    try:
+        raise error
     except ModuleNotFoundError as error:
         return _fail(f"this command needs {error.name}: pip install 'hessreg[gan]'", 2)
     except (_InputError, CheckpointError, RunFolderError, ImageError, OSError) as error:
         return _fail(str(error), 2)
     except _FAILURES as error:
         return _fail(str(error), 1)
-    return 0
 
 
 def _run(args: list[str]) -> None:
@@ -104,17 +124,36 @@ def _run(args: list[str]) -> None:
     commands[command](options)
 
 
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends a command in the way Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+class _Interrupts:
+    """SIGTERM ends a command in the way Ctrl-C does: by a KeyboardInterrupt in the main thread."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._previous: dict[int, Any] = {}
+        self._report = sys.unraisablehook
+
+    def __enter__(self) -> _Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            sys.unraisablehook = self._raise_again
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        sys.unraisablehook = self._report
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        raise KeyboardInterrupt
+
+    def _raise_again(self, unraisable: Any) -> None:
+        """Where an exception cannot rise, as in a destructor, it would only be printed."""
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        else:
+            self._report(unraisable)
 
 
 class _InputError(Exception):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import math
 import platform
 import signal
@@ -19,7 +19,7 @@ import torch
 
 from hessreg.gan import pictures
 from hessreg.gan.building import build_trainer
-from hessreg.gan.checkpoint import CheckpointError
+from hessreg.gan.checkpoint import CheckpointError, num_bytes
 from hessreg.gan.config import TrainConfig
 from hessreg.gan.event_log import EventLog
 from hessreg.gan.progress import ProgressReport, make_progress
@@ -30,7 +30,7 @@ from hessreg.regularizers import (
     GaussianKernel,
 )
 
-__all__ = ["Interrupted", "Run", "fitting"]
+__all__ = ["Interrupted", "Run", "StorageError", "fitting"]
 
 _KERNEL_POINTS = 128  # of each kind in the heat map
 _PACKAGES = "matplotlib", "PIL", "safetensors", "sklearn", "yaml"
@@ -47,7 +47,8 @@ _NOT_A_STATE = (
 def _check_packages(config: TrainConfig) -> None:
     """Fail before anything is made or trained, not when the package is first used."""
     for name in (*_PACKAGES, *(["tensorboard"] if config.tensorboard else [])):
-        importlib.import_module(name)
+        if importlib.util.find_spec(name) is None:  # importing them all takes seconds
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 @contextmanager
@@ -62,6 +63,10 @@ def fitting(checkpoint: Path) -> Iterator[None]:
     except _NOT_A_STATE as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{checkpoint} does not fit the configuration: {reason}") from None
+
+
+class StorageError(RuntimeError):
+    """Something could not be written in the middle of a run."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -86,16 +91,18 @@ class Run:
         self.trainer = build_trainer(config, self.dataset)
         self.judge = self.task.judge(self.dataset)
         self.cpu_seconds = 0.0
+        self.best: dict[str, Any] = {}  # the step and the judge's value of the best evaluation
 
     @classmethod
     def create(cls, path: Path, config: TrainConfig) -> Run:
         """Start a run in a new folder.
 
         Raises:
-            RunFolderError: If the folder has content or cannot be written.
+            RunFolderError: If the folder has content or cannot be written, or the disk is full.
             ValueError: If the device is missing or the batch is larger than the data set.
         """
         run = cls(RunFolder(path), config)
+        run.folder.check_space(run._checkpoint_bytes())
         run.folder.create(config)
         try:
             run._save()
@@ -107,6 +114,8 @@ class Run:
     @classmethod
     def resume(cls, path: Path, steps: int = 0, seconds: float = 0.0) -> Run:
         """Continue the run in a folder from its newest checkpoint.
+
+        A run that was killed before its first one starts anew.
 
         Args:
             path: The folder.
@@ -125,6 +134,9 @@ class Run:
         folder.lock()
         try:
             run = cls(folder, config)
+            folder.check_space(run._checkpoint_bytes())
+            if folder.was_never_saved():
+                run._save()
             run._load()
             if steps or seconds:
                 run._check_limits()
@@ -158,12 +170,20 @@ class Run:
 
         Raises:
             Interrupted: If SIGINT or SIGTERM arrived; the state of the last step is saved.
+            StorageError: If something cannot be written, as on a full disk; names the last good
+                checkpoint.
             NonFiniteError: If something was not finite; names the last good checkpoint.
             RunFolderError: If another process uses the folder.
         """
         self.folder.lock()
         try:
             return self._train(progress)
+        except OSError as error:
+            last = self.folder.last_checkpoint()
+            raise StorageError(
+                f"{error}; the last good checkpoint is {last}; continue with: hessreg resume"
+                f" {self.folder.path}"
+            ) from None
         finally:
             self.close()
 
@@ -217,6 +237,7 @@ class Run:
         row = {"step": step, "cpu_seconds": round(self.cpu_seconds, 3)} | self.trainer.metrics()
         if evaluate:
             row |= self._evaluate()
+            self._keep_best(row[self.judge.headline])
         self.folder.append_metrics(row)
         events.add(row)
         report.update(row, self._fraction())
@@ -236,11 +257,30 @@ class Run:
         self.task.draw(self.folder.path / "samples.png", samples)
         return self.judge.evaluate(samples)
 
+    def _keep_best(self, value: float) -> None:
+        """Keep the state, and the picture, that the judge found better than all before."""
+        if value < self.best.get("value", math.inf):
+            self.best = {"step": self.trainer.steps_done, "value": value}
+            self.folder.save_best(self._state())
+
     def _save(self) -> None:
+        self.folder.save_checkpoint(self.trainer.steps_done, self._state())
+
+    def _state(self) -> dict[str, Any]:
         with self._naming_the_checkpoint():
             self.trainer.check_weights()
         state = {"trainer": self.trainer.state_dict(), "cpu_seconds": self.cpu_seconds}
-        self.folder.save_checkpoint(self.trainer.steps_done, state)
+        return {**state, "best": self.best}
+
+    def _checkpoint_bytes(self) -> int:
+        """Of a checkpoint, with two moments for every parameter."""
+        trainer = self.trainer
+        state = trainer.state_dict()
+        moments = num_bytes(
+            [list(n.parameters()) for n in (trainer.generator, trainer.discriminator)]
+        )
+        queue = 8 * len(trainer.data)  # of indices of samples
+        return num_bytes({**state, "optimizers": []}) + 2 * moments + queue
 
     def _load(self) -> None:
         state = self.folder.load_checkpoint()
@@ -248,6 +288,9 @@ class Run:
             self.cpu_seconds = float(state["cpu_seconds"])
             if not 0 <= self.cpu_seconds < math.inf:
                 raise ValueError(f"cpu_seconds is {self.cpu_seconds}")
+            self.best = dict(state["best"])
+            if self.best and not (math.isfinite(self.best["value"]) and self.best["step"] >= 0):
+                raise ValueError(f"the best evaluation is {self.best}")
             self.trainer.load_state_dict(state["trainer"])
         self.folder.truncate_metrics(self.trainer.steps_done)
 
@@ -262,6 +305,7 @@ class Run:
             "steps": self.trainer.steps_done,
             "cpu_seconds": round(self.cpu_seconds, 2),
             **values,
+            "best": self._best_result(),
             "device": str(self.trainer.data.device),
             "threads": self.config.threads,
             "torch": torch.__version__,
@@ -274,6 +318,14 @@ class Run:
             f" after {result['steps']} steps, {self.cpu_seconds:.0f} CPU-s;"
             f" {self.judge.describe(values)}; {pictures_beside} beside it"
         )
+
+    def _best_result(self) -> dict[str, Any]:
+        """The best evaluation, whose checkpoint and samples are kept."""
+        if not self.best:
+            return {}
+        checkpoint = self.folder.best.relative_to(self.folder.path).as_posix()
+        best = {"step": self.best["step"], self.judge.headline: self.best["value"]}
+        return {**best, "checkpoint": checkpoint, "samples": "best.png"}
 
     def _draw(self) -> str:
         """Write the pictures that need a finished run, and return their names."""
