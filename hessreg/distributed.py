@@ -10,6 +10,8 @@ differentiate the same things in the same order.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,6 +67,11 @@ class Shard:
         """Return the standard deviation (by n) of all numbers in the whole batch."""
         return rows.std(correction=0)
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, the rows of this process are the whole batch: the others do something else."""
+        yield
+
 
 WHOLE = Shard()
 
@@ -79,6 +86,7 @@ class ProcessShard(Shard):
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._is_alone = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProcessShard:
         """Itself: networks that hold it can be copied, a group of processes cannot."""
@@ -96,13 +104,15 @@ class ProcessShard(Shard):
 
     def gather(self, rows: Tensor) -> Tensor:
         """Return the rows of all processes, one after the other."""
+        if self._is_alone:
+            return rows
         before, after = self.rank, self.size - self.rank - 1
         zeros = torch.zeros_like(rows)
         return self._sum(torch.cat([zeros] * before + [rows] + [zeros] * after))
 
     def mean(self, value: Tensor) -> Tensor:
         """Return the sum over the processes by their number."""
-        return self._sum(value) / self.size
+        return value if self._is_alone else self._sum(value) / self.size
 
     def means(self, *scalars: Tensor) -> tuple[Tensor, ...]:
         """Return the means after one all-reduce."""
@@ -112,6 +122,15 @@ class ProcessShard(Shard):
         """Return it from two means over the processes."""
         mean = self.mean(rows.mean())
         return self.mean((rows - mean).square().mean()).sqrt()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Move nothing inside."""
+        self._is_alone = True
+        try:
+            yield
+        finally:
+            self._is_alone = False
 
     def _sum(self, value: Tensor) -> Tensor:
         total: Tensor = _Sum.apply(value, self.group)

@@ -93,13 +93,9 @@ CASES = {
     "hsc of mmd": Case(hsc("mmd", rows=4), loss="mmd"),
     "dcgan": Case(architecture="dcgan"),
     "r1 of dcgan": Case(lambda: [R1(), WGANGP(), HessianPenalty()], architecture="dcgan"),
-    "orthogonal real_fake": Case(
-        lambda: [R1()], orthogonal=Orthogonal("terms", pair="real_fake")
-    ),
+    "orthogonal real_fake": Case(lambda: [R1()], orthogonal=Orthogonal("terms", pair="real_fake")),
 }
-CASES |= {
-    f"orthogonal {mode}": Case(lambda: [R1()], orthogonal=Orthogonal(mode)) for mode in MODES
-}
+CASES |= {f"orthogonal {mode}": Case(lambda: [R1()], orthogonal=Orthogonal(mode)) for mode in MODES}
 
 
 def make_trainer(case: Case, shard: Shard = WHOLE) -> Trainer:
@@ -147,6 +143,7 @@ def leave():
 
 def _trainings(rank, size, store, results):
     import warnings
+
     warnings.simplefilter("ignore")
     shard = join(rank, size, store)
     found = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 from typing import TypeVar
 
@@ -23,6 +23,7 @@ from hessreg.gan.losses import AdversarialLoss
 __all__ = [
     "GatheredLoss",
     "SynchronizedBatchNorm",
+    "agree",
     "check_device",
     "current_shard",
     "first_decides",
@@ -49,7 +50,11 @@ def joined() -> Iterator[Shard]:
     # NCCL moves what is on GPUs, gloo the small messages beside it without waiting for them.
     has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", timeout=_TIMEOUT)
-    yield current_shard()
+    shard = current_shard()
+    with open(os.devnull, "w") as nowhere:
+        # Process 0 speaks for all.
+        with redirect_stdout(nowhere) if shard.rank else nullcontext():
+            yield shard
     dist.barrier()  # torchrun stops the others as soon as one that failed has ended
     dist.destroy_process_group()
 
@@ -109,9 +114,21 @@ def mark_shared(error: BaseException) -> BaseException:
     return error
 
 
-def is_shared(error: BaseException) -> bool:
-    """Return whether all processes have this error, so that one may speak for them."""
-    return bool(error.__dict__.get("shared"))
+def is_shared(error: BaseException | None) -> bool:
+    """Return whether all processes have this error, or the one that it was made of."""
+    while error is not None and "shared" not in error.__dict__:
+        error = error.__context__
+    return error is not None
+
+
+def agree(shard: Shard, seconds: float, stop: bool) -> tuple[float, bool]:
+    """Return process 0's seconds, and whether any process is to stop."""
+    if shard.size == 1:
+        return seconds, stop
+    message = torch.tensor([0.0 if shard.rank else seconds, stop], dtype=torch.float64)
+    dist.all_reduce(message, group=shard.group)
+    agreed, stops = message.tolist()
+    return agreed, stops > 0
 
 
 def first_decides(shard: Shard, decide: Callable[[], _Value]) -> _Value:
