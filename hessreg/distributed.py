@@ -145,21 +145,12 @@ class _Sum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
         total = value.contiguous().clone()
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.group = inputs[1]
-
-    @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
         return _Sum.apply(cotangent, ctx.group), None
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], value: Tensor, group: dist.ProcessGroup
-    ) -> tuple[Tensor, Any]:
-        return _Sum.apply(value, group), in_dims[0]

@@ -1,6 +1,7 @@
 """Training by several processes that torchrun started, as if it were one.
 
-Process 0 alone reads and writes files. What is decided, and what fails, is decided and fails in all.
+Process 0 alone reads and writes files. What it decides, and what fails anywhere, is decided and
+fails in all.
 """
 
 from __future__ import annotations
@@ -8,9 +9,9 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -51,12 +52,15 @@ def joined() -> Iterator[Shard]:
     has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", timeout=_TIMEOUT)
     shard = current_shard()
-    with open(os.devnull, "w") as nowhere:
-        # Process 0 speaks for all.
-        with redirect_stdout(nowhere) if shard.rank else nullcontext():
-            yield shard
+    with open(os.devnull, "w") as nowhere, _speaking(shard, nowhere):
+        yield shard
     dist.barrier()  # torchrun stops the others as soon as one that failed has ended
     dist.destroy_process_group()
+
+
+def _speaking(shard: Shard, nowhere: TextIO) -> AbstractContextManager[object]:
+    """Process 0 speaks for all."""
+    return redirect_stdout(nowhere) if shard.rank else nullcontext()
 
 
 def current_shard() -> Shard:
@@ -102,7 +106,7 @@ def together(shard: Shard) -> Iterator[None]:
 
 def _sendable(error: BaseException | None) -> BaseException | None:
     try:
-        pickle.loads(pickle.dumps(error))
+        pickle.loads(pickle.dumps(error))  # noqa: S301 (made here)
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
@@ -201,9 +205,9 @@ class SynchronizedBatchNorm(_BatchNorm):
     def _update(self, mean: Tensor, var: Tensor, rows: int) -> None:
         if self.running_mean is None or self.running_var is None:
             return
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.data.add_(1)
-        share = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+        batches = self.get_buffer("num_batches_tracked")
+        batches.data.add_(1)
+        share = 1 / int(batches) if self.momentum is None else self.momentum
         count = rows * self._shard.size
         # As in the native layer, past autograd's check: another graph may hold the old statistics.
         self.running_mean.data.lerp_(mean, share)
