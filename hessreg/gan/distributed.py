@@ -65,9 +65,8 @@ def _speaking(shard: Shard, nowhere: TextIO) -> AbstractContextManager[object]:
 
 def current_shard() -> Shard:
     """Return this process's share among those of torch's default group; all if there is none."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        return ProcessShard(dist.group.WORLD)
-    return WHOLE
+    group = dist.group.WORLD if dist.is_initialized() else None
+    return WHOLE if group is None or dist.get_world_size() < 2 else ProcessShard(group)
 
 
 def _local_rank() -> int:
