@@ -28,6 +28,7 @@ from torch import Tensor
 
 import hessreg
 from hessreg._interrupt import INTERRUPTED
+from hessreg._spelling import suggestion
 from hessreg.curvature import LinearOperator
 from hessreg.curvature import NonFiniteError as NonFiniteCurvatureError
 from hessreg.curvature._checks import check_at_least, check_not_negative
@@ -54,6 +55,7 @@ from hessreg.gan.trainer import NonFiniteError
 from hessreg.kernels import TwoSampleTest, median_bandwidth, mmd2, mmd2_test
 from hessreg.ops.gaussian import _ESTIMATORS
 from hessreg.optim import OppositeGradientsError
+from hessreg.self_test import self_tests, tested_devices
 from hessreg.style.config import StyleConfig
 from hessreg.style.images import ImageError
 from hessreg.style.run import StyleRun, draw_at_once
@@ -63,6 +65,11 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+
+class _SelfTestError(Exception):
+    """An operator computes something else than its reference."""
+
+
 _ROWS = 512  # of the data of a run
 _COMPARED = "none,r1,hsn1r,gaussian"
 _FAILURES = (
@@ -71,6 +78,7 @@ _FAILURES = (
     NonFiniteCurvatureError,
     OppositeGradientsError,
     StorageError,
+    _SelfTestError,
 )
 _PACKAGES = ("numpy", "scikit-learn", "safetensors", "matplotlib", "tensorboard", "rich")
 
@@ -213,8 +221,7 @@ def _parser() -> ArgumentParser:
     purpose = "paint a photograph in the style of another"
     commands.add_subcommand("style", _style_parser(), help=purpose)
     commands.add_subcommand("mmd", _mmd_parser(), help="maximum mean discrepancy of two samples")
-    doctor = ArgumentParser(exit_on_error=False, description="Show versions and devices.")
-    commands.add_subcommand("doctor", doctor, help="show versions and devices")
+    commands.add_subcommand("doctor", _doctor_parser(), help="versions, devices and self-tests")
     return parser
 
 
@@ -364,6 +371,23 @@ def _resume_parser() -> ArgumentParser:
     return parser
 
 
+def _doctor_parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    purpose = "Show versions and devices, and test every operator where it runs."
+    return ArgumentParser(exit_on_error=False, description=purpose)
+
+
+_PARSERS: dict[str, Callable[[], ArgumentParser]] = {
+    "resume": _resume_parser,
+    "spectrum": _spectrum_parser,
+    "dynamics": _dynamics_parser,
+    "style": _style_parser,
+    "mmd": _mmd_parser,
+    "doctor": _doctor_parser,
+}
+
+
 def _parse(args: list[str]) -> tuple[str, dict[str, Any]]:
     from jsonargparse import ArgumentError
 
@@ -379,7 +403,7 @@ def _parse(args: list[str]) -> tuple[str, dict[str, Any]]:
         # Of an unknown name in a file, jsonargparse says only the command.
         nameless = str(error) == repr(args[0]) if args else False
         message = _unknown_name(args) if nameless else str(error)
-        raise _InputError(_readable(message)) from None
+        raise _InputError(_readable(message) + suggestion(message, _names(args))) from None
     chosen = options[options.command]
     per_dataset = options.command in ("train", "compare")
     return options.command, dict(vars(chosen[chosen.dataset] if per_dataset else chosen))
@@ -390,16 +414,35 @@ def _underscored(arg: str) -> str:
     return re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), arg)
 
 
+def _innermost_parser(args: list[str]) -> ArgumentParser:
+    """That of a command and its data set; a LookupError if there is none."""
+    per_dataset = {"train": _train_parser, "compare": _compare_parser}
+    if args[0] not in per_dataset:
+        return _PARSERS[args[0]]()
+    if args[1] not in DEFAULTS:
+        raise LookupError(args[1])
+    return per_dataset[args[0]](args[1])
+
+
+def _names(args: list[str]) -> list[str]:
+    """Every option that a command has."""
+    try:
+        options = _innermost_parser(args).get_defaults().as_dict()
+    except LookupError:
+        return []
+    return ["config", "print_config", *_flat(options)]
+
+
 def _unknown_name(args: list[str]) -> str:
     """What the innermost parser says, which names the unknown key."""
     from jsonargparse import ArgumentError
 
-    parsers = {"train": _train_parser, "compare": _compare_parser}
+    per_dataset = args[0] in ("train", "compare")
     try:
-        parsers[args[0]](args[1]).parse_args(args[2:])
+        _innermost_parser(args).parse_args(args[2 if per_dataset else 1 :])
     except (ArgumentError, ValueError, TypeError) as error:
         return str(error)
-    except (LookupError, AttributeError):
+    except LookupError:
         pass
     return "--config: unknown name"
 
@@ -591,6 +634,13 @@ def _doctor(options: dict[str, Any]) -> None:
     say(f"cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     for index in range(torch.cuda.device_count()):
         say(f"cuda:{index}: {torch.cuda.get_device_name(index)}")
+    tests = []
+    for device in tested_devices():
+        for test in self_tests(device):
+            say(str(test))
+            tests.append(test)
+    if failed := [f"{test.operator} on {test.device}" for test in tests if test.failure]:
+        raise _SelfTestError(f"{len(failed)} of {len(tests)} self-tests fail: {', '.join(failed)}")
 
 
 def _version(package: str) -> str:

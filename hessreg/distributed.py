@@ -38,17 +38,24 @@ class Shard:
     size: int = 1
     group: dist.ProcessGroup | None = None
 
-    def check_divides(self, name: str, rows: int) -> None:
-        """Refuse rows that are not as many for every process.
+    def check_divides(self, name: str, rows: int, parts: int = 1) -> None:
+        """Refuse rows that are not as many for every process in every part.
 
         Raises:
             ValueError: If they are not.
         """
-        if rows % self.size:
-            raise ValueError(f"{name} must be a multiple of the {self.size} processes, got {rows}")
+        if self.size > 1 and rows % (parts * self.size):
+            each = f", {parts} parts in each" if parts > 1 else ""
+            wanted = f"a multiple of the {self.size} processes{each}"
+            raise ValueError(f"{name} must be {wanted}, got {rows}")
 
-    def take(self, batch: Tensor) -> Tensor:
-        """Return the rows of a whole batch ``[n, ...]`` that this process has."""
+    def take(self, batch: Tensor, parts: int = 1) -> Tensor:
+        """Return the rows of a whole batch ``[n, ...]`` that this process has.
+
+        Args:
+            batch: The rows of all processes.
+            parts: The batch is used in so many parts one after the other, each of them shared.
+        """
         return batch
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -92,15 +99,15 @@ class ProcessShard(Shard):
         """Itself: networks that hold it can be copied, a group of processes cannot."""
         return self
 
-    def take(self, batch: Tensor) -> Tensor:
-        """Return a contiguous part of the batch.
+    def take(self, batch: Tensor, parts: int = 1) -> Tensor:
+        """Return contiguous rows of every part.
 
         Raises:
             ValueError: If the rows are not as many for every process.
         """
-        self.check_divides("batch_size", len(batch))
-        count = len(batch) // self.size
-        return batch[self.rank * count : (self.rank + 1) * count]
+        self.check_divides("batch_size", len(batch), parts)
+        shares = batch.view(parts, self.size, -1, *batch.shape[1:])
+        return shares[:, self.rank].flatten(0, 1)
 
     def gather(self, rows: Tensor) -> Tensor:
         """Return the rows of all processes, one after the other."""
