@@ -84,7 +84,7 @@ class Procedure:
 
     def _check_batch(self, size: int, count: int, shard: Shard) -> None:
         require(1 <= size <= count, "batch_size", f"in [1, {count}] for {count} samples", size)
-        shard.check_divides("batch_size", size)
+        shard.check_divides("batch_size", size, self.accumulate)
         rows = size // shard.size
         wanted = f"at most the {rows} rows of a batch"
         require(self.accumulate <= rows, "accumulate", wanted, self.accumulate)
@@ -92,7 +92,7 @@ class Procedure:
             maximum = self.growth.maximum
             wanted = f"in [{size}, {count}], from the first batch to all samples"
             require(size <= maximum <= count, "growth.maximum", wanted, maximum)
-            shard.check_divides("growth.maximum", maximum)
+            shard.check_divides("growth.maximum", maximum, self.accumulate)
 
 
 def weighted(values: Sequence[Tensor], factor: float) -> list[Tensor]:

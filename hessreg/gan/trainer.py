@@ -26,7 +26,7 @@ from hessreg.gan.players import Player, Procedure, weighted
 from hessreg.gan.precision import LossScale, autocast
 from hessreg.gan.running_means import RunningMeans, check_integer
 from hessreg.optim import OrthogonalGradients
-from hessreg.optim._vectors import Vector, add, average
+from hessreg.optim._vectors import Vector, add, average, laid_out_like
 from hessreg.regularizers import Gradients, Regularizer, StepContext
 
 __all__ = ["NonFiniteError", "Trainer"]
@@ -311,7 +311,7 @@ class Trainer:
         self._measure(f"_{_NAMES[side][0]}", loss=loss, penalty=penalty, grad_norm=norm)
         player.forget_gradients()  # those that are frozen or unused stay without a gradient
         for parameter, grad in zip(parameters, player.clipped(grads, norm), strict=True):
-            parameter.grad = grad
+            parameter.grad = None if grad is None else laid_out_like(parameter, grad)
         self._step(side, network, num_losses)
 
     def _differentiate(
@@ -388,15 +388,17 @@ class Trainer:
         self._means.add(**{name + suffix: value for name, value in scalars.items()})
 
     def _draw_real(self, count: int) -> Tensor:
-        return self.data[self.shard.take(self.sampler.take(count))].to(self.dtype)
+        rows = self.shard.take(self.sampler.take(count), self.procedure.accumulate)
+        return self.data[rows].to(self.dtype)
 
     def _draw_noise(self, count: int) -> Tensor:
-        return self._draw(count, self.generator.latent_dim).to(self.data.device, self.dtype)
+        noise = self._draw(count, self.generator.latent_dim, parts=self.procedure.accumulate)
+        return noise.to(self.data.device, self.dtype)
 
-    def _draw(self, count: int, *shape: int) -> Tensor:
+    def _draw(self, count: int, *shape: int, parts: int = 1) -> Tensor:
         """Normal numbers for ``count`` rows, on the CPU: the same on every device."""
         noise = torch.randn(count * self.shard.size, *shape, generator=self.noise)
-        return self.shard.take(noise)
+        return self.shard.take(noise, parts)
 
     def _blurred(self, samples: Tensor) -> Tensor:
         """What the discriminator sees of samples: with noise, for a while."""
