@@ -643,15 +643,10 @@ def run_config(**options):
 
 def test_a_run_with_schedules_and_growing_batches_is_resumed_bit_for_bit(tmp_path):
     options = {"growth": GrowthConfig(factor=2, every=4, maximum=64), "precision": "bf16"}
-    config = run_config(steps=12, discriminator_steps=2, **options)
-    straight = Run.create(tmp_path / "straight", config)
-    straight.train()
-    first = Run.create(tmp_path / "other", config)
-    for _ in range(5):
-        first._step()
-    first._save()
-    first.close()
-    Run.resume(tmp_path / "other").train()
+    config = run_config(steps=12, schedule_steps=12, discriminator_steps=2, **options)
+    Run.create(tmp_path / "straight", config).train()
+    Run.create(tmp_path / "other", replace(config, steps=5)).train()
+    Run.resume(tmp_path / "other", steps=12).train()
     states = [
         load_state(tmp_path / name / "checkpoints/step-000000012.safetensors")
         for name in ("straight", "other")
