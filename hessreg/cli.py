@@ -38,6 +38,7 @@ from hessreg.gan.checkpoint import CheckpointError
 from hessreg.gan.compare import Comparison, ComparisonError
 from hessreg.gan.config import DEFAULTS, TrainConfig
 from hessreg.gan.curvature_targets import NETWORKS, load_factory, load_run
+from hessreg.gan.distributed import current_shard, is_shared, joined, together
 from hessreg.gan.options import parse_sigma
 from hessreg.gan.progress import make_progress, say
 from hessreg.gan.run import Interrupted, Run, StorageError
@@ -91,17 +92,24 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    with joined():
+        return _main(list(sys.argv[1:] if args is None else args))
+
+
+def _main(args: list[str]) -> int:
     signals = _Interrupts()
     try:
         with signals:
-            _run(list(sys.argv[1:] if args is None else args))
+            _run(args)
     except Interrupted as error:
-        return _fail(str(error), INTERRUPTED)
-    except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
+        return _fail(str(error), INTERRUPTED, error)
+    except KeyboardInterrupt as error:
+        return _fail("interrupted", INTERRUPTED, error)
     except Exception as error:
         # Some libraries turn an interruption into an error of theirs.
-        return _fail("interrupted", INTERRUPTED) if signals.received else _explain(error)
+        if signals.received and not is_shared(error):
+            return _fail("interrupted", INTERRUPTED, error)
+        return _explain(error)
     return 0
 
 
@@ -110,15 +118,17 @@ def _explain(error: Exception) -> int:
     try:
         raise error
     except ModuleNotFoundError as error:
-        return _fail(f"this command needs {error.name}: pip install 'hessreg[gan]'", 2)
+        return _fail(f"this command needs {error.name}: pip install 'hessreg[gan]'", 2, error)
     except (_InputError, CheckpointError, RunFolderError, ImageError, OSError) as error:
-        return _fail(str(error), 2)
+        return _fail(str(error), 2, error)
     except _FAILURES as error:
-        return _fail(str(error), 1)
+        return _fail(str(error), 1, error)
 
 
 def _run(args: list[str]) -> None:
-    command, options = _parse(args)
+    with together(current_shard()):
+        command, options = _parse(args)
+        _check_processes(command)
     commands = {
         "train": _train,
         "resume": _resume,
@@ -130,6 +140,12 @@ def _run(args: list[str]) -> None:
         "doctor": _doctor,
     }
     commands[command](options)
+
+
+def _check_processes(command: str) -> None:
+    size = current_shard().size
+    if size > 1 and command not in ("train", "resume"):
+        raise _InputError(f"{command} is for one process, got {size}: start it without torchrun")
 
 
 class _Interrupts:
@@ -179,9 +195,14 @@ def _input() -> Iterator[None]:
         raise _InputError(str(error)) from None
 
 
-def _fail(message: str, code: int) -> int:
-    # One write with its end, or the lines of two processes run together.
-    sys.stderr.write(f"hessreg: {' '.join(message.split())}\n")
+def _fail(message: str, code: int, error: BaseException) -> int:
+    shard = current_shard()
+    is_alone = shard.size > 1 and not is_shared(error)
+    if shard.rank == 0 or is_alone:
+        # One write with its end, or the lines of two processes run together.
+        sys.stderr.write(f"hessreg: {' '.join(message.split())}\n")
+    if is_alone:
+        raise SystemExit(code)  # without waiting for the others, which do not know
     return code
 
 
@@ -463,7 +484,8 @@ def _name(config: TrainConfig) -> str:
 
 def _train(options: dict[str, Any]) -> None:
     with _input():
-        config = _train_config(options)
+        with together(current_shard()):
+            config = _train_config(options)
         progress = make_progress(config.title, options["plain"])
         run = Run.create(_out(options, _name(config)), config)
     say(run.train(progress))

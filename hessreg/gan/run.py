@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -21,6 +22,7 @@ from hessreg.gan import pictures
 from hessreg.gan.building import build_trainer
 from hessreg.gan.checkpoint import CheckpointError, num_bytes
 from hessreg.gan.config import TrainConfig
+from hessreg.gan.distributed import agree, current_shard, first_decides, mark_shared, together
 from hessreg.gan.event_log import EventLog
 from hessreg.gan.progress import ProgressReport, make_progress
 from hessreg.gan.run_folder import RunFolder
@@ -76,6 +78,9 @@ class Interrupted(KeyboardInterrupt):
 class Run:
     """A training run. Use `create` or `resume`, then `train`.
 
+    Several processes train together if there is a default group of `torch.distributed`: all of them
+    make the same calls, and process 0 alone reads and writes the folder.
+
     Args:
         folder: Where everything is written.
         config: What to train.
@@ -84,11 +89,12 @@ class Run:
     def __init__(self, folder: RunFolder, config: TrainConfig) -> None:
         _check_packages(config)
         torch.set_num_threads(config.threads)
+        self.shard = current_shard()
         self.folder = folder
         self.config = config
         self.task = make_task(config)
         self.dataset = self.task.load()
-        self.trainer = build_trainer(config, self.dataset)
+        self.trainer = build_trainer(config, self.dataset, self.shard)
         self.judge = self.task.judge(self.dataset)
         self.cpu_seconds = 0.0
         self.best: dict[str, Any] = {}  # the step and the judge's value of the best evaluation
@@ -101,15 +107,27 @@ class Run:
             RunFolderError: If the folder has content or cannot be written, or the disk is full.
             ValueError: If the device is missing or the batch is larger than the data set.
         """
-        run = cls(RunFolder(path), config)
-        run.folder.check_space(run._checkpoint_bytes())
-        run.folder.create(config)
-        try:
-            run._save()
-        except BaseException:
-            run.folder.discard()
-            raise
+        with together(current_shard()):
+            run = cls(RunFolder(path), config)
+        with run._in_first() as is_first:
+            if is_first:
+                run._create_folder()
         return run
+
+    def _create_folder(self) -> None:
+        self.folder.check_space(self._checkpoint_bytes())
+        self.folder.create(self.config)
+        try:
+            self._write_checkpoint()
+        except BaseException:
+            self.folder.discard()
+            raise
+
+    @contextmanager
+    def _in_first(self) -> Iterator[bool]:
+        """Whether this is process 0, which does alone what is inside; all fail if it does."""
+        with together(self.shard), self.shard.alone():
+            yield self.shard.rank == 0
 
     @classmethod
     def resume(cls, path: Path, steps: int = 0, seconds: float = 0.0) -> Run:
@@ -127,20 +145,18 @@ class Run:
             RunFolderError: If this is not a run folder, or another process uses it.
             CheckpointError: If there is no readable checkpoint that fits the configuration.
         """
-        folder = RunFolder(path)
-        config = folder.read_config()
+        folder, shard = RunFolder(path), current_shard()
+        config = first_decides(shard, folder.read_config)
         if steps or seconds:
             config = replace(config, steps=steps, seconds=seconds)
-        folder.lock()
+        first_decides(shard, folder.lock)
         try:
-            run = cls(folder, config)
-            folder.check_space(run._checkpoint_bytes())
-            if folder.was_never_saved():
-                run._save()
+            with together(shard):
+                run = cls(folder, config)
             run._load()
             if steps or seconds:
                 run._check_limits()
-            folder.write_config(config)
+            first_decides(shard, partial(folder.write_config, config))
         except BaseException:
             folder.unlock()
             raise
@@ -175,10 +191,12 @@ class Run:
             NonFiniteError: If something was not finite; names the last good checkpoint.
             RunFolderError: If another process uses the folder.
         """
-        self.folder.lock()
+        first_decides(self.shard, self.folder.lock)
         try:
             return self._train(progress)
         except OSError as error:
+            if self.shard.rank:
+                raise
             last = self.folder.last_checkpoint()
             raise StorageError(
                 f"{error}; the last good checkpoint is {last}; continue with: hessreg resume"
@@ -189,21 +207,25 @@ class Run:
 
     def _train(self, progress: ProgressReport | None) -> str:
         path, events_from = self.folder.path, self.trainer.steps_done
+        is_first = self.shard.rank == 0
+        logs = self.config.tensorboard and is_first
         with (
-            progress or make_progress(self.config.title) as report,
-            EventLog(path / "tensorboard", events_from, self.config.tensorboard) as events,
-            StopSignals() as signals,
+            progress or make_progress(self.config.title, plain=not is_first) as report,
+            EventLog(path / "tensorboard", events_from, logs) as events,
+            StopSignals(self.shard.size > 1) as signals,
         ):
-            while not self._finished() and not signals.received:
-                self._step()
+            while not self._finished() and not signals.stop:
+                self._step(signals)
                 self._record(report, events)
                 if self.trainer.steps_done % self.config.save_every == 0:
                     self._save()
             self._save()
         if not self._finished():
             stopped = f"stopped at step {self.trainer.steps_done}"
-            raise Interrupted(f"{stopped}; continue with: hessreg resume {path}")
-        return self._finish()
+            message = f"{stopped}; continue with: hessreg resume {path}"
+            raise mark_shared(Interrupted(message))
+        with self._in_first() as is_first:
+            return self._finish() if is_first else ""
 
     def _finished(self) -> bool:
         return self._fraction() >= 1.0
@@ -215,19 +237,24 @@ class Run:
         )
         return min(1.0, max(done / limit for done, limit in limits if limit))
 
-    def _step(self) -> None:
+    def _step(self, signals: StopSignals) -> None:
         start = time.process_time()
         with self._naming_the_checkpoint():
             self.trainer.step(self._fraction())
         self.cpu_seconds += time.process_time() - start
+        if self.shard.size > 1:
+            self.cpu_seconds, signals.stop = agree(self.shard, self.cpu_seconds, signals.received)
 
     @contextmanager
     def _naming_the_checkpoint(self) -> Iterator[None]:
         try:
             yield
         except NonFiniteError as error:
+            if self.shard.rank:
+                raise mark_shared(error) from None
             last = self.folder.last_checkpoint()
-            raise NonFiniteError(f"{error}; the last good checkpoint is {last}") from None
+            named = NonFiniteError(f"{error}; the last good checkpoint is {last}")
+            raise mark_shared(named) from None
 
     def _record(self, report: ProgressReport, events: EventLog) -> None:
         step = self.trainer.steps_done
@@ -235,12 +262,17 @@ class Run:
         if not evaluate and step % self.config.log_every:
             return
         row = {"step": step, "cpu_seconds": round(self.cpu_seconds, 3)} | self.trainer.metrics()
+        with self._in_first() as is_first:
+            if is_first:
+                self._write_row(row, evaluate, events)
+                report.update(row, self._fraction())
+
+    def _write_row(self, row: dict[str, float], evaluate: bool, events: EventLog) -> None:
         if evaluate:
             row |= self._evaluate()
             self._keep_best(row[self.judge.headline])
         self.folder.append_metrics(row)
         events.add(row)
-        report.update(row, self._fraction())
 
     def _samples(self) -> torch.Tensor:
         count = self.judge.num_samples
@@ -264,6 +296,11 @@ class Run:
             self.folder.save_best(self._state())
 
     def _save(self) -> None:
+        with self._in_first() as is_first:
+            if is_first:
+                self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
         self.folder.save_checkpoint(self.trainer.steps_done, self._state())
 
     def _state(self) -> dict[str, Any]:
@@ -283,8 +320,8 @@ class Run:
         return num_bytes({**state, "optimizers": []}) + 2 * moments + queue
 
     def _load(self) -> None:
-        state = self.folder.load_checkpoint()
-        with fitting(self.folder.last_checkpoint()):
+        path, state = first_decides(self.shard, self._read_checkpoint)
+        with together(self.shard), fitting(path):
             self.cpu_seconds = float(state["cpu_seconds"])
             if not 0 <= self.cpu_seconds < math.inf:
                 raise ValueError(f"cpu_seconds is {self.cpu_seconds}")
@@ -292,7 +329,14 @@ class Run:
             if self.best and not (math.isfinite(self.best["value"]) and self.best["step"] >= 0):
                 raise ValueError(f"the best evaluation is {self.best}")
             self.trainer.load_state_dict(state["trainer"])
-        self.folder.truncate_metrics(self.trainer.steps_done)
+        first_decides(self.shard, partial(self.folder.truncate_metrics, self.trainer.steps_done))
+
+    def _read_checkpoint(self) -> tuple[Path, dict[str, Any]]:
+        self.folder.check_space(self._checkpoint_bytes())
+        if self.folder.was_never_saved():
+            self._write_checkpoint()
+        state = self.folder.load_checkpoint()
+        return self.folder.last_checkpoint(), state
 
     def _finish(self) -> str:
         values = self._evaluate()
@@ -359,10 +403,16 @@ class Run:
 
 
 class StopSignals:
-    """Turns the first SIGINT or SIGTERM into a flag; a second one acts as usual."""
+    """Turns the first SIGINT or SIGTERM into a flag; a second one acts as usual.
 
-    def __init__(self) -> None:
-        self.received = False
+    Args:
+        several: Whether processes have to agree first before they `stop`. The second signal may be
+            torchrun's, which has got the first one too, and counts for nothing.
+    """
+
+    def __init__(self, several: bool = False) -> None:
+        self.received = self.stop = False
+        self._several = several
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -384,4 +434,6 @@ class StopSignals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = True
-        signal.signal(number, self._previous[number])
+        if not self._several:
+            self.stop = True
+            signal.signal(number, self._previous[number])
