@@ -14,7 +14,7 @@ _HEAD = """# Benchmarks
 
 Made by `python -m benchmarks.report` from the files in `benchmarks/results`, which
 `python -m benchmarks.bench_projection --json FILE` and `bench_gaussian`, `bench_spectral`,
-`bench_hvp`, `bench_curvature` and `bench_correction`, likewise, write. Medians of interleaved runs;
+`bench_hvp`, `bench_curvature`, `bench_correction` and `bench_training`, likewise, write. Medians of interleaved runs;
 in brackets the quartiles. On the CPU the allocator is told to keep its memory, which makes eager
 torch 2 to 5 times faster on large matrices, and the same for all.
 
@@ -65,6 +65,11 @@ backward, in the same run. All but those "from scratch" keep from product to pro
 the making of the operator included; the error is the median over random starts, against float64.
 `hessreg power_iteration` starts where PyHessian starts, so it makes the same error. In "Asked for,
 and measured" a rival's fastest way is compared with the fastest of ours that errs no more.
+
+**Training.** A step of `hessreg train` with its defaults against a hand-written loop with the same
+networks, noise, batches, fused Adam and averaged generator, whose weights are checked to be the
+same. `by hand` checks and sums its losses; `by hand, norms` logs the norms of gradients and the
+penalties, too, as the trainer does.
 """
 
 
@@ -82,7 +87,23 @@ def _machine(results: dict[str, Any]) -> str:
     projection = "".join(_case(name, result) for name, result in cases)
     families = [_gaussian(results.get("gaussian")), _spectral(results), _correction(results)]
     families.append(_hvp(results))
-    return title + projection + "".join(families) + _curvature(results.get("curvature"))
+    families += [_curvature(results.get("curvature")), _training(results.get("training"))]
+    return title + projection + "".join(families)
+
+
+def _training(results: dict[str, Any] | None) -> str:
+    if results is None:
+        return ""
+    rows = [
+        [
+            f"{case['dataset']}, {case['regularizer']}",
+            *(_spread(t) for t in case["milliseconds"].values()),
+            f"{case['checkpoint']['milliseconds']:.1f}",
+        ]
+        for case in results["cases"]
+    ]
+    head = ["a step, ms", *(f"`{who}`" for who in results["cases"][0]["milliseconds"])]
+    return "\n**Training steps**\n" + _table([*head, "a checkpoint, ms"], rows) + _asked(results)
 
 
 def _case(name: str, result: dict[str, Any]) -> str:

@@ -841,7 +841,7 @@ def test_missing_and_damaged_checkpoints_are_refused(tmp_path):
 
 def test_a_flipped_byte_is_noticed_and_the_older_checkpoint_named(tmp_path):
     Run.create(tmp_path / "run", run_config(regularizer="none", steps=5)).train()
-    older, last = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    older, last = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
     damaged = bytearray(last.read_bytes())
     damaged[-50] ^= 0x40
     last.write_bytes(damaged)
@@ -1008,8 +1008,9 @@ def test_run_folder_holds_what_it_promises(tmp_path):
     last_line = Run.create(path, run_config(regularizer="hsn1r+r1", tensorboard=True)).train()
     assert str(path / "samples.png") in last_line
     names = {".lock", "config.yaml", "metrics.jsonl", "result.json", "samples.png", "curves.png"}
-    assert {p.name for p in path.iterdir()} == names | {"tensorboard", "checkpoints"}
+    assert {p.name for p in path.iterdir()} == names | {"best.png", "tensorboard", "checkpoints"}
     assert sorted(p.name for p in (path / "checkpoints").iterdir()) == [
+        "best.safetensors",
         "step-000000015.safetensors",
         "step-000000020.safetensors",
     ]
