@@ -40,7 +40,7 @@ class SelfTest(NamedTuple):
         return f"{state:6s} {self.device} {self.operator}: {what}"
 
 
-Function = Callable[[list[Tensor]], Tensor]
+Function = Callable[[Any], Tensor]  # of a list of tensors
 
 
 def _symmetric(A: Tensor) -> Tensor:
