@@ -55,7 +55,7 @@ from hessreg.gan.trainer import NonFiniteError
 from hessreg.kernels import TwoSampleTest, median_bandwidth, mmd2, mmd2_test
 from hessreg.ops.gaussian import _ESTIMATORS
 from hessreg.optim import OppositeGradientsError
-from hessreg.self_test import self_tests, tested_devices
+from hessreg.self_check import self_tests, tested_devices
 from hessreg.style.config import StyleConfig
 from hessreg.style.images import ImageError
 from hessreg.style.run import StyleRun, draw_at_once

@@ -8,7 +8,7 @@ import torch
 import hessreg
 from hessreg.cli import main
 from hessreg.ops.spectral import symmetric_eigvalsh_op
-from hessreg.self_test import _OPERATORS, self_tests
+from hessreg.self_check import _OPERATORS, self_tests
 
 pytest.importorskip("jsonargparse")
 

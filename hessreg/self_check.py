@@ -95,12 +95,12 @@ _OPERATORS: dict[str, tuple[tuple[tuple[int, ...], ...], Function]] = {
     "project_orthogonal_": (_VECTORS, _projected_in_place),
     "pcgrad": ((*_VECTORS, (40,)), _surgery),
     "gram_matrix": (_VECTORS, hessreg.gram_matrix),
-    "gaussian_kernel": (_SAMPLES, lambda t: hessreg.gaussian_kernel(*t, 2.0)),
+    "gaussian_kernel": (_SAMPLES, lambda t: hessreg.gaussian_kernel(*t, sigma=2.0)),
     "gaussian_kernel_matvec": (
         (*_SAMPLES, (_POINTS + 1, 2)),
-        lambda t: hessreg.gaussian_kernel_matvec(*t, 2.0),
+        lambda t: hessreg.gaussian_kernel_matvec(*t, sigma=2.0),
     ),
-    "mmd2": (_SAMPLES, lambda t: hessreg.mmd2(*t, (1.0, 2.0))),
+    "mmd2": (_SAMPLES, lambda t: hessreg.mmd2(*t, sigma=(1.0, 2.0))),
     "symmetric_matmul": (
         (*_MATRIX, (_DIM, 2)),
         lambda t: hessreg.symmetric_matmul(_symmetric(t[0]), t[1]),
