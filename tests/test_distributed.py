@@ -10,9 +10,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,8 @@ from hessreg.gan.distributed import (
     together,
 )
 from hessreg.gan.losses import make_loss
+from hessreg.gan.options import GrowthConfig, InstanceNoiseConfig, PlayerConfig
+from hessreg.gan.players import Procedure
 from hessreg.gan.run_folder import RunFolderError
 from hessreg.optim import MODES
 from hessreg.regularizers import (
@@ -70,6 +73,8 @@ class Case:
     architecture: str = "mlp"
     orthogonal: Orthogonal | None = None
     width: int = 8
+    player: dict[str, Any] = field(default_factory=dict)
+    procedure: Procedure = field(default_factory=Procedure)
 
 
 def hsn1r(**options):
@@ -115,6 +120,29 @@ CASES = {
     "r1 of dcgan": Case(lambda: [R1(), WGANGP(), HessianPenalty()], architecture="dcgan"),
     "orthogonal real_fake": Case(lambda: [R1()], orthogonal=Orthogonal("terms", pair="real_fake")),
 }
+CASES |= {
+    "procedure": Case(
+        lambda: [WGANGP(), DRAGAN()],
+        player={"l1": 1e-3, "clip": 1.0, "schedule": "cosine", "weight_decay": 0.1},
+        procedure=Procedure(
+            discriminator_steps=2,
+            schedule_steps=8,
+            growth=GrowthConfig(factor=2, every=2, maximum=32),
+            instance_noise=InstanceNoiseConfig(std=0.2),
+        ),
+    ),
+    "accumulate": Case(
+        lambda: [WGANGP(), GaussianKernel(), HessianPenalty(), R1()],
+        architecture="dcgan",
+        procedure=Procedure(accumulate=2, instance_noise=InstanceNoiseConfig(std=0.2)),
+    ),
+    "accumulate terms": Case(
+        lambda: [DRAGAN()],
+        loss="mmd",
+        orthogonal=Orthogonal("terms"),
+        procedure=Procedure(accumulate=2),
+    ),
+}
 CASES |= {f"orthogonal {mode}": Case(lambda: [R1()], orthogonal=Orthogonal(mode)) for mode in MODES}
 
 
@@ -132,7 +160,9 @@ def make_trainer(case: Case, shard: Shard = WHOLE) -> Trainer:
         images.double(),
         case.regularizers(),
         batch_size=8,
-        learning_rates=(1e-3, 1e-3),
+        g=PlayerConfig(lr=1e-3, **case.player),
+        d=PlayerConfig(lr=1e-3, **case.player),
+        procedure=case.procedure,
         loss=loss,
         orthogonal=case.orthogonal,
         shard=shard,
