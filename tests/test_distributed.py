@@ -37,7 +37,7 @@ from hessreg.gan.distributed import (
     agree,
     first_decides,
     is_shared,
-    synchronize_norms,
+    synchronize_layers,
     together,
 )
 from hessreg.gan.losses import make_loss
@@ -294,11 +294,21 @@ def normalized(shard: Shard, momentum: float | None) -> list[Tensor]:
     layer = nn.Sequential(nn.BatchNorm2d(3, momentum=momentum, dtype=DOUBLE))
     with torch.no_grad():
         layer[0].weight.copy_(torch.tensor([1.0, 2.0, 3.0]))
-    synchronize_norms(layer, shard)
+    synchronize_layers(layer, shard)
     x = torch.randn(4, 3, 2, 2, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
     outputs = [shard.gather(layer(shard.take(k * x))).detach() for k in (1, 2)]
     outputs.append(shard.gather(layer.eval()(shard.take(x))).detach())
     return [*outputs, *layer.state_dict().values()]
+
+
+def left_out(shard: Shard) -> Tensor:
+    """What dropout makes of a batch, twice."""
+    layer = nn.Sequential(nn.Dropout(0.3))
+    synchronize_layers(layer, shard)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        x = torch.linspace(1, 2, 40, dtype=DOUBLE).view(8, 5)
+        return torch.stack([shard.gather(layer(shard.take(x))) for _ in range(2)])
 
 
 def what_both_get(shard: Shard) -> list[str]:
@@ -369,6 +379,7 @@ def _others(rank, size, store, results):
     found = {
         "third": [t.numpy() for t in third_derivatives(shard)],
         "norms": [[t.numpy() for t in normalized(shard, m)] for m in (0.1, None)],
+        "dropout": left_out(shard).numpy(),
         "failures": what_both_get(shard),
         "nan": [message_of_nan(shard, name) for name in NOT_FINITE],
         "run": what_a_run_leaves(shard, store.parent / f"run {rank}"),
@@ -396,6 +407,13 @@ def test_batch_normalisation_has_the_statistics_of_the_whole_batch(others, momen
         ours = found["norms"][momentum is None]
         for each, wanted in zip(ours, normalized(WHOLE, momentum), strict=True):
             torch.testing.assert_close(torch.from_numpy(each), wanted, rtol=1e-12, atol=1e-13)
+
+
+def test_dropout_has_the_mask_of_the_whole_batch(others):
+    wanted = left_out(WHOLE)
+    assert (wanted == 0).any()
+    for found in others[1].values():
+        torch.testing.assert_close(torch.from_numpy(found["dropout"]), wanted)
 
 
 def test_what_fails_in_one_process_fails_in_both_and_the_first_decides(others):

@@ -16,6 +16,7 @@ from typing import TextIO, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hessreg.distributed import WHOLE, ProcessShard, Shard
@@ -23,6 +24,7 @@ from hessreg.gan.losses import AdversarialLoss
 
 __all__ = [
     "GatheredLoss",
+    "SharedDropout",
     "SynchronizedBatchNorm",
     "agree",
     "check_device",
@@ -32,7 +34,7 @@ __all__ = [
     "is_shared",
     "joined",
     "mark_shared",
-    "synchronize_norms",
+    "synchronize_layers",
     "together",
 ]
 
@@ -216,9 +218,32 @@ class SynchronizedBatchNorm(_BatchNorm):
         """Any number of dimensions will do."""
 
 
-def synchronize_norms(network: nn.Module, shard: Shard) -> None:
-    """Replace the layers of batch normalisation if there are several processes."""
+class SharedDropout(nn.Module):
+    """Dropout by the mask of the whole batch, of which every process draws all rows.
+
+    Args:
+        p: Share that is left out.
+        shard: Which rows this process has.
+    """
+
+    def __init__(self, p: float, shard: Shard) -> None:
+        super().__init__()
+        self.p = p
+        self._shard = shard
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the rows ``[n, ...]`` with some numbers left out and the others scaled."""
+        if not self.training:
+            return input
+        whole = input.new_ones(len(input) * self._shard.size, *input.shape[1:])
+        return input * self._shard.take(functional.dropout(whole, self.p))
+
+
+def synchronize_layers(network: nn.Module, shard: Shard) -> None:
+    """Replace layers of batch normalisation and dropout if there are several processes."""
     for parent in list(network.modules()) if shard.size > 1 else ():
         for name, child in parent.named_children():
             if isinstance(child, _BatchNorm):
                 setattr(parent, name, SynchronizedBatchNorm(child, shard))
+            elif type(child) is nn.Dropout:
+                setattr(parent, name, SharedDropout(child.p, shard).train(child.training))
