@@ -124,6 +124,7 @@ class Player:
     ) -> None:
         config.check(name)
         self.network = network
+        self.parameters = list(network.parameters())  # to go through the modules takes long
         self._name = name
         self.config = config
         self.optimizer = optimizer or _make_optimizer(name, network, config)
@@ -147,6 +148,11 @@ class Player:
         factor = self.schedule(step, done or 0.0)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
+
+    def forget_gradients(self) -> None:
+        """Leave every parameter without a gradient."""
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def metrics(self) -> dict[str, float]:
         """Return the rate and the scale of the loss of the last step, where they change."""
