@@ -403,7 +403,9 @@ def _parse(args: list[str]) -> tuple[str, dict[str, Any]]:
         # Of an unknown name in a file, jsonargparse says only the command.
         nameless = str(error) == repr(args[0]) if args else False
         message = _unknown_name(args) if nameless else str(error)
-        raise _InputError(_readable(message) + suggestion(message, _names(args))) from None
+        where = _config_file(args) if _OF_A_FILE.search(message) else ""
+        near = suggestion(message, _names(args))
+        raise _InputError(f"{where}{_readable(message)}{near}") from None
     chosen = options[options.command]
     per_dataset = options.command in ("train", "compare")
     return options.command, dict(vars(chosen[chosen.dataset] if per_dataset else chosen))
@@ -447,8 +449,19 @@ def _unknown_name(args: list[str]) -> str:
     return "--config: unknown name"
 
 
+# Messages that do not say what they are about.
+_OF_A_FILE = re.compile(r"Problems parsing|Unexpected config|argument after \*\*|recursion")
+
+
+def _config_file(args: list[str]) -> str:
+    """The last file given with --config, for messages about it."""
+    files = re.findall(r"(?:^|\n)--config[=\n]([^\n]*)", "\n".join(args))
+    return f"--config {files[-1]}: " if files else ""
+
+
 def _readable(message: str) -> str:
     """Drop Python's type syntax from a message of jsonargparse."""
+    message = re.sub(r".* argument after \*\* ", "a group of options ", message, flags=re.DOTALL)
     message = re.sub(r"(?:a )?<class '(\w+)'>", r"\1", message)
     message = re.sub(r"(?:a )?typing\.Literal\[(.*?)\]", r"one of \1", message)
     return re.sub(r'Parser key "([\w.]+)":', r"--\1:", message)
