@@ -488,6 +488,7 @@ def ended(job: subprocess.Popen[str]) -> tuple[int, str, list[str]]:
         out, err = job.communicate(timeout=LIMIT)
     finally:
         job.kill()
+    assert "[rank" not in err  # which begins a line of a traceback of ours
     return job.returncode, out, [line for line in err.splitlines() if line.startswith("hessreg:")]
 
 
@@ -523,8 +524,10 @@ def test_a_killed_process_ends_the_job_and_the_run_goes_on(tmp_path, rank):
     wait_for_checkpoints(folder, job)
     os.kill(worker_of(job, rank), signal.SIGKILL)
     start = time.monotonic()
-    code, _, _ = ended(job)
+    code, _, said = ended(job)
     assert code != 0
+    lost = "hessreg: another process has ended or does not answer; continue with: hessreg resume"
+    assert said[0] == f"{lost} {folder}"
     assert time.monotonic() - start < 60
     done = Run.resume(folder).trainer.steps_done
     assert done > 0

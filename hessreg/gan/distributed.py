@@ -24,6 +24,7 @@ from hessreg.gan.losses import AdversarialLoss
 
 __all__ = [
     "GatheredLoss",
+    "LostProcessError",
     "SharedDropout",
     "SynchronizedBatchNorm",
     "agree",
@@ -34,6 +35,7 @@ __all__ = [
     "is_shared",
     "joined",
     "mark_shared",
+    "noticing_losses",
     "synchronize_layers",
     "together",
 ]
@@ -111,6 +113,26 @@ def _sendable(error: BaseException | None) -> BaseException | None:
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
+
+
+class LostProcessError(RuntimeError):
+    """Another process has ended, or does not answer."""
+
+
+@contextmanager
+def noticing_losses(shard: Shard, advice: str) -> Iterator[None]:
+    """Let a failure to reach other processes say so in one line.
+
+    Raises:
+        LostProcessError: If there is such a failure inside.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        is_loss = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if shard.size == 1 or not is_loss:
+            raise
+        raise LostProcessError(f"another process has ended or does not answer; {advice}") from None
 
 
 def mark_shared(error: BaseException) -> BaseException:
