@@ -38,7 +38,13 @@ from hessreg.gan.checkpoint import CheckpointError
 from hessreg.gan.compare import Comparison, ComparisonError
 from hessreg.gan.config import DEFAULTS, TrainConfig
 from hessreg.gan.curvature_targets import NETWORKS, load_factory, load_run
-from hessreg.gan.distributed import current_shard, is_shared, joined, together
+from hessreg.gan.distributed import (
+    LostProcessError,
+    current_shard,
+    is_shared,
+    joined,
+    together,
+)
 from hessreg.gan.options import parse_sigma
 from hessreg.gan.progress import make_progress, say
 from hessreg.gan.run import Interrupted, Run, StorageError
@@ -74,6 +80,7 @@ _ROWS = 512  # of the data of a run
 _COMPARED = "none,r1,hsn1r,gaussian"
 _FAILURES = (
     ComparisonError,
+    LostProcessError,
     NonFiniteError,
     NonFiniteCurvatureError,
     OppositeGradientsError,

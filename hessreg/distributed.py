@@ -106,7 +106,7 @@ class ProcessShard(Shard):
             ValueError: If the rows are not as many for every process.
         """
         self.check_divides("batch_size", len(batch), parts)
-        shares = batch.view(parts, self.size, -1, *batch.shape[1:])
+        shares = batch.reshape(parts, self.size, -1, *batch.shape[1:])
         return shares[:, self.rank].flatten(0, 1)
 
     def gather(self, rows: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,10 +37,12 @@ from hessreg.gan.distributed import (
     agree,
     first_decides,
     is_shared,
-    synchronize_norms,
+    synchronize_layers,
     together,
 )
 from hessreg.gan.losses import make_loss
+from hessreg.gan.options import GrowthConfig, InstanceNoiseConfig, PlayerConfig
+from hessreg.gan.players import Procedure
 from hessreg.gan.run_folder import RunFolderError
 from hessreg.optim import MODES
 from hessreg.regularizers import (
@@ -70,6 +73,8 @@ class Case:
     architecture: str = "mlp"
     orthogonal: Orthogonal | None = None
     width: int = 8
+    player: dict[str, Any] = field(default_factory=dict)
+    procedure: Procedure = field(default_factory=Procedure)
 
 
 def hsn1r(**options):
@@ -115,6 +120,29 @@ CASES = {
     "r1 of dcgan": Case(lambda: [R1(), WGANGP(), HessianPenalty()], architecture="dcgan"),
     "orthogonal real_fake": Case(lambda: [R1()], orthogonal=Orthogonal("terms", pair="real_fake")),
 }
+CASES |= {
+    "procedure": Case(
+        lambda: [WGANGP(), DRAGAN()],
+        player={"l1": 1e-3, "clip": 1.0, "schedule": "cosine", "weight_decay": 0.1},
+        procedure=Procedure(
+            discriminator_steps=2,
+            schedule_steps=8,
+            growth=GrowthConfig(factor=2, every=2, maximum=32),
+            instance_noise=InstanceNoiseConfig(std=0.2),
+        ),
+    ),
+    "accumulate": Case(
+        lambda: [WGANGP(), GaussianKernel(), HessianPenalty(), R1()],
+        architecture="dcgan",
+        procedure=Procedure(accumulate=2, instance_noise=InstanceNoiseConfig(std=0.2)),
+    ),
+    "accumulate terms": Case(
+        lambda: [DRAGAN()],
+        loss="mmd",
+        orthogonal=Orthogonal("terms"),
+        procedure=Procedure(accumulate=2),
+    ),
+}
 CASES |= {f"orthogonal {mode}": Case(lambda: [R1()], orthogonal=Orthogonal(mode)) for mode in MODES}
 
 
@@ -132,7 +160,9 @@ def make_trainer(case: Case, shard: Shard = WHOLE) -> Trainer:
         images.double(),
         case.regularizers(),
         batch_size=8,
-        learning_rates=(1e-3, 1e-3),
+        g=PlayerConfig(lr=1e-3, **case.player),
+        d=PlayerConfig(lr=1e-3, **case.player),
+        procedure=case.procedure,
         loss=loss,
         orthogonal=case.orthogonal,
         shard=shard,
@@ -264,11 +294,21 @@ def normalized(shard: Shard, momentum: float | None) -> list[Tensor]:
     layer = nn.Sequential(nn.BatchNorm2d(3, momentum=momentum, dtype=DOUBLE))
     with torch.no_grad():
         layer[0].weight.copy_(torch.tensor([1.0, 2.0, 3.0]))
-    synchronize_norms(layer, shard)
+    synchronize_layers(layer, shard)
     x = torch.randn(4, 3, 2, 2, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
     outputs = [shard.gather(layer(shard.take(k * x))).detach() for k in (1, 2)]
     outputs.append(shard.gather(layer.eval()(shard.take(x))).detach())
     return [*outputs, *layer.state_dict().values()]
+
+
+def left_out(shard: Shard) -> Tensor:
+    """What dropout makes of a batch, twice."""
+    layer = nn.Sequential(nn.Dropout(0.3))
+    synchronize_layers(layer, shard)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        x = torch.linspace(1, 2, 40, dtype=DOUBLE).view(8, 5)
+        return torch.stack([shard.gather(layer(shard.take(x))) for _ in range(2)])
 
 
 def what_both_get(shard: Shard) -> list[str]:
@@ -339,6 +379,7 @@ def _others(rank, size, store, results):
     found = {
         "third": [t.numpy() for t in third_derivatives(shard)],
         "norms": [[t.numpy() for t in normalized(shard, m)] for m in (0.1, None)],
+        "dropout": left_out(shard).numpy(),
         "failures": what_both_get(shard),
         "nan": [message_of_nan(shard, name) for name in NOT_FINITE],
         "run": what_a_run_leaves(shard, store.parent / f"run {rank}"),
@@ -366,6 +407,13 @@ def test_batch_normalisation_has_the_statistics_of_the_whole_batch(others, momen
         ours = found["norms"][momentum is None]
         for each, wanted in zip(ours, normalized(WHOLE, momentum), strict=True):
             torch.testing.assert_close(torch.from_numpy(each), wanted, rtol=1e-12, atol=1e-13)
+
+
+def test_dropout_has_the_mask_of_the_whole_batch(others):
+    wanted = left_out(WHOLE)
+    assert (wanted == 0).any()
+    for found in others[1].values():
+        torch.testing.assert_close(torch.from_numpy(found["dropout"]), wanted)
 
 
 def test_what_fails_in_one_process_fails_in_both_and_the_first_decides(others):
@@ -440,6 +488,7 @@ def ended(job: subprocess.Popen[str]) -> tuple[int, str, list[str]]:
         out, err = job.communicate(timeout=LIMIT)
     finally:
         job.kill()
+    assert "[rank" not in err  # which begins a line of a traceback of ours
     return job.returncode, out, [line for line in err.splitlines() if line.startswith("hessreg:")]
 
 
@@ -475,8 +524,10 @@ def test_a_killed_process_ends_the_job_and_the_run_goes_on(tmp_path, rank):
     wait_for_checkpoints(folder, job)
     os.kill(worker_of(job, rank), signal.SIGKILL)
     start = time.monotonic()
-    code, _, _ = ended(job)
+    code, _, said = ended(job)
     assert code != 0
+    lost = "hessreg: another process has ended or does not answer; continue with: hessreg resume"
+    assert said[0] == f"{lost} {folder}"
     assert time.monotonic() - start < 60
     done = Run.resume(folder).trainer.steps_done
     assert done > 0

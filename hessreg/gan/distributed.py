@@ -16,6 +16,7 @@ from typing import TextIO, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hessreg.distributed import WHOLE, ProcessShard, Shard
@@ -23,6 +24,8 @@ from hessreg.gan.losses import AdversarialLoss
 
 __all__ = [
     "GatheredLoss",
+    "LostProcessError",
+    "SharedDropout",
     "SynchronizedBatchNorm",
     "agree",
     "check_device",
@@ -32,7 +35,8 @@ __all__ = [
     "is_shared",
     "joined",
     "mark_shared",
-    "synchronize_norms",
+    "noticing_losses",
+    "synchronize_layers",
     "together",
 ]
 
@@ -109,6 +113,26 @@ def _sendable(error: BaseException | None) -> BaseException | None:
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
+
+
+class LostProcessError(RuntimeError):
+    """Another process has ended, or does not answer."""
+
+
+@contextmanager
+def noticing_losses(shard: Shard, advice: str) -> Iterator[None]:
+    """Let a failure to reach other processes say so in one line.
+
+    Raises:
+        LostProcessError: If there is such a failure inside.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        is_loss = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if shard.size == 1 or not is_loss:
+            raise
+        raise LostProcessError(f"another process has ended or does not answer; {advice}") from None
 
 
 def mark_shared(error: BaseException) -> BaseException:
@@ -216,9 +240,32 @@ class SynchronizedBatchNorm(_BatchNorm):
         """Any number of dimensions will do."""
 
 
-def synchronize_norms(network: nn.Module, shard: Shard) -> None:
-    """Replace the layers of batch normalisation if there are several processes."""
+class SharedDropout(nn.Module):
+    """Dropout by the mask of the whole batch, of which every process draws all rows.
+
+    Args:
+        p: Share that is left out.
+        shard: Which rows this process has.
+    """
+
+    def __init__(self, p: float, shard: Shard) -> None:
+        super().__init__()
+        self.p = p
+        self._shard = shard
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the rows ``[n, ...]`` with some numbers left out and the others scaled."""
+        if not self.training:
+            return input
+        whole = input.new_ones(len(input) * self._shard.size, *input.shape[1:])
+        return input * self._shard.take(functional.dropout(whole, self.p))
+
+
+def synchronize_layers(network: nn.Module, shard: Shard) -> None:
+    """Replace layers of batch normalisation and dropout if there are several processes."""
     for parent in list(network.modules()) if shard.size > 1 else ():
         for name, child in parent.named_children():
             if isinstance(child, _BatchNorm):
                 setattr(parent, name, SynchronizedBatchNorm(child, shard))
+            elif type(child) is nn.Dropout:
+                setattr(parent, name, SharedDropout(child.p, shard).train(child.training))

@@ -22,7 +22,14 @@ from hessreg.gan import pictures
 from hessreg.gan.building import build_trainer
 from hessreg.gan.checkpoint import CheckpointError, num_bytes
 from hessreg.gan.config import TrainConfig
-from hessreg.gan.distributed import agree, current_shard, first_decides, mark_shared, together
+from hessreg.gan.distributed import (
+    agree,
+    current_shard,
+    first_decides,
+    mark_shared,
+    noticing_losses,
+    together,
+)
 from hessreg.gan.event_log import EventLog
 from hessreg.gan.progress import ProgressReport, make_progress
 from hessreg.gan.run_folder import RunFolder
@@ -189,19 +196,19 @@ class Run:
             StorageError: If something cannot be written, as on a full disk; names the last good
                 checkpoint.
             NonFiniteError: If something was not finite; names the last good checkpoint.
+            LostProcessError: If one of several processes is gone.
             RunFolderError: If another process uses the folder.
         """
         first_decides(self.shard, self.folder.lock)
+        advice = f"continue with: hessreg resume {self.folder.path}"
         try:
-            return self._train(progress)
+            with noticing_losses(self.shard, advice):
+                return self._train(progress)
         except OSError as error:
             if self.shard.rank:
                 raise
             last = self.folder.last_checkpoint()
-            raise StorageError(
-                f"{error}; the last good checkpoint is {last}; continue with: hessreg resume"
-                f" {self.folder.path}"
-            ) from None
+            raise StorageError(f"{error}; the last good checkpoint is {last}; {advice}") from None
         finally:
             self.close()
 

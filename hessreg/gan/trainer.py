@@ -16,7 +16,7 @@ from hessreg.curvature import NonFiniteError as NonFiniteCurvatureError
 from hessreg.curvature import third_order_safe
 from hessreg.distributed import WHOLE, Shard
 from hessreg.gan.data import ShuffledSampler
-from hessreg.gan.distributed import gathered, synchronize_norms
+from hessreg.gan.distributed import gathered, synchronize_layers
 from hessreg.gan.losses import AdversarialLoss, NonSaturating
 from hessreg.gan.networks import Generator
 from hessreg.gan.optimizers import optimizer_state, state_loader
@@ -111,7 +111,7 @@ class Trainer:
         self.discriminator = discriminator.to(data.device, wanted)
         self.dtype = next(generator.parameters()).dtype
         for network in (self.generator, self.discriminator):
-            synchronize_norms(network, shard)
+            synchronize_layers(network, shard)
         self.ema = copy.deepcopy(self.generator).requires_grad_(False)
         self.ema_decay = ema_decay
         networks = self.ema, self.generator
