@@ -7,7 +7,8 @@ pictures; `Comparison` trains with several regularisers at equal cost.
 from hessreg.gan.compare import Comparison
 from hessreg.gan.config import DEFAULTS, REGULARIZERS, TrainConfig
 from hessreg.gan.correction import HessianCorrectedGradients
-from hessreg.gan.data import Dataset, ShuffledSampler
+from hessreg.gan.data import Dataset, ItemSamples, Samples, ScaledSamples, ShuffledSampler
+from hessreg.gan.file_datasets import load_arrays, load_images, load_mnist
 from hessreg.gan.losses import (
     LOSSES,
     AdversarialLoss,
@@ -20,16 +21,18 @@ from hessreg.gan.losses import (
     Wasserstein,
     make_loss,
 )
-from hessreg.gan.metrics import ImageJudge, Judge
+from hessreg.gan.metrics import ImageJudge, Judge, PrincipalJudge
 from hessreg.gan.mixtures import Mixture, MixtureJudge, grid_mixture, load_mixture, ring_mixture
 from hessreg.gan.networks import Discriminator, Generator
 from hessreg.gan.options import (
+    ArraysConfig,
     DRAGANConfig,
     GaussianConfig,
     GridConfig,
     HessianPenaltyConfig,
     HSCConfig,
     HSN1RConfig,
+    ImagesConfig,
     ProjectionConfig,
     R1Config,
     R2Config,
@@ -46,6 +49,7 @@ __all__ = [
     "LOSSES",
     "REGULARIZERS",
     "AdversarialLoss",
+    "ArraysConfig",
     "Comparison",
     "DRAGANConfig",
     "Dataset",
@@ -59,6 +63,8 @@ __all__ = [
     "HessianPenaltyConfig",
     "Hinge",
     "ImageJudge",
+    "ImagesConfig",
+    "ItemSamples",
     "Judge",
     "LeastSquares",
     "MMDLoss",
@@ -68,12 +74,15 @@ __all__ = [
     "NonFiniteError",
     "NonSaturating",
     "Orthogonal",
+    "PrincipalJudge",
     "ProjectionConfig",
     "R1Config",
     "R2Config",
     "Relativistic",
     "RingConfig",
     "Run",
+    "Samples",
+    "ScaledSamples",
     "ShuffledSampler",
     "Task",
     "TrainConfig",
@@ -81,8 +90,11 @@ __all__ = [
     "WGANGPConfig",
     "Wasserstein",
     "grid_mixture",
+    "load_arrays",
     "load_dataset",
+    "load_images",
     "load_mixture",
+    "load_mnist",
     "make_loss",
     "make_task",
     "ring_mixture",

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from hessreg.gan.checks import check_types, require, require_at_least
 from hessreg.gan.losses import make_loss
 from hessreg.gan.options import (
+    ArraysConfig,
     DRAGANConfig,
     GaussianConfig,
     GridConfig,
     HessianPenaltyConfig,
     HSCConfig,
     HSN1RConfig,
+    ImagesConfig,
     ProjectionConfig,
     R1Config,
     R2Config,
@@ -21,9 +24,10 @@ from hessreg.gan.options import (
     WGANGPConfig,
 )
 
-__all__ = ["DEFAULTS", "REGULARIZERS", "TrainConfig"]
+__all__ = ["DEFAULTS", "FROM_FILES", "REGULARIZERS", "TrainConfig"]
 
 REGULARIZERS = ("r1", "r2", "wgan_gp", "dragan", "hsn1r", "gaussian", "hessian_penalty")
+FROM_FILES = ("mnist", "images", "arrays")  # data sets that the user has
 
 
 def _check_regularizer(name: str) -> None:
@@ -39,6 +43,7 @@ class TrainConfig:
 
     Args:
         dataset: What to train on.
+        data: File or folder of data sets mnist, images and arrays.
         regularizer: none, or any of r1, r2, wgan_gp, dragan, hsn1r, gaussian and hessian_penalty
             joined by +.
         loss: What the networks play for.
@@ -66,6 +71,8 @@ class TrainConfig:
         eval_every: Steps between evaluations by the judge.
         save_every: Steps between checkpoints.
         tensorboard: Write TensorBoard events as well.
+        images: Options of data set images.
+        arrays: Options of data set arrays.
         ring: Options of data set ring.
         grid: Options of data set grid.
         r1: Options of regulariser r1.
@@ -79,7 +86,8 @@ class TrainConfig:
         hsc: Options of correction hsc.
     """
 
-    dataset: Literal["digits", "ring", "grid"] = "digits"
+    dataset: Literal["digits", "ring", "grid", "mnist", "images", "arrays"] = "digits"
+    data: str = ""
     regularizer: str = "hsn1r"
     loss: Literal[
         "nonsaturating",
@@ -111,6 +119,8 @@ class TrainConfig:
     eval_every: int = 2000
     save_every: int = 1000
     tensorboard: bool = True
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+    arrays: ArraysConfig = field(default_factory=ArraysConfig)
     ring: RingConfig = field(default_factory=RingConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     r1: R1Config = field(default_factory=R1Config)
@@ -138,6 +148,10 @@ class TrainConfig:
         require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
         if not self.steps and not self.seconds:
             self.seconds = 40.0
+        wanted = f"empty: data set {self.dataset} has no files"
+        require(not self.data or self.dataset in FROM_FILES, "data", wanted, self.data)
+        if self.data:  # a run may be resumed from another folder
+            self.data = str(Path(self.data).expanduser().absolute())
 
     def _check_pairs(self) -> None:
         """MMD^2 without bias takes two samples of each kind."""
@@ -217,6 +231,11 @@ _RING = TrainConfig(
     gaussian=GaussianConfig(interaction_weight=100.0, sigma="0.25,0.5,1,2"),
 )
 _GRID = replace(_RING, dataset="grid")
+_MNIST = TrainConfig(
+    dataset="mnist", regularizer="r1", architecture="dcgan", width=64, latent_dim=64
+)
+_IMAGES = replace(_MNIST, dataset="images")
+_ARRAYS = TrainConfig(dataset="arrays", regularizer="r1")
 DEFAULTS: dict[str, TrainConfig] = {
-    config.dataset: config for config in (TrainConfig(), _RING, _GRID)
+    config.dataset: config for config in (TrainConfig(), _RING, _GRID, _MNIST, _IMAGES, _ARRAYS)
 }

@@ -16,12 +16,14 @@ from hessreg.gan.checks import (
 from hessreg.ops.gaussian import _gamma_of
 
 __all__ = [
+    "ArraysConfig",
     "DRAGANConfig",
     "GaussianConfig",
     "GridConfig",
     "HSCConfig",
     "HSN1RConfig",
     "HessianPenaltyConfig",
+    "ImagesConfig",
     "ProjectionConfig",
     "R1Config",
     "R2Config",
@@ -102,6 +104,40 @@ class GridConfig:
         check_types(self)
         require(2 <= self.side <= 30, "side", "in [2, 30]", self.side)
         require_positive(self, "spacing", "std")
+
+
+@dataclass
+class ImagesConfig:
+    """Options of data set images.
+
+    Args:
+        size: Pixels in each direction, after the middle of an image is cut out and scaled.
+        channels: 3 for colours, 1 for grey.
+    """
+
+    size: int = 32
+    channels: int = 3
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(4 <= self.size <= 512, "size", "in [4, 512]", self.size)
+        require(self.channels in (1, 3), "channels", "1 or 3", self.channels)
+
+
+@dataclass
+class ArraysConfig:
+    """Options of data set arrays.
+
+    Args:
+        key: Name of the array in an .npz; not needed if it holds no other but the labels.
+        labels_key: Name of the labels in an .npz, one integer for each sample.
+    """
+
+    key: str = ""
+    labels_key: str = ""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclass

@@ -21,6 +21,7 @@ from hessreg.gan import pictures
 from hessreg.gan.building import build_trainer
 from hessreg.gan.checkpoint import CheckpointError
 from hessreg.gan.config import TrainConfig
+from hessreg.gan.data import subset
 from hessreg.gan.event_log import EventLog
 from hessreg.gan.progress import ProgressReport, make_progress
 from hessreg.gan.run_folder import RunFolder
@@ -288,9 +289,9 @@ class Run:
     @torch.no_grad()
     def _draw_kernel(self, regularizer: GaussianKernel) -> None:
         fake, device = self._samples()[:_KERNEL_POINTS], self.trainer.data.device
-        real, labels = self.dataset.test_samples, self.dataset.test_labels
+        rows = torch.arange(min(_KERNEL_POINTS, len(self.dataset.test_samples)))
         shown = [
-            (real[:_KERNEL_POINTS], labels[:_KERNEL_POINTS]),
+            (subset(self.dataset.test_samples, rows), self.dataset.test_labels[rows]),
             (fake, self.judge.classify(fake)),
         ]
         first, second = (

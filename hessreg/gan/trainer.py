@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hessreg.curvature import NonFiniteError as NonFiniteCurvatureError
 from hessreg.curvature import third_order_safe
-from hessreg.gan.data import ShuffledSampler
+from hessreg.gan.data import Samples, ShuffledSampler
 from hessreg.gan.losses import AdversarialLoss, NonSaturating
 from hessreg.gan.networks import Generator
 from hessreg.gan.orthogonal import Orthogonal
@@ -39,7 +39,8 @@ class Trainer:
         generator: Maps noise ``[n, latent_dim]`` to samples ``[n, ...]``.
         discriminator: Maps samples ``[n, ...]`` to logits ``[n]``, or as many outputs as the loss
             takes.
-        data: Real samples ``[count, ...]``, on the device to train on.
+        data: Real samples ``[count, ...]``: a tensor on the device to train on, or anything with a
+            length and a ``device``, from which indices ``[n]`` take a batch.
         regularizers: Each may add loss terms and change gradients.
         batch_size: Samples in a batch, the same for both networks.
         learning_rates: Adam's rates for the generator and the discriminator.
@@ -55,7 +56,7 @@ class Trainer:
         self,
         generator: Generator,
         discriminator: nn.Module,
-        data: Tensor,
+        data: Samples,
         regularizers: Sequence[Regularizer] = (),
         *,
         batch_size: int = 64,
@@ -142,7 +143,7 @@ class Trainer:
             "sums": dict(self._sums),
             "counts": dict(self._counts),
         }
-        if self.data.is_cuda:
+        if self.data.device.type == "cuda":
             state["cuda_random"] = torch.cuda.get_rng_state(self.data.device)
         return state
 
@@ -171,7 +172,7 @@ class Trainer:
         self.sampler.load_state_dict(state["sampler"])
         self.noise.set_state(state["noise"])
         torch.set_rng_state(state["global_random"])
-        if self.data.is_cuda and "cuda_random" in state:
+        if self.data.device.type == "cuda" and "cuda_random" in state:
             torch.cuda.set_rng_state(state["cuda_random"], self.data.device)
         self.steps_done = state["steps_done"]
         self._sums = {name: total.to(self.data.device) for name, total in state["sums"].items()}
