@@ -32,7 +32,11 @@ from hessreg.gan.options import (
     HessianPenaltyConfig,
     HSCConfig,
     HSN1RConfig,
+<<<<<<< HEAD
     ImagesConfig,
+=======
+    PlayerConfig,
+>>>>>>> players
     ProjectionConfig,
     R1Config,
     R2Config,
@@ -74,7 +78,11 @@ __all__ = [
     "NonFiniteError",
     "NonSaturating",
     "Orthogonal",
+<<<<<<< HEAD
     "PrincipalJudge",
+=======
+    "PlayerConfig",
+>>>>>>> players
     "ProjectionConfig",
     "R1Config",
     "R2Config",

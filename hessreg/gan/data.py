@@ -38,12 +38,17 @@ class Samples(Protocol):
         """Where batches are."""
         ...
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of batches."""
+        ...
+
     def __len__(self) -> int:
         """Return how many there are."""
         ...
 
     def __getitem__(self, indices: Tensor) -> Tensor:
-        """Return the samples at indices ``[m]``, ``float32[m, ...]``."""
+        """Return the samples at indices ``[m]``, ``[m, ...]``."""
         ...
 
     def to(self, device: torch.device) -> Samples:
@@ -66,6 +71,8 @@ class ScaledSamples:
         >>> pixels[torch.tensor([1, 0])].tolist()
         [[1.0], [-1.0]]
     """
+
+    dtype = torch.float32
 
     def __init__(
         self,
@@ -119,6 +126,8 @@ class ItemSamples:
         rows: Which of the items are meant, ``[m]``; by default all.
         device: Where batches are.
     """
+
+    dtype = torch.float32
 
     def __init__(
         self,
