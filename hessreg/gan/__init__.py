@@ -4,11 +4,14 @@
 pictures; `Comparison` trains with several regularisers at equal cost.
 """
 
+from hessreg.gan.architectures import ACTIVATIONS, ARCHITECTURES
+from hessreg.gan.article import train
 from hessreg.gan.compare import Comparison
 from hessreg.gan.config import DEFAULTS, REGULARIZERS, TrainConfig
 from hessreg.gan.correction import HessianCorrectedGradients
 from hessreg.gan.data import Dataset, ItemSamples, Samples, ScaledSamples, ShuffledSampler
 from hessreg.gan.file_datasets import load_arrays, load_images, load_mnist
+from hessreg.gan.infogan import InfoGAN
 from hessreg.gan.losses import (
     LOSSES,
     AdversarialLoss,
@@ -23,7 +26,7 @@ from hessreg.gan.losses import (
 )
 from hessreg.gan.metrics import ImageJudge, Judge, PrincipalJudge
 from hessreg.gan.mixtures import Mixture, MixtureJudge, grid_mixture, load_mixture, ring_mixture
-from hessreg.gan.networks import Discriminator, Generator
+from hessreg.gan.networks import Conditioned, Discriminator, Generator
 from hessreg.gan.options import (
     ArraysConfig,
     DRAGANConfig,
@@ -32,11 +35,9 @@ from hessreg.gan.options import (
     HessianPenaltyConfig,
     HSCConfig,
     HSN1RConfig,
-<<<<<<< HEAD
     ImagesConfig,
-=======
+    InfoGANConfig,
     PlayerConfig,
->>>>>>> players
     ProjectionConfig,
     R1Config,
     R2Config,
@@ -49,12 +50,15 @@ from hessreg.gan.tasks import Task, load_dataset, make_task
 from hessreg.gan.trainer import NonFiniteError, Trainer
 
 __all__ = [
+    "ACTIVATIONS",
+    "ARCHITECTURES",
     "DEFAULTS",
     "LOSSES",
     "REGULARIZERS",
     "AdversarialLoss",
     "ArraysConfig",
     "Comparison",
+    "Conditioned",
     "DRAGANConfig",
     "Dataset",
     "Discriminator",
@@ -68,6 +72,8 @@ __all__ = [
     "Hinge",
     "ImageJudge",
     "ImagesConfig",
+    "InfoGAN",
+    "InfoGANConfig",
     "ItemSamples",
     "Judge",
     "LeastSquares",
@@ -78,11 +84,8 @@ __all__ = [
     "NonFiniteError",
     "NonSaturating",
     "Orthogonal",
-<<<<<<< HEAD
-    "PrincipalJudge",
-=======
     "PlayerConfig",
->>>>>>> players
+    "PrincipalJudge",
     "ProjectionConfig",
     "R1Config",
     "R2Config",
@@ -106,4 +109,5 @@ __all__ = [
     "make_loss",
     "make_task",
     "ring_mixture",
+    "train",
 ]

@@ -6,7 +6,9 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from hessreg.gan.architectures import ARCHITECTURES
 from hessreg.gan.checks import check_types, require, require_at_least
+from hessreg.gan.factories import is_factory_name
 from hessreg.gan.losses import make_loss
 from hessreg.gan.options import (
     ArraysConfig,
@@ -17,6 +19,7 @@ from hessreg.gan.options import (
     HSCConfig,
     HSN1RConfig,
     ImagesConfig,
+    InfoGANConfig,
     PlayerConfig,
     ProjectionConfig,
     R1Config,
@@ -60,8 +63,13 @@ class TrainConfig:
         seed: Seed of everything random.
         device: Where to train; auto takes a GPU if there is one.
         threads: CPU threads.
-        architecture: Kind of networks.
+        architecture: Kind of networks: mlp, dcgan, resnet, orthogonal_mlp, gaussian_dcgan, or
+            module:factory for your own.
         activation: Activation of the hidden layers.
+        initialization: Of the weights; default is torch's, normal the DCGAN's.
+        conditional: Whether both networks are told the classes of the data, and how the
+            discriminator takes them.
+        latent: Distribution of the noise; uniform is on [-1, 1].
         width: Units of a hidden layer, or channels of the widest feature map.
         latent_dim: Number of noise components.
         batch_size: Samples in a batch.
@@ -74,6 +82,7 @@ class TrainConfig:
         arrays: Options of data set arrays.
         g: Options of the generator's training.
         d: Options of the discriminator's training.
+        infogan: Options of InfoGAN.
         ring: Options of data set ring.
         grid: Options of data set grid.
         r1: Options of regulariser r1.
@@ -108,8 +117,11 @@ class TrainConfig:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 1
-    architecture: Literal["mlp", "dcgan"] = "mlp"
-    activation: Literal["silu", "softplus", "tanh", "leaky_relu"] = "silu"
+    architecture: str = "mlp"
+    activation: Literal["silu", "softplus", "tanh", "leaky_relu", "relu", "gelu", "mish"] = "silu"
+    initialization: Literal["default", "normal", "xavier", "orthogonal"] = "default"
+    conditional: Literal["none", "concat", "projection"] = "none"
+    latent: Literal["normal", "uniform"] = "normal"
     width: int = 128
     latent_dim: int = 32
     batch_size: int = 64
@@ -122,6 +134,7 @@ class TrainConfig:
     arrays: ArraysConfig = field(default_factory=ArraysConfig)
     g: PlayerConfig = field(default_factory=PlayerConfig)
     d: PlayerConfig = field(default_factory=PlayerConfig)
+    infogan: InfoGANConfig = field(default_factory=InfoGANConfig)
     ring: RingConfig = field(default_factory=RingConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     r1: R1Config = field(default_factory=R1Config)
@@ -143,6 +156,7 @@ class TrainConfig:
         require_at_least(self, 1, "threads", "latent_dim", "batch_size")
         require_at_least(self, 1, "log_every", "eval_every", "save_every")
         self._check_pairs()
+        self._check_architecture()
         require(self.threads <= 1024, "threads", "at most 1024", self.threads)
         require(2 <= self.width <= 8192, "width", "in [2, 8192]", self.width)
         require(self.latent_dim <= 8192, "latent_dim", "at most 8192", self.latent_dim)
@@ -162,6 +176,16 @@ class TrainConfig:
             require(enough, "batch_size", f"at least 2 with {name}", self.batch_size)
         is_alone = self.loss == "mmd" and self.correction == "hsc" and self.hsc.rows == 1
         require(not is_alone, "hsc.rows", "0 or at least 2 with mmd", self.hsc.rows)
+
+    def _check_architecture(self) -> None:
+        own, name = is_factory_name(self.architecture), self.architecture
+        known = f"one of {', '.join(ARCHITECTURES)}, or module:factory"
+        require(own or name in ARCHITECTURES, "architecture", known, name)
+        for side, options in (("g", self.g), ("d", self.d)):
+            fits = not own or options.dropout == 0
+            require(fits, f"{side}.dropout", f"0 with networks from {name}", options.dropout)
+        codes = self.infogan.codes
+        require(not (own and codes), "infogan.codes", f"0 with networks from {name}", codes)
 
     def _check_orthogonal(self) -> None:
         if self.orthogonal != "terms":
@@ -184,6 +208,10 @@ class TrainConfig:
         if self.correction != "none":
             side = "" if self.hsc.network == "both" else f" {self.hsc.network}"
             chosen.append(f"{self.correction}{side}")
+        if self.conditional != "none":
+            chosen.append(f"conditional {self.conditional}")
+        if self.infogan.codes:
+            chosen.append(f"infogan {self.infogan.codes}")
         return ", ".join([self.regularizer, *chosen])
 
     def to_dict(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ __all__ = [
     "HSN1RConfig",
     "HessianPenaltyConfig",
     "ImagesConfig",
+    "InfoGANConfig",
     "PlayerConfig",
     "ProjectionConfig",
     "R1Config",
@@ -70,13 +71,38 @@ class PlayerConfig:
 
     Args:
         lr: Learning rate.
+        dropout: Share of hidden units that training leaves out.
+        spectral_norm: Divide every weight by its spectral norm.
     """
 
     lr: float = 5e-4
+    dropout: float = 0.0
+    spectral_norm: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)
-        require_at_least(self, 0, "lr")
+        require_at_least(self, 0, "lr", "dropout")
+        require(self.dropout < 1, "dropout", "in [0, 1)", self.dropout)
+
+
+@dataclass
+class InfoGANConfig:
+    """Options of InfoGAN: a code that is part of the noise and can be told from the samples.
+
+    Args:
+        codes: How many values it has; 0 for no code.
+        weight: Of the cross entropy of telling it.
+    """
+
+    codes: int = 0
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(
+            self.codes == 0 or 2 <= self.codes <= 1000, "codes", "0 or in [2, 1000]", self.codes
+        )
+        require_at_least(self, 0, "weight")
 
 
 @dataclass

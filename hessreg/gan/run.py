@@ -288,18 +288,24 @@ class Run:
 
     @torch.no_grad()
     def _draw_kernel(self, regularizer: GaussianKernel) -> None:
-        fake, device = self._samples()[:_KERNEL_POINTS], self.trainer.data.device
+        fake = self._samples()[:_KERNEL_POINTS]
         rows = torch.arange(min(_KERNEL_POINTS, len(self.dataset.test_samples)))
         shown = [
-            (subset(self.dataset.test_samples, rows), self.dataset.test_labels[rows]),
-            (fake, self.judge.classify(fake)),
+            (subset(self.dataset.test_samples, rows), self.dataset.test_labels[rows], None),
+            (fake, self.judge.classify(fake), torch.arange(len(fake)) % self.dataset.num_classes),
         ]
         first, second = (
-            (regularizer.embed(s.to(device), self.trainer.discriminator).cpu(), named)
-            for s, named in shown
+            (self._embed(regularizer, each, named if wanted is None else wanted), named)
+            for each, named, wanted in shown
         )
         sigma = regularizer.bandwidth(second[0], first[0])
         pictures.save_kernel(self.folder.path / "kernel.png", first, second, sigma)
+
+    def _embed(
+        self, regularizer: GaussianKernel, samples: torch.Tensor, classes: torch.Tensor
+    ) -> torch.Tensor:
+        judging = self.trainer.judging(classes)
+        return regularizer.embed(samples.to(self.trainer.data.device), judging).cpu()
 
 
 class StopSignals:

@@ -26,6 +26,7 @@ from hessreg.gan.mixtures import (
 __all__ = ["Task", "dataset_task", "load_dataset", "make_task"]
 
 _JUDGED, _JUDGED_TEST = 10_000, 2000  # samples that metrics take from large data sets
+_COLUMNS, _MOST_COLUMNS = 8, 16  # of a picture
 _JUDGED_VALUES = 2**26  # numbers in them
 
 
@@ -48,22 +49,41 @@ class Task:
 
 def make_task(config: TrainConfig) -> Task:
     """Return what belongs to the data set of a configuration, with its options."""
+
+    def of_files(load: Callable[..., Dataset], options: object = None) -> Callable[[], Task]:
+        given = {} if options is None else vars(options)
+        return lambda: dataset_task(partial(load, config.data, **given), config)
+
     tasks: dict[str, Callable[[], Task]] = {
-        "digits": lambda: Task(load_digits, ImageJudge, pictures.save_grid, "64 images"),
+        "digits": lambda: _digits_task(config),
         "ring": lambda: _mixture_task(ring_mixture(**vars(config.ring))),
         "grid": lambda: _mixture_task(grid_mixture(**vars(config.grid))),
-        "mnist": lambda: dataset_task(partial(load_mnist, config.data)),
-        "images": lambda: dataset_task(partial(load_images, config.data, **vars(config.images))),
-        "arrays": lambda: dataset_task(partial(load_arrays, config.data, **vars(config.arrays))),
+        "mnist": of_files(load_mnist),
+        "images": of_files(load_images, config.images),
+        "arrays": of_files(load_arrays, config.arrays),
     }
     return tasks[config.dataset]()
 
 
-def dataset_task(load: Callable[[], Dataset]) -> Task:
+def _digits_task(config: TrainConfig) -> Task:
+    draw = partial(pictures.save_grid, columns=_columns(config, load_digits))
+    return Task(load_digits, ImageJudge, draw, "images")
+
+
+def _columns(config: TrainConfig, load: Callable[[], Dataset]) -> int:
+    """Of a picture of images: one for each class or code, if there are not too many."""
+    count = config.infogan.codes
+    if config.conditional != "none":
+        count = load().num_classes
+    return count if 2 <= count <= _MOST_COLUMNS else _COLUMNS
+
+
+def dataset_task(load: Callable[[], Dataset], config: TrainConfig) -> Task:
     """Return what belongs to a data set of images or points of which nothing else is known.
 
     Args:
         load: Returns it; called once.
+        config: How the networks are trained.
     """
     load = cache(load)
 
@@ -75,7 +95,7 @@ def dataset_task(load: Callable[[], Dataset]) -> Task:
 
     def draw(path: Path, samples: Tensor) -> None:
         if samples.dim() == 4:
-            pictures.save_grid(path, samples)
+            pictures.save_grid(path, samples, _columns(config, load))
         else:
             pictures.save_scatter(path, samples, load())
 

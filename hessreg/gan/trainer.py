@@ -16,7 +16,7 @@ from hessreg.distributed import WHOLE, Shard
 from hessreg.gan.data import Samples, ShuffledSampler
 from hessreg.gan.distributed import gathered, synchronize_norms
 from hessreg.gan.losses import AdversarialLoss, NonSaturating
-from hessreg.gan.networks import Generator
+from hessreg.gan.networks import Conditioned, Generator
 from hessreg.gan.orthogonal import Orthogonal
 from hessreg.optim import OrthogonalGradients
 from hessreg.optim._vectors import average
@@ -53,6 +53,8 @@ class Trainer:
         loss: What the networks play for; the non-saturating loss by default.
         orthogonal: Which gradients to project before the steps. Its mode ``"previous"`` steps both
             networks at once, from gradients at the same weights.
+        labels: Classes of the data ``[count]``, if both networks are told them: the discriminator
+            takes them beside samples, and the generator as `Generator.draw_latent` puts them.
         shard: This process's share of every batch, where several train together; all of them call
             the same methods.
     """
@@ -71,6 +73,7 @@ class Trainer:
         seed: int = 0,
         loss: AdversarialLoss | None = None,
         orthogonal: Orthogonal | None = None,
+        labels: Tensor | None = None,
         shard: Shard = WHOLE,
     ) -> None:
         shard.check_divides("batch_size", batch_size)
@@ -82,6 +85,9 @@ class Trainer:
         self.ema = copy.deepcopy(self.generator).requires_grad_(False)
         self.ema_decay = ema_decay
         self.data = data
+        self.labels = labels
+        self._judging: nn.Module = self.discriminator
+        self._batch_labels: Tensor | None = None
         self.regularizers = tuple(regularizers)
         self.optimizers = {
             network: torch.optim.Adam(network.parameters(), lr=rate, betas=betas, fused=True)
@@ -108,11 +114,17 @@ class Trainer:
         Raises:
             NonFiniteError: If a loss, penalty or gradient is not finite.
         """
-        real = self.data[self.shard.take(next(self.sampler))]
+        real = self._draw_real()
         self._discriminator_step(real)
         self._generator_step(real)
         self._update_ema()
         self.steps_done += 1
+
+    def judging(self, labels: Tensor | None) -> nn.Module:
+        """Return the discriminator of samples of these classes ``[n]``, if it takes classes."""
+        if labels is None or self.labels is None:
+            return self.discriminator
+        return Conditioned(self.discriminator, labels.to(self.data.device))
 
     def metrics(self) -> dict[str, float]:
         """Return means of losses, penalties, gradient norms and angles, and regularisers' metrics.
@@ -195,7 +207,7 @@ class Trainer:
         with torch.no_grad():
             fake = self.generator(noise)
         with self._safe_derivatives():
-            losses = self.loss.discriminator(self.discriminator(real), self.discriminator(fake))
+            losses = self.loss.discriminator(self._judging(real), self._judging(fake))
             loss = sum(losses[1:], losses[0])
         context = self._context(None, loss, real, fake, noise)
         self._apply(self.discriminator, loss, losses, context)
@@ -204,7 +216,7 @@ class Trainer:
         noise = self._draw_noise()
         with self._safe_derivatives():
             fake = self.generator(noise)
-            outputs = self.loss.outputs_for_generator(self.discriminator, real, fake)
+            outputs = self.loss.outputs_for_generator(self._judging, real, fake)
             loss = self.loss.generator(*outputs)
             rival = None
             if self.orthogonal is not None and self.orthogonal.mode == "game":
@@ -297,9 +309,18 @@ class Trainer:
             self._sums[key] = self._sums.get(key, 0.0) + value.detach()
             self._counts[key] = self._counts.get(key, 0) + 1
 
+    def _draw_real(self) -> Tensor:
+        """The next real samples; what is generated for them has their classes."""
+        indices = next(self.sampler)
+        if self.labels is not None:
+            self._batch_labels = self.labels[indices]
+            self._judging = self.judging(self.shard.take(self._batch_labels))
+        return self.data[self.shard.take(indices)]
+
     def _draw_noise(self) -> Tensor:
-        shape = (self.sampler.batch_size, self.generator.latent_dim)
-        noise = torch.randn(shape, generator=self.noise)  # on the CPU: the same on every device
+        # On the CPU: the same on every device.
+        size = self.sampler.batch_size
+        noise = self.generator.draw_latent(size, self.noise, self._batch_labels)
         return self.shard.take(noise).to(self.data.device, self.data.dtype)
 
     def _context(
@@ -310,7 +331,7 @@ class Trainer:
         fake: Tensor,
         noise: Tensor,
     ) -> StepContext:
-        networks = self.generator, self.discriminator
+        networks = self.generator, self._judging
         batch = real, fake, noise
         return StepContext(self.steps_done, *networks, loss_g, loss_d, *batch, self.shard)
 
