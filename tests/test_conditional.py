@@ -20,7 +20,7 @@ from hessreg.gan import (
     load_dataset,
 )
 from hessreg.gan.building import build_trainer
-from hessreg.gan.options import HSCConfig, HSN1RConfig, InfoGANConfig
+from hessreg.gan.options import HSCConfig, HSN1RConfig, InfoGANConfig, PlayerConfig
 from hessreg.regularizers import R1, StepContext
 
 SHAPES = {"mlp": (2,), "dcgan": (1, 8, 8), "resnet": (3, 16, 16)}
@@ -199,7 +199,7 @@ def test_codes_are_learned():
         Generator(latent_dim=2, width=32, shape=(2,), num_codes=4),
         Discriminator(width=32, shape=(2,), num_codes=4),
     )
-    rates = {"learning_rates": (2e-3, 2e-3)}
+    rates = {"g": PlayerConfig(lr=2e-3), "d": PlayerConfig(lr=2e-3)}
     trainer = Trainer(*networks, data, [R1(0.1), InfoGAN(4)], batch_size=64, **rates)
     for _ in range(500):
         trainer.step()

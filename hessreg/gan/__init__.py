@@ -32,11 +32,13 @@ from hessreg.gan.options import (
     DRAGANConfig,
     GaussianConfig,
     GridConfig,
+    GrowthConfig,
     HessianPenaltyConfig,
     HSCConfig,
     HSN1RConfig,
     ImagesConfig,
     InfoGANConfig,
+    InstanceNoiseConfig,
     PlayerConfig,
     ProjectionConfig,
     R1Config,
@@ -45,6 +47,7 @@ from hessreg.gan.options import (
     WGANGPConfig,
 )
 from hessreg.gan.orthogonal import Orthogonal
+from hessreg.gan.players import Procedure
 from hessreg.gan.run import Run
 from hessreg.gan.tasks import Task, load_dataset, make_task
 from hessreg.gan.trainer import NonFiniteError, Trainer
@@ -65,6 +68,7 @@ __all__ = [
     "GaussianConfig",
     "Generator",
     "GridConfig",
+    "GrowthConfig",
     "HSCConfig",
     "HSN1RConfig",
     "HessianCorrectedGradients",
@@ -74,6 +78,7 @@ __all__ = [
     "ImagesConfig",
     "InfoGAN",
     "InfoGANConfig",
+    "InstanceNoiseConfig",
     "ItemSamples",
     "Judge",
     "LeastSquares",
@@ -86,6 +91,7 @@ __all__ = [
     "Orthogonal",
     "PlayerConfig",
     "PrincipalJudge",
+    "Procedure",
     "ProjectionConfig",
     "R1Config",
     "R2Config",

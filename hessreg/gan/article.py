@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from hessreg.gan.networks import Generator, WrappedDiscriminator, WrappedGenerator
+from hessreg.gan.options import PlayerConfig
 from hessreg.gan.trainer import Trainer
 from hessreg.regularizers import HSN1R
 from hessreg.regularizers.hsn1r import latent_shape
 
 __all__ = ["train"]
 
-_RATE, _BETAS = 2e-4, (0.5, 0.999)  # the article's, for both networks
+_RATE = 2e-4  # the article's, for both networks; its betas are the usual ones here
 
 
 def train(
@@ -68,8 +69,8 @@ def train(
         batches,
         [HSN1R(weight=lambda_, **options)],
         batch_size=len(first),
-        learning_rates=(_RATE, _RATE),
-        betas=_BETAS,
+        g=PlayerConfig(lr=_RATE),
+        d=PlayerConfig(lr=_RATE),
         seed=torch.initial_seed() % 2**63,
     )
     history = []
@@ -87,7 +88,7 @@ class _Batches:
 
     def __init__(self, first: Tensor) -> None:
         self.now = first
-        self.shape, self.device, self.dtype = first.shape, first.device, first.dtype
+        self.shape, self.device = first.shape, first.device
 
     def __len__(self) -> int:
         return len(self.now)

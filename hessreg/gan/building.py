@@ -14,6 +14,7 @@ from hessreg.gan.infogan import InfoGAN
 from hessreg.gan.losses import AdversarialLoss, make_loss
 from hessreg.gan.options import parse_sigma
 from hessreg.gan.orthogonal import Orthogonal
+from hessreg.gan.players import Procedure
 from hessreg.gan.trainer import Trainer
 from hessreg.regularizers import (
     DRAGAN,
@@ -46,17 +47,31 @@ def build_trainer(config: TrainConfig, dataset: Dataset) -> Trainer:
     """Return a trainer with new networks; seeds torch's global random state."""
     torch.manual_seed(config.seed)
     loss = _build_loss(config)
+    players = config.players()
     return Trainer(
         *build_networks(config, dataset, loss.outputs),
         dataset.train_samples.to(resolve_device(config.device)),
         [*_build_regularizers(config), *_build_correction(config)],
         batch_size=config.batch_size,
-        learning_rates=(config.g.lr, config.d.lr),
+        g=players[0],
+        d=players[1],
+        procedure=_build_procedure(config),
         ema_decay=config.ema_decay,
         seed=config.seed,
         loss=loss,
         labels=None if config.conditional == "none" else dataset.train_labels,
         orthogonal=_build_orthogonal(config),
+    )
+
+
+def _build_procedure(config: TrainConfig) -> Procedure:
+    return Procedure(
+        config.discriminator_steps,
+        config.accumulate,
+        config.precision,
+        config.schedule_steps or config.steps,
+        config.growth,
+        config.instance_noise,
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hessreg.gan.config import TrainConfig
 from hessreg.gan.data import Dataset
-from hessreg.gan.factories import FactoryError, call_safely, find_callable, is_factory_name
+from hessreg.gan.factories import FactoryError, call_safely, find_factory, is_factory
 from hessreg.gan.networks import (
     Discriminator,
     Generator,
@@ -44,7 +44,7 @@ def build_networks(
         )
     classes = dataset.num_classes if conditional else 0
     shape = tuple(dataset.train_samples.shape[1:])
-    make = _own_networks if is_factory_name(config.architecture) else _networks
+    make = _own_networks if is_factory(config.architecture) else _networks
     generator, discriminator = make(config, shape, classes, outputs)
     for network, options in ((generator, config.g), (discriminator, config.d)):
         initialize(network, config.initialization)
@@ -86,7 +86,7 @@ def _own_networks(
     config: TrainConfig, shape: Sequence[int], classes: int, outputs: int
 ) -> tuple[Generator, nn.Module]:
     name = config.architecture
-    factory = find_callable(name)
+    factory = find_factory(name)
     options = {"latent_dim": config.latent_dim + classes, "shape": shape, "num_classes": classes}
     made = call_safely(lambda: factory(**options, outputs=outputs), name)
     networks = made if isinstance(made, tuple) else ()

@@ -16,7 +16,7 @@ from hessreg.gan.building import build_trainer
 from hessreg.gan.checkpoint import load_state
 from hessreg.gan.checks import require
 from hessreg.gan.config import TrainConfig
-from hessreg.gan.factories import call_safely, find_callable, is_factory_name
+from hessreg.gan.factories import call_safely, find_factory, is_factory
 from hessreg.gan.run import fitting
 from hessreg.gan.run_folder import RunFolder
 from hessreg.gan.tasks import make_task
@@ -102,7 +102,7 @@ class RunTarget:
         data = self.trainer.data
         chosen = torch.randperm(len(data), generator=random)[: self.rows]
         labels = None if self.trainer.labels is None else self.trainer.labels[chosen]
-        noise = self.trainer.generator.draw_latent(self.rows, random, labels).to(data.device)
+        noise = self.trainer.generator.draw_latent(self.rows, random, labels)
         size = self.config.batch_size
         if self.config.loss == "mmd":  # which compares a batch's samples with each other
             wanted = f"no multiple of {size} and 1 more, with loss mmd"
@@ -111,7 +111,8 @@ class RunTarget:
             self.trainer.judging(None if labels is None else labels[rows])
             for rows in torch.arange(self.rows).split(size)
         ]
-        return list(zip(data[chosen].split(size), noise.split(size), judging, strict=True))
+        real, noise = (each.to(data.device, self.trainer.dtype) for each in (data[chosen], noise))
+        return list(zip(real.split(size), noise.split(size), judging, strict=True))
 
 
 def load_run(path: Path, rows: int, seed: int, evaluate: bool) -> RunTarget:
@@ -164,11 +165,11 @@ def load_factory(target: str) -> LinearOperator:
         FactoryError: If there is no such callable, or it raises.
         NonFiniteError: If the loss or its gradient is not finite.
     """
-    if not is_factory_name(target):
+    if not is_factory(target):
         raise TargetError(
             f"there is no {target}: name a run folder, a checkpoint in one, or module:factory"
         )
-    made = call_safely(find_callable(target), target)
+    made = call_safely(find_factory(target), target)
     if isinstance(made, LinearOperator):
         return made
     if not isinstance(made, tuple) or len(made) not in (2, 3):

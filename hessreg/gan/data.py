@@ -38,11 +38,6 @@ class Samples(Protocol):
         """Where batches are."""
         ...
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of batches."""
-        ...
-
     def __len__(self) -> int:
         """Return how many there are."""
         ...
@@ -71,8 +66,6 @@ class ScaledSamples:
         >>> pixels[torch.tensor([1, 0])].tolist()
         [[1.0], [-1.0]]
     """
-
-    dtype = torch.float32
 
     def __init__(
         self,
@@ -126,8 +119,6 @@ class ItemSamples:
         rows: Which of the items are meant, ``[m]``; by default all.
         device: Where batches are.
     """
-
-    dtype = torch.float32
 
     def __init__(
         self,
@@ -361,12 +352,14 @@ class ShuffledSampler:
 
     def __next__(self) -> Tensor:
         """Return the next batch of indices, shape ``[batch_size]``."""
-        if len(self._queue) < self.batch_size:
+        return self.take(self.batch_size)
+
+    def take(self, count: int) -> Tensor:
+        """Return the next ``count`` indices, at most as many as there are samples."""
+        if len(self._queue) < count:
             order = torch.randperm(self.size, generator=self._generator)
             self._queue = torch.cat([self._queue, order])
-        batch, self._queue = self._queue.split(
-            [self.batch_size, len(self._queue) - self.batch_size]
-        )
+        batch, self._queue = self._queue.split([count, len(self._queue) - count])
         return batch
 
     def state_dict(self) -> dict[str, Any]:

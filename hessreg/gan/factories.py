@@ -1,4 +1,4 @@
-"""What the user names as ``module:factory``: finding it, and calling what may raise anything."""
+"""The user's own parts of a run: ``module:factory``, a callable in a module."""
 
 from __future__ import annotations
 
@@ -11,42 +11,52 @@ from typing import Any
 
 from hessreg.curvature import NonFiniteError
 
-__all__ = ["FactoryError", "call_safely", "find_callable", "is_factory_name"]
-
-_NAME = r"[^\W\d]\w*(\.[^\W\d]\w*)*"
+__all__ = ["FactoryError", "call_safely", "find_factory", "is_factory"]
 
 
 class FactoryError(ValueError):
-    """There is no such factory, or it fails."""
+    """A factory fails, or what it made is not what is wanted."""
 
 
-def is_factory_name(name: str) -> bool:
-    """Return whether a name has the form ``module:factory``.
+def is_factory(target: str) -> bool:
+    """Return whether a text has the form ``module:factory``, dots allowed in both.
 
     Example:
-        >>> is_factory_name("package.module:Class.method"), is_factory_name("runs/first")
+        >>> is_factory("package.module:build"), is_factory("adam")
         (True, False)
     """
-    return re.fullmatch(f"{_NAME}:{_NAME}", name) is not None
+    name = r"[^\W\d]\w*(\.[^\W\d]\w*)*"
+    return re.fullmatch(f"{name}:{name}", target) is not None
 
 
-def find_callable(name: str) -> Callable[..., Any]:
-    """Import ``module:factory``, with the current folder among those of modules.
+def find_factory(target: str) -> Callable[..., Any]:
+    """Import what ``module:factory`` names, with the current folder among those of modules.
 
     Raises:
-        FactoryError: If there is none, or it cannot be called.
+        ValueError: If the module cannot be imported, or has no such callable.
+
+    Example:
+        >>> find_factory("math:sqrt")(4.0)
+        2.0
     """
-    module, _, names = name.partition(":")
+    module, _, names = target.partition(":")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-    found = call_safely(lambda: importlib.import_module(module), f"cannot import {module}")
-    for part in names.split("."):
-        if not hasattr(found, part):
-            raise FactoryError(f"{name}: {module} has no {names}")
-        found = getattr(found, part)
+    found = _import(module)
+    for name in names.split("."):
+        if not hasattr(found, name):
+            raise ValueError(f"{target}: {module} has no {names}")
+        found = getattr(found, name)
     if not callable(found):
-        raise FactoryError(f"{name} must be callable, got {type(found).__name__}")
+        raise ValueError(f"{target} must be callable, got {type(found).__name__}")
     return found
+
+
+def _import(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # it is not ours, and may raise anything
+        raise ValueError(f"cannot import {module}: {type(error).__name__}: {error}") from None
 
 
 def call_safely(function: Callable[[], Any], name: str) -> Any:

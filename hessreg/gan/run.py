@@ -199,7 +199,7 @@ class Run:
     def _step(self) -> None:
         start = time.process_time()
         with self._naming_the_checkpoint():
-            self.trainer.step()
+            self.trainer.step(self._fraction())
         self.cpu_seconds += time.process_time() - start
 
     @contextmanager
@@ -225,7 +225,7 @@ class Run:
     def _samples(self) -> torch.Tensor:
         count = self.judge.num_samples
         generator = torch.Generator().manual_seed(self.config.seed)
-        samples = self.trainer.ema.sample(count, generator).cpu()
+        samples = self.trainer.ema.sample(count, generator).cpu().float()
         if not samples.isfinite().all():
             step = self.trainer.steps_done
             raise NonFiniteError(f"step {step}: generated samples are not finite")
@@ -305,7 +305,8 @@ class Run:
         self, regularizer: GaussianKernel, samples: torch.Tensor, classes: torch.Tensor
     ) -> torch.Tensor:
         judging = self.trainer.judging(classes)
-        return regularizer.embed(samples.to(self.trainer.data.device), judging).cpu()
+        moved = samples.to(self.trainer.data.device, self.trainer.dtype)
+        return regularizer.embed(moved, judging).cpu()
 
 
 class StopSignals:
