@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 import torch
 
+from hessreg.distributed import WHOLE, Shard
 from hessreg.gan.building_networks import build_networks
 from hessreg.gan.config import TrainConfig
 from hessreg.gan.correction import HessianCorrectedGradients
 from hessreg.gan.data import Dataset
+from hessreg.gan.distributed import check_device
 from hessreg.gan.infogan import InfoGAN
 from hessreg.gan.losses import AdversarialLoss, make_loss
 from hessreg.gan.options import parse_sigma
@@ -43,14 +45,16 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def build_trainer(config: TrainConfig, dataset: Dataset) -> Trainer:
+def build_trainer(config: TrainConfig, dataset: Dataset, shard: Shard = WHOLE) -> Trainer:
     """Return a trainer with new networks; seeds torch's global random state."""
+    device = resolve_device(config.device)
+    check_device(device, shard)
     torch.manual_seed(config.seed)
     loss = _build_loss(config)
     players = config.players()
     return Trainer(
         *build_networks(config, dataset, loss.outputs),
-        dataset.train_samples.to(resolve_device(config.device)),
+        dataset.train_samples.to(device),
         [*_build_regularizers(config), *_build_correction(config)],
         batch_size=config.batch_size,
         g=players[0],
@@ -61,6 +65,7 @@ def build_trainer(config: TrainConfig, dataset: Dataset) -> Trainer:
         loss=loss,
         labels=None if config.conditional == "none" else dataset.train_labels,
         orthogonal=_build_orthogonal(config),
+        shard=shard,
     )
 
 
