@@ -48,6 +48,7 @@ from hessreg.gan.checkpoint import (
     write_atomically,
 )
 from hessreg.gan.compare import _Children, _prepare
+from hessreg.gan.config import FROM_FILES
 from hessreg.gan.metrics import (
     classes_covered,
     copied_share,
@@ -126,8 +127,8 @@ def test_ring_is_eight_narrow_gaussians(ring):
 
 def test_unknown_data_set_is_refused():
     known = "choose from digits, ring, grid"
-    with pytest.raises(ValueError, match=f"unknown data set 'mnist'; {known}"):
-        load_dataset("mnist")
+    with pytest.raises(ValueError, match=f"unknown data set 'cifar'; {known}"):
+        load_dataset("cifar")
 
 
 MIXTURES = {
@@ -207,7 +208,7 @@ def test_networks_for_points():
     assert discriminator(points).shape == (3,)
 
 
-@pytest.mark.parametrize("dataset", DEFAULTS)
+@pytest.mark.parametrize("dataset", DEFAULTS.keys() - FROM_FILES)
 def test_networks_fit_their_data_set(dataset):
     config = replace(DEFAULTS[dataset], regularizer="none", batch_size=4, width=8)
     trainer = build_trainer(config, load_dataset(dataset))
@@ -228,7 +229,7 @@ def test_unknown_networks_are_refused():
         Generator(activation="relu6")
     with pytest.raises(ValueError, match="unknown architecture 'vit'"):
         Discriminator("vit")
-    with pytest.raises(ValueError, match=r"dcgan is for samples of shape \(1, 8, 8\), got \(2,\)"):
+    with pytest.raises(ValueError, match="dcgan is for images whose sides halve"):
         Generator("dcgan", shape=(2,))
 
 

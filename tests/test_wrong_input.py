@@ -215,7 +215,7 @@ TRAIN = {
     "train ring --ring.std 0": "std must be positive, got 0",
     "train ring --ring.rotation inf": "--ring.rotation: Expected float. Got value: inf",
     "train grid --grid.side 1": "side must be in [2, 30], got 1",
-    "train ring --architecture dcgan": "dcgan is for samples of shape",
+    "train ring --architecture dcgan": "dcgan is for images whose sides halve",
     "train ring --gaussian.sigma 0": "sigma must be median, ema, learned or positive",
     "train ring --gaussian.interaction_weight 1e400": "interaction_weight must be finite",
     "train ring --batch_size 1": "batch_size must be at least 2 with gaussian, got 1",

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from hessreg.distributed import WHOLE, Shard
+from hessreg.gan.building_networks import build_networks
 from hessreg.gan.config import TrainConfig
 from hessreg.gan.correction import HessianCorrectedGradients
 from hessreg.gan.data import Dataset
 from hessreg.gan.distributed import check_device
+from hessreg.gan.infogan import InfoGAN
 from hessreg.gan.losses import AdversarialLoss, make_loss
-from hessreg.gan.networks import Discriminator, Generator
 from hessreg.gan.options import parse_sigma
 from hessreg.gan.orthogonal import Orthogonal
 from hessreg.gan.players import Procedure
@@ -51,16 +51,9 @@ def build_trainer(config: TrainConfig, dataset: Dataset, shard: Shard = WHOLE) -
     check_device(device, shard)
     torch.manual_seed(config.seed)
     loss = _build_loss(config)
-    style: dict[str, Any] = {
-        "architecture": config.architecture,
-        "width": config.width,
-        "activation": config.activation,
-        "shape": dataset.train_samples.shape[1:],
-    }
     players = config.players()
     return Trainer(
-        Generator(latent_dim=config.latent_dim, **style),
-        Discriminator(**style, outputs=loss.outputs),
+        *build_networks(config, dataset, loss.outputs),
         dataset.train_samples.to(device),
         [*_build_regularizers(config), *_build_correction(config)],
         batch_size=config.batch_size,
@@ -70,6 +63,7 @@ def build_trainer(config: TrainConfig, dataset: Dataset, shard: Shard = WHOLE) -
         ema_decay=config.ema_decay,
         seed=config.seed,
         loss=loss,
+        labels=None if config.conditional == "none" else dataset.train_labels,
         orthogonal=_build_orthogonal(config),
         shard=shard,
     )
@@ -100,7 +94,9 @@ def _build_orthogonal(config: TrainConfig) -> Orthogonal | None:
 
 def _build_regularizers(config: TrainConfig) -> list[Regularizer]:
     chosen = config.regularizer.split("+")
-    return [build(config) for name, build in _BUILD.items() if name in chosen]
+    codes = config.infogan.codes
+    infogan = [InfoGAN(codes, config.infogan.weight)] if codes else []
+    return [*(build(config) for name, build in _BUILD.items() if name in chosen), *infogan]
 
 
 def _build_correction(config: TrainConfig) -> list[Regularizer]:

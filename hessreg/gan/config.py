@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
+from hessreg.gan.architectures import ARCHITECTURES
 from hessreg.gan.checks import check_types, require, require_at_least
+from hessreg.gan.factories import is_factory
 from hessreg.gan.losses import make_loss
 from hessreg.gan.options import (
+    ArraysConfig,
     DRAGANConfig,
     GaussianConfig,
     GridConfig,
@@ -15,6 +19,8 @@ from hessreg.gan.options import (
     HessianPenaltyConfig,
     HSCConfig,
     HSN1RConfig,
+    ImagesConfig,
+    InfoGANConfig,
     InstanceNoiseConfig,
     PlayerConfig,
     ProjectionConfig,
@@ -24,9 +30,10 @@ from hessreg.gan.options import (
     WGANGPConfig,
 )
 
-__all__ = ["DEFAULTS", "REGULARIZERS", "TrainConfig"]
+__all__ = ["DEFAULTS", "FROM_FILES", "REGULARIZERS", "TrainConfig"]
 
 REGULARIZERS = ("r1", "r2", "wgan_gp", "dragan", "hsn1r", "gaussian", "hessian_penalty")
+FROM_FILES = ("mnist", "images", "arrays")  # data sets that the user has
 
 
 def _check_regularizer(name: str) -> None:
@@ -42,6 +49,7 @@ class TrainConfig:
 
     Args:
         dataset: What to train on.
+        data: File or folder of data sets mnist, images and arrays.
         regularizer: none, or any of r1, r2, wgan_gp, dragan, hsn1r, gaussian and hessian_penalty
             joined by +.
         loss: What the networks play for.
@@ -57,8 +65,13 @@ class TrainConfig:
         seed: Seed of everything random.
         device: Where to train; auto takes a GPU if there is one.
         threads: CPU threads.
-        architecture: Kind of networks.
+        architecture: Kind of networks: mlp, dcgan, resnet, orthogonal_mlp, gaussian_dcgan, or
+            module:factory for your own.
         activation: Activation of the hidden layers.
+        initialization: Of the weights; default is torch's, normal the DCGAN's.
+        conditional: Whether both networks are told the classes of the data, and how the
+            discriminator takes them.
+        latent: Distribution of the noise; uniform is on [-1, 1].
         width: Units of a hidden layer, or channels of the widest feature map.
         latent_dim: Number of noise components.
         batch_size: Samples in a batch.
@@ -72,10 +85,13 @@ class TrainConfig:
         eval_every: Steps between evaluations by the judge.
         save_every: Steps between checkpoints.
         tensorboard: Write TensorBoard events as well.
+        images: Options of data set images.
+        arrays: Options of data set arrays.
         growth: Options of growing batches.
         instance_noise: Options of the noise on what the discriminator sees.
         g: Options of the generator's training.
         d: Options of the discriminator's training.
+        infogan: Options of InfoGAN.
         ring: Options of data set ring.
         grid: Options of data set grid.
         r1: Options of regulariser r1.
@@ -89,7 +105,8 @@ class TrainConfig:
         hsc: Options of correction hsc.
     """
 
-    dataset: Literal["digits", "ring", "grid"] = "digits"
+    dataset: Literal["digits", "ring", "grid", "mnist", "images", "arrays"] = "digits"
+    data: str = ""
     regularizer: str = "hsn1r"
     loss: Literal[
         "nonsaturating",
@@ -109,8 +126,11 @@ class TrainConfig:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 1
-    architecture: Literal["mlp", "dcgan"] = "mlp"
-    activation: Literal["silu", "softplus", "tanh", "leaky_relu"] = "silu"
+    architecture: str = "mlp"
+    activation: Literal["silu", "softplus", "tanh", "leaky_relu", "relu", "gelu", "mish"] = "silu"
+    initialization: Literal["default", "normal", "xavier", "orthogonal"] = "default"
+    conditional: Literal["none", "concat", "projection"] = "none"
+    latent: Literal["normal", "uniform"] = "normal"
     width: int = 128
     latent_dim: int = 32
     batch_size: int = 64
@@ -124,10 +144,13 @@ class TrainConfig:
     eval_every: int = 2000
     save_every: int = 1000
     tensorboard: bool = True
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+    arrays: ArraysConfig = field(default_factory=ArraysConfig)
     growth: GrowthConfig = field(default_factory=GrowthConfig)
     instance_noise: InstanceNoiseConfig = field(default_factory=InstanceNoiseConfig)
     g: PlayerConfig = field(default_factory=PlayerConfig)
     d: PlayerConfig = field(default_factory=PlayerConfig)
+    infogan: InfoGANConfig = field(default_factory=InfoGANConfig)
     ring: RingConfig = field(default_factory=RingConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     r1: R1Config = field(default_factory=R1Config)
@@ -152,12 +175,17 @@ class TrainConfig:
         require_at_least(self, 0, "schedule_steps")
         self._check_players()
         self._check_pairs()
+        self._check_architecture()
         require(self.threads <= 1024, "threads", "at most 1024", self.threads)
         require(2 <= self.width <= 8192, "width", "in [2, 8192]", self.width)
         require(self.latent_dim <= 8192, "latent_dim", "at most 8192", self.latent_dim)
         require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
         if not self.steps and not self.seconds:
             self.seconds = 40.0
+        wanted = f"empty: data set {self.dataset} has no files"
+        require(not self.data or self.dataset in FROM_FILES, "data", wanted, self.data)
+        if self.data:  # a run may be resumed from another folder
+            self.data = str(Path(self.data).expanduser().absolute())
 
     def _check_players(self) -> None:
         self.g.check("g")
@@ -182,6 +210,16 @@ class TrainConfig:
         is_alone = self.loss == "mmd" and self.correction == "hsc" and self.hsc.rows == 1
         require(not is_alone, "hsc.rows", "0 or at least 2 with mmd", self.hsc.rows)
 
+    def _check_architecture(self) -> None:
+        own, name = is_factory(self.architecture), self.architecture
+        known = f"one of {', '.join(ARCHITECTURES)}, or module:factory"
+        require(own or name in ARCHITECTURES, "architecture", known, name)
+        for side, options in (("g", self.g), ("d", self.d)):
+            fits = not own or options.dropout == 0
+            require(fits, f"{side}.dropout", f"0 with networks from {name}", options.dropout)
+        codes = self.infogan.codes
+        require(not (own and codes), "infogan.codes", f"0 with networks from {name}", codes)
+
     def _check_orthogonal(self) -> None:
         if self.orthogonal != "terms":
             return
@@ -203,6 +241,10 @@ class TrainConfig:
         if self.correction != "none":
             side = "" if self.hsc.network == "both" else f" {self.hsc.network}"
             chosen.append(f"{self.correction}{side}")
+        if self.conditional != "none":
+            chosen.append(f"conditional {self.conditional}")
+        if self.infogan.codes:
+            chosen.append(f"infogan {self.infogan.codes}")
         return ", ".join([self.regularizer, *chosen])
 
     def to_dict(self) -> dict[str, Any]:
@@ -251,6 +293,12 @@ _RING = TrainConfig(
     gaussian=GaussianConfig(interaction_weight=100.0, sigma="0.25,0.5,1,2"),
 )
 _GRID = replace(_RING, dataset="grid")
+_MNIST = TrainConfig(
+    dataset="mnist", regularizer="r1", architecture="dcgan", width=64, latent_dim=64
+)
+# With batch normalisation in the discriminator, R1 kept colour images from being learned.
+_IMAGES = replace(_MNIST, dataset="images", regularizer="none", width=32)
+_ARRAYS = TrainConfig(dataset="arrays", regularizer="r1")
 DEFAULTS: dict[str, TrainConfig] = {
-    config.dataset: config for config in (TrainConfig(), _RING, _GRID)
+    config.dataset: config for config in (TrainConfig(), _RING, _GRID, _MNIST, _IMAGES, _ARRAYS)
 }

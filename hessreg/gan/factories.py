@@ -9,7 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["find_factory", "is_factory"]
+from hessreg.curvature import NonFiniteError
+
+__all__ = ["FactoryError", "call_safely", "find_factory", "is_factory"]
+
+
+class FactoryError(ValueError):
+    """A factory fails, or what it made is not what is wanted."""
 
 
 def is_factory(target: str) -> bool:
@@ -51,3 +57,18 @@ def _import(module: str) -> Any:
         return importlib.import_module(module)
     except Exception as error:  # it is not ours, and may raise anything
         raise ValueError(f"cannot import {module}: {type(error).__name__}: {error}") from None
+
+
+def call_safely(function: Callable[[], Any], name: str) -> Any:
+    """Call what is not ours: it may raise anything.
+
+    Raises:
+        FactoryError: Names what was called, and what it raised.
+        NonFiniteError: If it raised one.
+    """
+    try:
+        return function()
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{name}: {error}") from None
+    except Exception as error:
+        raise FactoryError(f"{name}: {type(error).__name__}: {error}") from None

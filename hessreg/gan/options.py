@@ -18,6 +18,7 @@ from hessreg.gan.schedules import Schedule
 from hessreg.ops.gaussian import _gamma_of
 
 __all__ = [
+    "ArraysConfig",
     "DRAGANConfig",
     "GaussianConfig",
     "GridConfig",
@@ -25,6 +26,8 @@ __all__ = [
     "HSCConfig",
     "HSN1RConfig",
     "HessianPenaltyConfig",
+    "ImagesConfig",
+    "InfoGANConfig",
     "InstanceNoiseConfig",
     "PlayerConfig",
     "ProjectionConfig",
@@ -85,6 +88,8 @@ class PlayerConfig:
         end_factor: What is left of it then.
         warmup: Steps over which it rises from nothing.
         batch_size: Samples in a batch; 0 for those of the run.
+        dropout: Share of hidden units that training leaves out.
+        spectral_norm: Divide every weight by its spectral norm.
     """
 
     lr: float = 5e-4
@@ -99,6 +104,8 @@ class PlayerConfig:
     end_factor: float = 0.01
     warmup: int = 0
     batch_size: int = 0
+    dropout: float = 0.0
+    spectral_norm: bool = False
 
     def check(self, name: str) -> None:
         """Refuse bad values; ``name`` is what the group is called.
@@ -115,7 +122,7 @@ class PlayerConfig:
         check_types(self)
         require_at_least(self, 0, "lr", "momentum", "weight_decay", "l1", "clip", "end_factor")
         require_at_least(self, 0, "warmup", "batch_size")
-        for name in ("beta1", "beta2", "momentum"):
+        for name in ("beta1", "beta2", "momentum", "dropout"):
             value = getattr(self, name)
             require(0 <= value < 1, name, "in [0, 1)", value)
         require(self.end_factor <= 1, "end_factor", "at most 1", self.end_factor)
@@ -145,6 +152,26 @@ class PlayerConfig:
     def rate_schedule(self) -> Schedule:
         """Return the factor of the rate."""
         return Schedule(self.schedule, self.end_factor, self.warmup)
+
+
+@dataclass
+class InfoGANConfig:
+    """Options of InfoGAN: a code that is part of the noise and can be told from the samples.
+
+    Args:
+        codes: How many values it has; 0 for no code.
+        weight: Of the cross entropy of telling it.
+    """
+
+    codes: int = 0
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(
+            self.codes == 0 or 2 <= self.codes <= 1000, "codes", "0 or in [2, 1000]", self.codes
+        )
+        require_at_least(self, 0, "weight")
 
 
 @dataclass
@@ -249,6 +276,40 @@ class GridConfig:
         check_types(self)
         require(2 <= self.side <= 30, "side", "in [2, 30]", self.side)
         require_positive(self, "spacing", "std")
+
+
+@dataclass
+class ImagesConfig:
+    """Options of data set images.
+
+    Args:
+        size: Pixels in each direction, after the middle of an image is cut out and scaled.
+        channels: 3 for colours, 1 for grey.
+    """
+
+    size: int = 32
+    channels: int = 3
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(4 <= self.size <= 512, "size", "in [4, 512]", self.size)
+        require(self.channels in (1, 3), "channels", "1 or 3", self.channels)
+
+
+@dataclass
+class ArraysConfig:
+    """Options of data set arrays.
+
+    Args:
+        key: Name of the array in an .npz; not needed if it holds no other but the labels.
+        labels_key: Name of the labels in an .npz, one integer for each sample.
+    """
+
+    key: str = ""
+    labels_key: str = ""
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclass

@@ -22,6 +22,7 @@ from hessreg.gan import pictures
 from hessreg.gan.building import build_trainer
 from hessreg.gan.checkpoint import CheckpointError, num_bytes
 from hessreg.gan.config import TrainConfig
+from hessreg.gan.data import subset
 from hessreg.gan.distributed import (
     agree,
     current_shard,
@@ -390,23 +391,25 @@ class Run:
 
     @torch.no_grad()
     def _draw_kernel(self, regularizer: GaussianKernel) -> None:
-        fake, device = self._samples()[:_KERNEL_POINTS], self.trainer.data.device
-        real, labels = self.dataset.test_samples, self.dataset.test_labels
+        fake = self._samples()[:_KERNEL_POINTS]
+        rows = torch.arange(min(_KERNEL_POINTS, len(self.dataset.test_samples)))
         shown = [
-            (real[:_KERNEL_POINTS], labels[:_KERNEL_POINTS]),
-            (fake, self.judge.classify(fake)),
+            (subset(self.dataset.test_samples, rows), self.dataset.test_labels[rows], None),
+            (fake, self.judge.classify(fake), torch.arange(len(fake)) % self.dataset.num_classes),
         ]
         first, second = (
-            (
-                regularizer.embed(
-                    s.to(device, self.trainer.dtype), self.trainer.discriminator
-                ).cpu(),
-                named,
-            )
-            for s, named in shown
+            (self._embed(regularizer, each, named if wanted is None else wanted), named)
+            for each, named, wanted in shown
         )
         sigma = regularizer.bandwidth(second[0], first[0])
         pictures.save_kernel(self.folder.path / "kernel.png", first, second, sigma)
+
+    def _embed(
+        self, regularizer: GaussianKernel, samples: torch.Tensor, classes: torch.Tensor
+    ) -> torch.Tensor:
+        judging = self.trainer.judging(classes)
+        moved = samples.to(self.trainer.data.device, self.trainer.dtype)
+        return regularizer.embed(moved, judging).cpu()
 
 
 class StopSignals:

@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 from hessreg.curvature import NonFiniteError as NonFiniteCurvatureError
 from hessreg.curvature import third_order_safe
 from hessreg.distributed import WHOLE, Shard
-from hessreg.gan.data import ShuffledSampler
+from hessreg.gan.data import Samples, ShuffledSampler
 from hessreg.gan.distributed import gathered, synchronize_layers
 from hessreg.gan.losses import AdversarialLoss, NonSaturating
-from hessreg.gan.networks import Generator
+from hessreg.gan.networks import Conditioned, Generator
 from hessreg.gan.optimizers import optimizer_state, state_loader
 from hessreg.gan.options import PlayerConfig
 from hessreg.gan.orthogonal import Orthogonal
@@ -70,7 +70,8 @@ class Trainer:
         generator: Maps noise ``[n, latent_dim]`` to samples ``[n, ...]``.
         discriminator: Maps samples ``[n, ...]`` to logits ``[n]``, or as many outputs as the loss
             takes.
-        data: Real samples ``[count, ...]``, on the device to train on.
+        data: Real samples ``[count, ...]``: a tensor on the device to train on, or anything with a
+            length and a ``device``, from which indices ``[n]`` take a batch.
         regularizers: Each may add loss terms and change gradients.
         batch_size: Samples in a batch of a network that has no size of its own.
         g: How the generator is trained; with Adam by default.
@@ -82,6 +83,8 @@ class Trainer:
         loss: What the networks play for; the non-saturating loss by default.
         orthogonal: Which gradients to project before the steps. Its mode ``"previous"`` steps both
             networks at once, from gradients at the same weights.
+        labels: Classes of the data ``[count]``, if both networks are told them: the discriminator
+            takes them beside samples, and the generator as `Generator.draw_latent` puts them.
         shard: This process's share of every batch, where several train together; all of them call
             the same methods.
     """
@@ -90,7 +93,7 @@ class Trainer:
         self,
         generator: Generator,
         discriminator: nn.Module,
-        data: Tensor,
+        data: Samples,
         regularizers: Sequence[Regularizer] = (),
         *,
         batch_size: int = 64,
@@ -102,6 +105,7 @@ class Trainer:
         seed: int = 0,
         loss: AdversarialLoss | None = None,
         orthogonal: Orthogonal | None = None,
+        labels: Tensor | None = None,
         shard: Shard = WHOLE,
     ) -> None:
         self.procedure = procedure or Procedure()
@@ -118,6 +122,9 @@ class Trainer:
         self._averages = list(zip(*(each.parameters() for each in networks), strict=True))
         self._copies = list(zip(*(each.buffers() for each in networks), strict=True))
         self.data = data
+        self.labels = labels
+        self._judging: nn.Module = self.discriminator
+        self._labels: Tensor | None = None
         self.regularizers = tuple(regularizers)
         is_half = self.procedure.precision == "fp16"
         self.players = [
@@ -174,6 +181,12 @@ class Trainer:
         self._update_ema()
         self.steps_done += 1
 
+    def judging(self, labels: Tensor | None) -> nn.Module:
+        """Return the discriminator of samples of these classes ``[n]``, if it takes classes."""
+        if labels is None or self.labels is None:
+            return self.discriminator
+        return Conditioned(self.discriminator, labels.to(self.data.device))
+
     def metrics(self) -> dict[str, float]:
         """Return means of losses, penalties, gradient norms and angles, and regularisers' metrics.
 
@@ -217,7 +230,7 @@ class Trainer:
             "loss_scales": [scale.state_dict() for scale in self._scales()],
             **self._means.state_dict(),
         }
-        if self.data.is_cuda:
+        if self.data.device.type == "cuda":
             state["cuda_random"] = torch.cuda.get_rng_state(self.data.device)
         return state
 
@@ -246,7 +259,7 @@ class Trainer:
         self.sampler.load_state_dict(state["sampler"])
         self.noise.set_state(state["noise"])
         torch.set_rng_state(state["global_random"])
-        if self.data.is_cuda and "cuda_random" in state:
+        if self.data.device.type == "cuda" and "cuda_random" in state:
             torch.cuda.set_rng_state(state["cuda_random"], self.data.device)
         self.steps_done = state["steps_done"]
 
@@ -261,7 +274,7 @@ class Trainer:
             fake = self._exact(self.generator(noise))
         real, fake = self._blurred(real), self._blurred(fake)
         with self._forward():
-            outputs = self.discriminator(real), self.discriminator(fake)
+            outputs = self._judging(real), self._judging(fake)
         losses = self.loss.discriminator(*map(self._exact, outputs))
         loss = sum(losses[1:], losses[0])
         context = self._context(None, loss, real, fake, noise)
@@ -274,7 +287,7 @@ class Trainer:
         with self._forward():
             fake = self._exact(self.generator(noise))
             seen = self._blurred(real) if self.loss.compares else real, self._blurred(fake)
-            outputs = self.loss.outputs_for_generator(self.discriminator, *seen)
+            outputs = self.loss.outputs_for_generator(self._judging, *seen)
         judged, compared = map(self._exact, outputs)
         loss = self.loss.generator(judged, compared)
         rival = None
@@ -287,9 +300,13 @@ class Trainer:
     def _phases(self, make: Callable[[Tensor, Tensor], _Phase], real: Tensor) -> Iterator[_Phase]:
         """Make the parts of a batch one after the other: only one has a graph at a time."""
         noise, count = self._draw_noise(len(real)), self.procedure.accumulate
+        labels = None if self._labels is None else self._share(self._labels)
+        start = 0
         for rows in zip(real.tensor_split(count), noise.tensor_split(count), strict=True):
+            end = start + len(rows[0])
+            self._judging = self.judging(None if labels is None else labels[start:end])
             phase = make(*rows)
-            phase.share = len(rows[0]) / len(real)
+            phase.share, start = len(rows[0]) / len(real), end
             yield phase
 
     def _apply(self, network: nn.Module, phases: Iterator[_Phase]) -> None:
@@ -388,12 +405,19 @@ class Trainer:
         self._means.add(**{name + suffix: value for name, value in scalars.items()})
 
     def _draw_real(self, count: int) -> Tensor:
-        rows = self.shard.take(self.sampler.take(count), self.procedure.accumulate)
-        return self.data[rows].to(self.dtype)
+        """The next real samples; what is generated for them has their classes."""
+        indices = self.sampler.take(count)
+        self._labels = None if self.labels is None else self.labels[indices]
+        return self.data[self._share(indices)].to(self.dtype)
 
     def _draw_noise(self, count: int) -> Tensor:
-        noise = self._draw(count, self.generator.latent_dim, parts=self.procedure.accumulate)
-        return noise.to(self.data.device, self.dtype)
+        # On the CPU: the same on every device.
+        noise = self.generator.draw_latent(count * self.shard.size, self.noise, self._labels)
+        return self._share(noise).to(self.data.device, self.dtype)
+
+    def _share(self, rows: Tensor) -> Tensor:
+        """This process's share of each part of a batch."""
+        return self.shard.take(rows, self.procedure.accumulate)
 
     def _draw(self, count: int, *shape: int, parts: int = 1) -> Tensor:
         """Normal numbers for ``count`` rows, on the CPU: the same on every device."""
@@ -416,7 +440,7 @@ class Trainer:
         fake: Tensor,
         noise: Tensor,
     ) -> StepContext:
-        networks = self.generator, self.discriminator
+        networks = self.generator, self._judging
         batch = real, fake, noise
         return StepContext(self.steps_done, *networks, loss_g, loss_d, *batch, self.shard)
 

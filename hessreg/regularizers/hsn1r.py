@@ -357,11 +357,16 @@ def _gan_losses(generator: nn.Module, discriminator: nn.Module, x: Tensor) -> tu
 
 
 def _noise(generator: nn.Module, x: Tensor) -> Tensor:
-    shape = (len(x), *_latent_shape(generator))
+    shape = (len(x), *latent_shape(generator))
     return torch.randn(shape, dtype=x.dtype, device=x.device)
 
 
-def _latent_shape(generator: nn.Module) -> tuple[int, ...]:
+def latent_shape(generator: nn.Module) -> tuple[int, ...]:
+    """The shape of a sample of noise: the generator's ``latent_dim``, or as its first layer takes.
+
+    Raises:
+        ValueError: neither tells.
+    """
     latent_dim: Any = getattr(generator, "latent_dim", None)
     if latent_dim is not None:
         return (int(latent_dim),)
