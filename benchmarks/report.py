@@ -15,8 +15,8 @@ _HEAD = """# Benchmarks
 Made by `python -m benchmarks.report` from the files in `benchmarks/results`, which
 `python -m benchmarks.bench_projection --json FILE` and `bench_gaussian`, `bench_spectral`,
 `bench_hvp`, `bench_curvature`, `bench_correction` and `bench_training`, likewise, write. Medians of
-interleaved runs; in brackets the quartiles. On the CPU the allocator is told to keep its memory, which makes eager
-torch 2 to 5 times faster on large matrices, and the same for all.
+interleaved runs; in brackets the quartiles. On the CPU the allocator is told to keep its memory,
+which makes eager torch 2 to 5 times faster on large matrices, and the same for all.
 
 **Projection.** Contestants on large vectors start with nothing of theirs in the caches. The floor
 is what the same bytes cost torch's own single passes over flat vectors in the same run: half a

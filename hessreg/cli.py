@@ -61,7 +61,7 @@ from hessreg.gan.trainer import NonFiniteError
 from hessreg.kernels import TwoSampleTest, median_bandwidth, mmd2, mmd2_test
 from hessreg.ops.gaussian import _ESTIMATORS
 from hessreg.optim import OppositeGradientsError
-from hessreg.self_check import self_tests, tested_devices
+from hessreg.self_check import checked_devices, self_tests
 from hessreg.style.config import StyleConfig
 from hessreg.style.images import ImageError
 from hessreg.style.run import StyleRun, draw_at_once
@@ -655,7 +655,7 @@ def _doctor(options: dict[str, Any]) -> None:
     for index in range(torch.cuda.device_count()):
         say(f"cuda:{index}: {torch.cuda.get_device_name(index)}")
     tests = []
-    for device in tested_devices():
+    for device in checked_devices():
         for test in self_tests(device):
             say(str(test))
             tests.append(test)

@@ -11,7 +11,7 @@ from torch import Tensor
 import hessreg
 from hessreg._backend import backend, build_info
 
-__all__ = ["SelfTest", "self_tests", "tested_devices"]
+__all__ = ["SelfTest", "checked_devices", "self_tests"]
 
 _TOLERANCES = {torch.float32: 1e-3, torch.float64: 1e-8}  # relative to the largest entry
 _POINTS, _DIM = 6, 5
@@ -95,12 +95,12 @@ _OPERATORS: dict[str, tuple[tuple[tuple[int, ...], ...], Function]] = {
     "project_orthogonal_": (_VECTORS, _projected_in_place),
     "pcgrad": ((*_VECTORS, (40,)), _surgery),
     "gram_matrix": (_VECTORS, hessreg.gram_matrix),
-    "gaussian_kernel": (_SAMPLES, lambda t: hessreg.gaussian_kernel(*t, sigma=2.0)),
+    "gaussian_kernel": (_SAMPLES, lambda t: hessreg.gaussian_kernel(t[0], t[1], sigma=2.0)),
     "gaussian_kernel_matvec": (
         (*_SAMPLES, (_POINTS + 1, 2)),
-        lambda t: hessreg.gaussian_kernel_matvec(*t, sigma=2.0),
+        lambda t: hessreg.gaussian_kernel_matvec(t[0], t[1], t[2], sigma=2.0),
     ),
-    "mmd2": (_SAMPLES, lambda t: hessreg.mmd2(*t, sigma=(1.0, 2.0))),
+    "mmd2": (_SAMPLES, lambda t: hessreg.mmd2(t[0], t[1], sigma=(1.0, 2.0))),
     "symmetric_matmul": (
         (*_MATRIX, (_DIM, 2)),
         lambda t: hessreg.symmetric_matmul(_symmetric(t[0]), t[1]),
@@ -123,7 +123,7 @@ _OPERATORS: dict[str, tuple[tuple[tuple[int, ...], ...], Function]] = {
 }
 
 
-def tested_devices() -> list[str]:
+def checked_devices() -> list[str]:
     """Return where compiled kernels or the reference serve tensors here."""
     return ["cpu", *(["cuda"] if "cuda" in build_info()["backend"] else [])]
 
