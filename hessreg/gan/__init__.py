@@ -25,6 +25,7 @@ from hessreg.gan.mixtures import Mixture, MixtureJudge, grid_mixture, load_mixtu
 from hessreg.gan.networks import Discriminator, Generator
 from hessreg.gan.options import (
     DRAGANConfig,
+    FIDConfig,
     GaussianConfig,
     GridConfig,
     HessianPenaltyConfig,
@@ -51,6 +52,7 @@ __all__ = [
     "DRAGANConfig",
     "Dataset",
     "Discriminator",
+    "FIDConfig",
     "GaussianConfig",
     "Generator",
     "GridConfig",

@@ -9,6 +9,7 @@ from hessreg.gan.checks import check_types, require, require_at_least
 from hessreg.gan.losses import make_loss
 from hessreg.gan.options import (
     DRAGANConfig,
+    FIDConfig,
     GaussianConfig,
     GridConfig,
     HessianPenaltyConfig,
@@ -64,7 +65,11 @@ class TrainConfig:
         log_every: Steps between rows of metrics.jsonl.
         eval_every: Steps between evaluations by the judge.
         save_every: Steps between checkpoints.
+        spectrum_every: Steps between spectral densities of both networks' Hessians, with one more at
+            the end; 0 for none.
         tensorboard: Write TensorBoard events as well.
+        wandb: Log to this project of Weights & Biases as well.
+        fid: Options of FID and KID by torchmetrics.
         g: Options of the generator's training.
         d: Options of the discriminator's training.
         ring: Options of data set ring.
@@ -109,7 +114,10 @@ class TrainConfig:
     log_every: int = 100
     eval_every: int = 2000
     save_every: int = 1000
+    spectrum_every: int = 0
     tensorboard: bool = True
+    wandb: str = ""
+    fid: FIDConfig = field(default_factory=FIDConfig)
     g: PlayerConfig = field(default_factory=PlayerConfig)
     d: PlayerConfig = field(default_factory=PlayerConfig)
     ring: RingConfig = field(default_factory=RingConfig)
@@ -129,7 +137,7 @@ class TrainConfig:
         _check_regularizer(self.regularizer)
         make_loss(self.loss, self.label_smoothing, self.smoothing == "both")
         self._check_orthogonal()
-        require_at_least(self, 0, "steps", "seconds", "seed")
+        require_at_least(self, 0, "steps", "seconds", "seed", "spectrum_every")
         require_at_least(self, 1, "threads", "latent_dim", "batch_size")
         require_at_least(self, 1, "log_every", "eval_every", "save_every")
         self._check_pairs()

@@ -25,7 +25,7 @@ from hessreg.gan.run_folder import RunFolder
 from hessreg.gan.tasks import make_task
 from hessreg.gan.trainer import Trainer
 
-__all__ = ["NETWORKS", "RunTarget", "TargetError", "load_factory", "load_run", "naming_target"]
+__all__ = ["NETWORKS", "RunTarget", "TargetError", "call_factory", "load_factory", "load_run", "naming_target"]
 
 NETWORKS = ("generator", "discriminator")
 
@@ -161,7 +161,7 @@ def load_factory(target: str) -> LinearOperator:
         TargetError: If there is no such callable, or it raises or returns something else.
         NonFiniteError: If the loss or its gradient is not finite.
     """
-    made = _call(_find(target), target)
+    made = call_factory(target)
     if isinstance(made, LinearOperator):
         return made
     if not isinstance(made, tuple) or len(made) not in (2, 3):
@@ -169,6 +169,15 @@ def load_factory(target: str) -> LinearOperator:
         kind = f"a tuple of {len(made)}" if isinstance(made, tuple) else type(made).__name__
         raise TargetError(f"{target} must return {wanted}, got {kind}")
     return _call(lambda: HessianOperator(*made), target)
+
+
+def call_factory(target: str) -> Any:
+    """Return what ``module:factory`` returns, with the current folder among those of modules.
+
+    Raises:
+        TargetError: If there is no such callable, or it raises.
+    """
+    return _call(_find(target), target)
 
 
 def _find(target: str) -> Callable[[], Any]:

@@ -13,26 +13,34 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+import hessreg
 from hessreg.gan import pictures
 from hessreg.gan.building import build_trainer
 from hessreg.gan.checkpoint import CheckpointError
 from hessreg.gan.config import TrainConfig
+from hessreg.gan.data import Dataset
 from hessreg.gan.event_log import EventLog
+from hessreg.gan.metrics import Judge
 from hessreg.gan.progress import ProgressReport, make_progress
 from hessreg.gan.run_folder import RunFolder
 from hessreg.gan.tasks import make_task
 from hessreg.gan.trainer import NonFiniteError
+from hessreg.gan.walk import latent_walk
 from hessreg.regularizers import (
     GaussianKernel,
 )
 
+if TYPE_CHECKING:
+    from hessreg.gan.fid import FeatureDistances
+
 __all__ = ["Interrupted", "Run", "fitting"]
 
 _KERNEL_POINTS = 128  # of each kind in the heat map
+_WALKS = 8
 _PACKAGES = "matplotlib", "PIL", "safetensors", "sklearn", "yaml"
 _NOT_A_STATE = (
     ArithmeticError,
@@ -46,8 +54,19 @@ _NOT_A_STATE = (
 
 def _check_packages(config: TrainConfig) -> None:
     """Fail before anything is made or trained, not when the package is first used."""
-    for name in (*_PACKAGES, *(["tensorboard"] if config.tensorboard else [])):
+    optional = {"tensorboard": config.tensorboard, "wandb": config.wandb}
+    for name in (*_PACKAGES, *(name for name, is_wanted in optional.items() if is_wanted)):
         importlib.import_module(name)
+
+
+def _feature_distances(
+    config: TrainConfig, judge: Judge, dataset: Dataset
+) -> FeatureDistances | None:
+    if not config.fid.features:
+        return None
+    from hessreg.gan.fid import FeatureDistances, feature_network
+
+    return FeatureDistances(feature_network(config.fid.features, judge), dataset.test_samples)
 
 
 @contextmanager
@@ -85,6 +104,7 @@ class Run:
         self.dataset = self.task.load()
         self.trainer = build_trainer(config, self.dataset)
         self.judge = self.task.judge(self.dataset)
+        self.distances = _feature_distances(config, self.judge, self.dataset)
         self.cpu_seconds = 0.0
 
     @classmethod
@@ -171,7 +191,7 @@ class Run:
         path, events_from = self.folder.path, self.trainer.steps_done
         with (
             progress or make_progress(self.config.title) as report,
-            EventLog(path / "tensorboard", events_from, self.config.tensorboard) as events,
+            EventLog(path, events_from, self.config) as events,
             StopSignals() as signals,
         ):
             while not self._finished() and not signals.received:
@@ -212,9 +232,13 @@ class Run:
     def _record(self, report: ProgressReport, events: EventLog) -> None:
         step = self.trainer.steps_done
         evaluate = step % self.config.eval_every == 0 or self._finished()
-        if not evaluate and step % self.config.log_every:
+        every = self.config.spectrum_every
+        measure = every > 0 and (step % every == 0 or self._finished())
+        if not evaluate and not measure and step % self.config.log_every:
             return
         row = {"step": step, "cpu_seconds": round(self.cpu_seconds, 3)} | self.trainer.metrics()
+        if measure:
+            row |= self._measure_spectra()
         if evaluate:
             row |= self._evaluate()
         self.folder.append_metrics(row)
@@ -234,7 +258,22 @@ class Run:
         with self._naming_the_checkpoint():
             samples = self._samples()
         self.task.draw(self.folder.path / "samples.png", samples)
-        return self.judge.evaluate(samples)
+        self.task.draw_walk(self.folder.path / "interpolation.png", self._walk())
+        extra = {} if self.distances is None else self.distances.evaluate(samples)
+        return self.judge.evaluate(samples) | extra
+
+    def _walk(self) -> torch.Tensor:
+        """Samples on ways through the noise, always the same ways."""
+        generator, random = self.trainer.ema, torch.Generator().manual_seed(self.config.seed)
+        noise = torch.randn(2, _WALKS, generator.latent_dim, generator=random)
+        start, end = noise.to(next(generator.parameters()))
+        return latent_walk(generator, start, end, self.task.walk_steps).cpu()
+
+    def _measure_spectra(self) -> dict[str, float]:
+        # Imported here: it takes runs, too.
+        from hessreg.gan.spectral_log import measure_spectra
+
+        return measure_spectra(self.folder, self.config, self.trainer)
 
     def _save(self) -> None:
         with self._naming_the_checkpoint():
@@ -262,8 +301,10 @@ class Run:
             "steps": self.trainer.steps_done,
             "cpu_seconds": round(self.cpu_seconds, 2),
             **values,
+            **self._spectrum_cost(),
             "device": str(self.trainer.data.device),
             "threads": self.config.threads,
+            "hessreg": hessreg.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
@@ -275,15 +316,26 @@ class Run:
             f" {self.judge.describe(values)}; {pictures_beside} beside it"
         )
 
+    def _spectrum_cost(self) -> dict[str, float]:
+        """CPU time of the spectral densities, which is not among that of training."""
+        spectra = self.folder.read_spectra()
+        seconds = round(sum(row["cpu_seconds"] for row in spectra), 2)
+        return {"spectrum_seconds": seconds} if spectra else {}
+
     def _draw(self) -> str:
         """Write the pictures that need a finished run, and return their names."""
         path, rows = self.folder.path, self.folder.read_metrics()
+        names = ["interpolation.png", "curves.png"]
         headline = self.judge.headline, self.judge.columns[self.judge.headline][0]
         pictures.save_curves(path / "curves.png", {self.config.title: rows}, headline)
         kernels = [r for r in self.trainer.regularizers if isinstance(r, GaussianKernel)]
         for regularizer in kernels:
             self._draw_kernel(regularizer)
-        return "curves.png and kernel.png" if kernels else "curves.png"
+            names.append("kernel.png")
+        if spectra := self.folder.read_spectra():
+            pictures.save_densities(path / "spectral_density.png", spectra)
+            names.append("spectral_density.png")
+        return " and ".join([", ".join(names[:-1]), names[-1]])
 
     @torch.no_grad()
     def _draw_kernel(self, regularizer: GaussianKernel) -> None:

@@ -33,18 +33,23 @@ class Task:
         judge: Returns the metrics of samples of it.
         draw: Writes a picture of samples ``[n, ...]`` to a PNG file.
         shown: What the picture shows.
+        draw_walk: Writes a picture of ways through the samples, ``[rows, walk_steps, ...]``.
+        walk_steps: Samples on each way.
     """
 
     load: Callable[[], Dataset]
     judge: Callable[[Dataset], Judge]
     draw: Callable[[Path, Tensor], None]
     shown: str
+    draw_walk: Callable[[Path, Tensor], None]
+    walk_steps: int
 
 
 def make_task(config: TrainConfig) -> Task:
     """Return what belongs to the data set of a configuration, with its options."""
     if config.dataset == "digits":
-        return Task(load_digits, ImageJudge, pictures.save_grid, "64 images")
+        draw = pictures.save_grid, "64 images", pictures.save_strips, 8
+        return Task(load_digits, ImageJudge, *draw)
     if config.dataset == "ring":
         return _mixture_task(ring_mixture(**vars(config.ring)))
     return _mixture_task(grid_mixture(**vars(config.grid)))
@@ -56,6 +61,8 @@ def _mixture_task(mixture: Mixture) -> Task:
         partial(MixtureJudge, mixture=mixture),
         partial(pictures.save_points, mixture=mixture),
         "2000 points",
+        partial(pictures.save_paths, mixture=mixture),
+        64,
     )
 
 

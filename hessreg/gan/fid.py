@@ -1,0 +1,111 @@
+"""Frechet and kernel Inception distance by torchmetrics, in the features of any network.
+
+torchmetrics is needed only where they are asked for: ``pip install 'hessreg[metrics]'``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hessreg.gan.checks import require
+from hessreg.gan.curvature_targets import TargetError, call_factory
+from hessreg.gan.metrics import Judge
+
+__all__ = ["COLUMNS", "FeatureDistances", "feature_network"]
+
+COLUMNS = {"fid": ("FID", ".3f"), "kid": ("KID", ".4g"), "kid_std": ("KID sd", ".2g")}
+_BATCH = 256
+_SUBSETS, _SUBSET_SIZE = 50, 1000
+
+
+def feature_network(features: str, judge: Judge) -> nn.Module:
+    """Return the module that FID and KID compare samples in.
+
+    Args:
+        features: ``judge``, or ``module:factory``; the factory takes nothing and returns a module
+            that maps samples ``[n, ...]``, as the networks see them, to features ``[n, d]``.
+        judge: Of the data set.
+
+    Raises:
+        ValueError: If the judge has no network of its own.
+        TargetError: If there is no such factory, or it raises or returns something else.
+    """
+    if features == "judge":
+        network = getattr(judge, "feature_network", None)
+        wanted = "module:factory for this data set, whose judge has no network"
+        require(network is not None, "fid.features", wanted, features)
+        return network
+    made = call_factory(features)
+    if not isinstance(made, nn.Module):
+        raise TargetError(f"{features} must return a torch module, got {type(made).__name__}")
+    return made
+
+
+def _check_torchmetrics() -> None:
+    """Fail before anything is trained, not when it is first used."""
+    try:
+        importlib.import_module("torchmetrics.image")
+    except RuntimeError as error:  # a torchvision of another build of torch
+        raise TargetError(f"fid.features: torchmetrics cannot be imported: {error}") from None
+
+
+class FeatureDistances:
+    """FID and KID to fixed real samples.
+
+    Args:
+        network: Maps samples ``[n, ...]`` to features ``[n, d]``; used in evaluation mode.
+        real: Real samples ``[n, ...]``.
+
+    Raises:
+        TargetError: If the features of the real samples are not finite ``[n, d]``.
+    """
+
+    def __init__(self, network: nn.Module, real: Tensor) -> None:
+        _check_torchmetrics()
+        self._network = network.cpu().eval()
+        self._real = self._features(real)
+
+    @torch.no_grad()
+    def _features(self, samples: Tensor) -> Tensor:
+        try:
+            features = torch.cat([self._network(b) for b in samples.cpu().split(_BATCH)])
+        except Exception as error:  # it is the user's
+            raise TargetError(f"fid.features: {type(error).__name__}: {error}") from None
+        if features.dim() != 2 or not features.isfinite().all():
+            shape = tuple(features.shape)
+            raise TargetError(f"fid.features must be finite [n, d], got shape {shape}")
+        return features
+
+    def evaluate(self, samples: Tensor) -> dict[str, float]:
+        """Return ``fid``, and ``kid`` with its standard deviation over random subsets.
+
+        The global random state stays as it is, and every call draws the same subsets.
+
+        Args:
+            samples: Generated ``[n, ...]``.
+        """
+        from torchmetrics.image.fid import FrechetInceptionDistance
+        from torchmetrics.image.kid import KernelInceptionDistance
+
+        fake = self._features(samples)
+        identity = nn.Identity()
+        identity.num_features = fake.shape[1]
+        size = max(2, min(_SUBSET_SIZE, len(fake) // 2, len(self._real) // 2))
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")  # that KID keeps the features in memory
+            torch.manual_seed(0)
+            fid = self._compute(FrechetInceptionDistance(identity), fake)
+            kid = self._compute(
+                KernelInceptionDistance(identity, subsets=_SUBSETS, subset_size=size), fake
+            )
+        return {"fid": float(fid), "kid": float(kid[0]), "kid_std": float(kid[1])}
+
+    def _compute(self, metric: Any, fake: Tensor) -> Any:
+        metric.update(self._real, real=True)
+        metric.update(fake, real=False)
+        return metric.compute()
