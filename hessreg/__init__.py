@@ -1,6 +1,7 @@
 """Second-order and kernel regularisers for adversarial training in PyTorch."""
 
 from hessreg._backend import backend, build_info
+from hessreg._train import train
 from hessreg.kernels import (
     median_bandwidth,
     mmd2_test,
@@ -52,5 +53,6 @@ __all__ = [
     "symmetric_eigvalsh",
     "symmetric_matmul",
     "symmetric_norm",
+    "train",
     "tridiagonal_eigh",
 ]

@@ -65,8 +65,8 @@ class TrainConfig:
         log_every: Steps between rows of metrics.jsonl.
         eval_every: Steps between evaluations by the judge.
         save_every: Steps between checkpoints.
-        spectrum_every: Steps between spectral densities of both networks' Hessians, with one more at
-            the end; 0 for none.
+        spectrum_every: Steps between spectral densities of both networks' Hessians; one more is at
+            the end. 0 for none.
         tensorboard: Write TensorBoard events as well.
         wandb: Log to this project of Weights & Biases as well.
         fid: Options of FID and KID by torchmetrics.
@@ -179,6 +179,12 @@ class TrainConfig:
             side = "" if self.hsc.network == "both" else f" {self.hsc.network}"
             chosen.append(f"{self.correction}{side}")
         return ", ".join([self.regularizer, *chosen])
+
+    @property
+    def name(self) -> str:
+        """What a folder of a run is called."""
+        chosen = [] if self.correction == "none" else [self.correction]
+        return "-".join([self.dataset, self.regularizer, *chosen])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain nested dictionaries, as they are written to YAML."""

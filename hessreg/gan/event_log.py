@@ -64,7 +64,7 @@ class EventLog:
 
 
 def _start_wandb(path: Path, config: TrainConfig) -> Any:
-    """A run under the folder's name, with an identifier in the folder so that resuming continues it.
+    """A run under the folder's name, and an identifier in the folder by which it is continued.
 
     Account, server and offline mode are wandb's own settings (``WANDB_MODE`` and its kin).
     """

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,8 @@ def feature_network(features: str, judge: Judge) -> nn.Module:
     if features == "judge":
         network = getattr(judge, "feature_network", None)
         wanted = "module:factory for this data set, whose judge has no network"
-        require(network is not None, "fid.features", wanted, features)
-        return network
+        require(isinstance(network, nn.Module), "fid.features", wanted, features)
+        return cast(nn.Module, network)
     made = call_factory(features)
     if not isinstance(made, nn.Module):
         raise TargetError(f"{features} must return a torch module, got {type(made).__name__}")
@@ -52,6 +52,18 @@ def _check_torchmetrics() -> None:
         importlib.import_module("torchmetrics.image")
     except RuntimeError as error:  # a torchvision of another build of torch
         raise TargetError(f"fid.features: torchmetrics cannot be imported: {error}") from None
+
+
+class _Identity(nn.Identity):
+    """Features are what torchmetrics gets, in place of samples.
+
+    Args:
+        num_features: Which torchmetrics would find out with an image that has none.
+    """
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
 
 
 class FeatureDistances:
@@ -93,8 +105,7 @@ class FeatureDistances:
         from torchmetrics.image.kid import KernelInceptionDistance
 
         fake = self._features(samples)
-        identity = nn.Identity()
-        identity.num_features = fake.shape[1]
+        identity = _Identity(fake.shape[1])
         size = max(2, min(_SUBSET_SIZE, len(fake) // 2, len(self._real) // 2))
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # that KID keeps the features in memory

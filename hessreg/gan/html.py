@@ -65,7 +65,7 @@ class Html(str):
 Content = str | Iterable[str]
 
 
-def element(name: str, content: Content = "", **attributes: object) -> Html:
+def element(name: str, content: Content = "", /, **attributes: object) -> Html:
     """Return an element; text and attributes are escaped, `Html` is taken as it is.
 
     Args:
@@ -193,9 +193,11 @@ class _Scale:
     @classmethod
     def fitting(cls, values: Sequence[float]) -> _Scale:
         low, high = min(values), max(values)
-        if low > 0 and high > 20 * low:
-            return cls(math.log10(low), math.log10(high), is_log=True)
-        return cls.linear(low, high)
+        is_log = low > 0 and high > 20 * low
+        if is_log:
+            low, high = math.log10(low), math.log10(high)
+        room = 0.05 * (high - low)
+        return cls(low - room, high + room, is_log) if room else cls.linear(low, high)
 
     def place(self, value: float) -> float:
         """From 0 to 1."""
@@ -203,13 +205,21 @@ class _Scale:
         return (value - self.low) / (self.high - self.low)
 
     def ticks(self) -> list[float]:
-        step = 10.0 ** math.floor(math.log10((self.high - self.low) / 3))
-        step *= max(m for m in (1, 2, 5) if m * step <= (self.high - self.low) / 3)
-        if self.is_log and self.high - self.low > 3:
-            step = math.ceil(step)
+        """A few round values."""
+        if self.is_log:
+            return self._log_ticks()
+        wanted = (self.high - self.low) / 3
+        step = 10.0 ** math.floor(math.log10(wanted))
+        step *= max(m for m in (1, 2, 5) if m * step <= wanted)
         first, last = math.ceil(self.low / step), math.floor(self.high / step)
-        values = [n * step for n in range(first, last + 1)]
-        return [10.0**value for value in values] if self.is_log else values
+        return [n * step for n in range(first, last + 1)]
+
+    def _log_ticks(self) -> list[float]:
+        decades = range(math.floor(self.low), math.ceil(self.high) + 1)
+        multiples = (1, 2, 5) if self.high - self.low < 2 else (1,)
+        stride = math.ceil(len(decades) / 6)
+        values = [m * 10.0**n for n in decades[::stride] for m in multiples]
+        return [value for value in values if self.low <= math.log10(value) <= self.high]
 
 
 def _position(x: float, y: float) -> tuple[float, float]:
@@ -263,5 +273,5 @@ def _legend(series: Sequence[Series]) -> Html:
 
 
 def _swatch(style: int) -> Html:
-    line = element("polyline", points="1,5 23,5", class_=_class(style), stroke_width="3")
+    line = element("polyline", points="1,5 23,5", class_=_class(style))
     return element("svg", line, viewBox="0 0 24 10", aria_hidden="true")

@@ -199,7 +199,7 @@ class ImageJudge:
         self._test_features = self.features(dataset.test_samples)
 
     @property
-    def feature_network(self) -> nn.Sequential:
+    def feature_network(self) -> nn.Module:
         """The judge without its last layer."""
         return self._network[:-1]
 

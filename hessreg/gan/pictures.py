@@ -104,13 +104,15 @@ def save_grid(path: Path, images: Tensor) -> None:
     """Write the first 64 of images ``[n, 1, height, width]`` as one enlarged grid."""
     from PIL import Image
 
-    buffer = io.BytesIO()
-    Image.fromarray(tile(images[:_IMAGES])).save(buffer, format="PNG")
+    shown, buffer = images[:_IMAGES], io.BytesIO()
+    columns = min(8, len(shown))
+    missing = shown.new_full((-len(shown) % columns, *shown.shape[1:]), -1.0)
+    Image.fromarray(tile(torch.cat([shown, missing]), columns)).save(buffer, format="PNG")
     write_atomically(path, buffer.getvalue())
 
 
 def save_strips(path: Path, walks: Tensor) -> None:
-    """Write images on ways through the noise, ``[rows, steps, 1, height, width]``, a row for each."""
+    """Write images on ways through the noise, ``[rows, steps, 1, height, width]``, row by row."""
     save_grid(path, walks.flatten(0, 1))
 
 
@@ -177,8 +179,9 @@ def save_densities(path: Path, spectra: Sequence[Mapping[str, Any]]) -> None:
     from matplotlib.figure import Figure
 
     networks = list(dict.fromkeys(row["network"] for row in spectra))
-    figure = Figure(figsize=(5.6 * len(networks), 4.2), layout="constrained")
-    for axes, network in zip(figure.subplots(1, len(networks), squeeze=False)[0], networks):
+    figure = Figure(figsize=(5.6, 3.6 * len(networks)), layout="constrained")
+    panels = figure.subplots(len(networks), 1, squeeze=False)[:, 0]
+    for axes, network in zip(panels, networks, strict=True):
         rows = _evenly([row for row in spectra if row["network"] == network], 6)
         for row, shade in zip(rows, np.linspace(0.0, 0.9, len(rows)), strict=True):
             x, y = np.asarray(row["grid"]), np.asarray(row["density"])
@@ -287,7 +290,12 @@ def save_curves(
     from matplotlib.figure import Figure
 
     logged = {key for rows in runs.values() for row in rows for key in row}
-    panels = {"losses": _LOSSES, "gradient norms": _NORMS, "penalties": _PENALTIES, headline[1]: headline[:1]} | _STEPS
+    panels = {
+        "losses": _LOSSES,
+        "gradient norms": _NORMS,
+        "penalties": _PENALTIES,
+        headline[1]: headline[:1],
+    } | _STEPS
     panels = {title: keys for title, keys in panels.items() if logged & {*keys}}
     figure = Figure(figsize=(5 * max(1, len(panels)), 4.2), layout="constrained")
     for number, (title, keys) in enumerate(panels.items(), 1):

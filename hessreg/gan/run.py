@@ -205,6 +205,19 @@ class Run:
             raise Interrupted(f"{stopped}; continue with: hessreg resume {path}")
         return self._finish()
 
+    @property
+    def result(self) -> dict[str, Any]:
+        """What ``result.json`` holds: the metrics of the finished run.
+
+        Raises:
+            FileNotFoundError: If the run did not finish.
+        """
+        return self.folder.read_result()
+
+    def sample(self, count: int, seed: int = 1) -> torch.Tensor:
+        """Return samples ``[count, ...]`` of the averaged generator on the CPU."""
+        return self.trainer.ema.sample(count, torch.Generator().manual_seed(seed)).cpu()
+
     def _finished(self) -> bool:
         return self._fraction() >= 1.0
 

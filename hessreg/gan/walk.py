@@ -35,7 +35,7 @@ def interpolate_noise(start: Tensor, end: Tensor, steps: int, spherical: bool = 
     if spherical:
         angle = torch.acos(torch.cosine_similarity(start, end).clamp(-1.0, 1.0))[:, None, None]
         sine = angle.sin()
-        is_bent = sine > 1e-4  # else both weights are quotients of rounding errors
+        is_bent = sine > 1e-3  # an angle below is a rounding error of its cosine
         first = torch.where(is_bent, (first * angle).sin() / sine, first)
         last = torch.where(is_bent, (last * angle).sin() / sine, last)
     return first * start[:, None] + last * end[:, None]
