@@ -194,9 +194,8 @@ def _grouped(runs: Sequence[ReportedRun]) -> list[_Group]:
         by_config.setdefault(key, []).append(run)
     names = [_name(group) for group in by_config.values()]
     full = [str(group[0].folder.path) for group in by_config.values()]
-    unique = [
-        name if names.count(name) == 1 else path for name, path in zip(names, full, strict=True)
-    ]
+    titled = zip(names, full, strict=True)
+    unique = [name if names.count(name) == 1 else path for name, path in titled]
     groups = zip(unique, by_config.values(), strict=True)
     return [_Group(name, style, group) for style, (name, group) in enumerate(groups)]
 
