@@ -48,7 +48,7 @@ def train(
     from hessreg.gan import DEFAULTS, Run, TrainConfig
     from hessreg.gan.progress import SilentProgress, say
 
-    if dataset not in DEFAULTS:
+    if dataset not in list(DEFAULTS):
         raise ValueError(f"dataset must be one of {', '.join(DEFAULTS)}, got {dataset!r:.40}")
     # Its default limit is for those who give none.
     defaults = DEFAULTS[dataset].to_dict() | {"seconds": 0.0}

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hessreg.cli import main
-from hessreg.gan import DEFAULTS, Run, TrainConfig
+from hessreg.gan import DEFAULTS, Dataset, Generator, Run, TrainConfig
 from hessreg.gan.checkpoint import load_state
 from hessreg.gan.html import Series, element, line_chart
 from hessreg.gan.metrics import density, frechet_distance
@@ -289,13 +289,17 @@ def test_ways_between_parallel_noise_are_straight():
     torch.testing.assert_close(interpolate_noise(a, b, 3, spherical=False)[:, 1], (a + b) / 2)
 
 
-def test_a_walk_leaves_the_mode_alone():
-    network = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
-    before = network[1].running_mean.clone()
-    walk = latent_walk(network, torch.randn(4, 2), torch.randn(4, 2), 5)
-    assert walk.shape == (4, 5, 3)
+def test_a_walk_leaves_the_mode_alone_and_keeps_to_a_class():
+    network = Generator("dcgan", latent_dim=3, width=8, num_classes=2)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    seen = []
+    network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    walk = latent_walk(network, 4, 5, torch.Generator().manual_seed(0))
+    assert walk.shape == (4, 5, 1, 8, 8)
     assert network.training
-    assert torch.equal(network[1].running_mean, before)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    classes = seen[0].view(4, 5, -1)[:, :, 3:]
+    assert torch.equal(classes, torch.eye(2).repeat(2, 1)[:, None].expand(4, 5, 2))
 
 
 @pytest.mark.parametrize("dataset", ["digits", "ring"])
@@ -429,11 +433,12 @@ def test_fid_is_our_frechet_distance():
     network = features()
     real, fake = torch.randn(300, 1, 8, 8), 0.5 + 0.7 * torch.randn(200, 1, 8, 8)
     state = torch.get_rng_state()
-    found = FeatureDistances(network, real).evaluate(fake)
+    data = Dataset("noise", real, torch.zeros(300).long(), real, torch.zeros(300).long())
+    found = FeatureDistances(network, data).evaluate(fake)
     assert torch.equal(torch.get_rng_state(), state)
     ours = frechet_distance(network(real).detach(), network(fake).detach())
     assert found["fid"] == pytest.approx(ours, rel=1e-4)
-    same = FeatureDistances(network, real).evaluate(real)
+    same = FeatureDistances(network, data).evaluate(real)
     assert abs(same["fid"]) < 1e-5
     assert abs(same["kid"]) < 4 * same["kid_std"] < found["kid"]
 

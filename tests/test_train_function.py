@@ -55,8 +55,8 @@ def test_quiet_prints_nothing_and_a_folder_is_found(tmp_path, capsys, monkeypatc
     [
         ({"dataset": "mist"}, "dataset must be one of digits, ring"),
         ({"dataset": ["digits"]}, "dataset must be one of digits, ring"),
-        ({"regulariser": "r1"}, "got regulariser"),
-        ({"r1": {"gama": 1.0}}, "got gama"),
+        ({"regulariser": "r1"}, "regulariser"),
+        ({"r1": {"gama": 1.0}}, "gama"),
         ({"r1": 2.0}, "mapping of names to values, got 2.0"),
         ({"r1": R1Config}, "mapping of names to values"),
         ({"steps": -1}, "steps must be at least 0, got -1"),

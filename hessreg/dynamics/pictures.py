@@ -98,7 +98,7 @@ def save_rings(path: Path, title: str, results: Sequence[RingResult]) -> None:
     """
     legend = f"blue: {_POINTS} real points, orange: as many generated ones"
     figure, panels = _panels(f"{title}\n{legend}", len(results), 2.9, (-2, 0, 2))
-    real = load_mixture().test_samples[:_POINTS]
+    real = load_mixture().tensors()[1][:_POINTS]
     for axes, each in zip(panels, results, strict=True):
         axes.set_title(f"{each.method}\n{_judged(each)}", fontsize=9)
         _scatter(axes, real, "tab:blue")

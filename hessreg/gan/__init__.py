@@ -4,10 +4,14 @@
 pictures; `Comparison` trains with several regularisers at equal cost.
 """
 
+from hessreg.gan.architectures import ACTIVATIONS, ARCHITECTURES
+from hessreg.gan.article import train
 from hessreg.gan.compare import Comparison
 from hessreg.gan.config import DEFAULTS, REGULARIZERS, TrainConfig
 from hessreg.gan.correction import HessianCorrectedGradients
-from hessreg.gan.data import Dataset, ShuffledSampler
+from hessreg.gan.data import Dataset, ItemSamples, Samples, ScaledSamples, ShuffledSampler
+from hessreg.gan.file_datasets import load_arrays, load_images, load_mnist
+from hessreg.gan.infogan import InfoGAN
 from hessreg.gan.losses import (
     LOSSES,
     AdversarialLoss,
@@ -20,17 +24,22 @@ from hessreg.gan.losses import (
     Wasserstein,
     make_loss,
 )
-from hessreg.gan.metrics import ImageJudge, Judge
+from hessreg.gan.metrics import ImageJudge, Judge, PrincipalJudge
 from hessreg.gan.mixtures import Mixture, MixtureJudge, grid_mixture, load_mixture, ring_mixture
-from hessreg.gan.networks import Discriminator, Generator
+from hessreg.gan.networks import Conditioned, Discriminator, Generator
 from hessreg.gan.options import (
+    ArraysConfig,
     DRAGANConfig,
     FIDConfig,
     GaussianConfig,
     GridConfig,
+    GrowthConfig,
     HessianPenaltyConfig,
     HSCConfig,
     HSN1RConfig,
+    ImagesConfig,
+    InfoGANConfig,
+    InstanceNoiseConfig,
     PlayerConfig,
     ProjectionConfig,
     R1Config,
@@ -39,16 +48,21 @@ from hessreg.gan.options import (
     WGANGPConfig,
 )
 from hessreg.gan.orthogonal import Orthogonal
+from hessreg.gan.players import Procedure
 from hessreg.gan.run import Run
 from hessreg.gan.tasks import Task, load_dataset, make_task
 from hessreg.gan.trainer import NonFiniteError, Trainer
 
 __all__ = [
+    "ACTIVATIONS",
+    "ARCHITECTURES",
     "DEFAULTS",
     "LOSSES",
     "REGULARIZERS",
     "AdversarialLoss",
+    "ArraysConfig",
     "Comparison",
+    "Conditioned",
     "DRAGANConfig",
     "Dataset",
     "Discriminator",
@@ -56,12 +70,18 @@ __all__ = [
     "GaussianConfig",
     "Generator",
     "GridConfig",
+    "GrowthConfig",
     "HSCConfig",
     "HSN1RConfig",
     "HessianCorrectedGradients",
     "HessianPenaltyConfig",
     "Hinge",
     "ImageJudge",
+    "ImagesConfig",
+    "InfoGAN",
+    "InfoGANConfig",
+    "InstanceNoiseConfig",
+    "ItemSamples",
     "Judge",
     "LeastSquares",
     "MMDLoss",
@@ -72,12 +92,16 @@ __all__ = [
     "NonSaturating",
     "Orthogonal",
     "PlayerConfig",
+    "PrincipalJudge",
+    "Procedure",
     "ProjectionConfig",
     "R1Config",
     "R2Config",
     "Relativistic",
     "RingConfig",
     "Run",
+    "Samples",
+    "ScaledSamples",
     "ShuffledSampler",
     "Task",
     "TrainConfig",
@@ -85,9 +109,13 @@ __all__ = [
     "WGANGPConfig",
     "Wasserstein",
     "grid_mixture",
+    "load_arrays",
     "load_dataset",
+    "load_images",
     "load_mixture",
+    "load_mnist",
     "make_loss",
     "make_task",
     "ring_mixture",
+    "train",
 ]

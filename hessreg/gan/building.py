@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
+from hessreg.gan.building_networks import build_networks
 from hessreg.gan.config import TrainConfig
 from hessreg.gan.correction import HessianCorrectedGradients
 from hessreg.gan.data import Dataset
+from hessreg.gan.infogan import InfoGAN
 from hessreg.gan.losses import AdversarialLoss, make_loss
-from hessreg.gan.networks import Discriminator, Generator
 from hessreg.gan.options import parse_sigma
 from hessreg.gan.orthogonal import Orthogonal
+from hessreg.gan.players import Procedure
 from hessreg.gan.trainer import Trainer
 from hessreg.regularizers import (
     DRAGAN,
@@ -46,23 +47,31 @@ def build_trainer(config: TrainConfig, dataset: Dataset) -> Trainer:
     """Return a trainer with new networks; seeds torch's global random state."""
     torch.manual_seed(config.seed)
     loss = _build_loss(config)
-    style: dict[str, Any] = {
-        "architecture": config.architecture,
-        "width": config.width,
-        "activation": config.activation,
-        "shape": dataset.train_samples.shape[1:],
-    }
+    players = config.players()
     return Trainer(
-        Generator(latent_dim=config.latent_dim, **style),
-        Discriminator(**style, outputs=loss.outputs),
+        *build_networks(config, dataset, loss.outputs),
         dataset.train_samples.to(resolve_device(config.device)),
         [*_build_regularizers(config), *_build_correction(config)],
         batch_size=config.batch_size,
-        learning_rates=(config.g.lr, config.d.lr),
+        g=players[0],
+        d=players[1],
+        procedure=_build_procedure(config),
         ema_decay=config.ema_decay,
         seed=config.seed,
         loss=loss,
+        labels=None if config.conditional == "none" else dataset.train_labels,
         orthogonal=_build_orthogonal(config),
+    )
+
+
+def _build_procedure(config: TrainConfig) -> Procedure:
+    return Procedure(
+        config.discriminator_steps,
+        config.accumulate,
+        config.precision,
+        config.schedule_steps or config.steps,
+        config.growth,
+        config.instance_noise,
     )
 
 
@@ -80,7 +89,9 @@ def _build_orthogonal(config: TrainConfig) -> Orthogonal | None:
 
 def _build_regularizers(config: TrainConfig) -> list[Regularizer]:
     chosen = config.regularizer.split("+")
-    return [build(config) for name, build in _BUILD.items() if name in chosen]
+    codes = config.infogan.codes
+    infogan = [InfoGAN(codes, config.infogan.weight)] if codes else []
+    return [*(build(config) for name, build in _BUILD.items() if name in chosen), *infogan]
 
 
 def _build_correction(config: TrainConfig) -> list[Regularizer]:

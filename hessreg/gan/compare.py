@@ -15,9 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hessreg.gan import pictures
 from hessreg.gan.checkpoint import write_atomically
 from hessreg.gan.config import TrainConfig
+from hessreg.gan.data import subset
 from hessreg.gan.methods import with_method
 from hessreg.gan.metrics import Judge
 from hessreg.gan.run import Interrupted, Run
@@ -29,6 +32,7 @@ __all__ = ["Comparison", "ComparisonError", "format_cell", "format_table"]
 Row = dict[str, Any]
 Rows = dict[str, list[Row]]  # of each method one for each seed
 
+_SHOWN = 2000  # samples in a picture, at most
 _INTERRUPTED = 130  # exit code of a run that saved its state after a signal
 
 
@@ -130,7 +134,8 @@ class Comparison:
         judge = task.judge(dataset)
         references = judge.reference_rows()
         _write_tables(self.path, rows, references, judge)
-        task.draw(self.path / "training.png", dataset.train_samples)
+        shown = torch.arange(min(_SHOWN, len(dataset.train_samples)))
+        task.draw(self.path / "training.png", subset(dataset.train_samples, shown))
         first = {method: next(iter(each.values())) for method, each in self._folders.items()}
         _write_pictures(self.path, first, rows, judge)
         table = format_table(rows, references, judge.columns)

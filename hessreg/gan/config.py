@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
+from hessreg.gan.architectures import ARCHITECTURES
 from hessreg.gan.checks import check_types, require, require_at_least
+from hessreg.gan.factories import is_factory
 from hessreg.gan.losses import make_loss
 from hessreg.gan.options import (
+    ArraysConfig,
     DRAGANConfig,
     FIDConfig,
     GaussianConfig,
     GridConfig,
+    GrowthConfig,
     HessianPenaltyConfig,
     HSCConfig,
     HSN1RConfig,
+    ImagesConfig,
+    InfoGANConfig,
+    InstanceNoiseConfig,
     PlayerConfig,
     ProjectionConfig,
     R1Config,
@@ -23,9 +31,10 @@ from hessreg.gan.options import (
     WGANGPConfig,
 )
 
-__all__ = ["DEFAULTS", "REGULARIZERS", "TrainConfig"]
+__all__ = ["DEFAULTS", "FROM_FILES", "REGULARIZERS", "TrainConfig"]
 
 REGULARIZERS = ("r1", "r2", "wgan_gp", "dragan", "hsn1r", "gaussian", "hessian_penalty")
+FROM_FILES = ("mnist", "images", "arrays")  # data sets that the user has
 
 
 def _check_regularizer(name: str) -> None:
@@ -41,6 +50,7 @@ class TrainConfig:
 
     Args:
         dataset: What to train on.
+        data: File or folder of data sets mnist, images and arrays.
         regularizer: none, or any of r1, r2, wgan_gp, dragan, hsn1r, gaussian and hessian_penalty
             joined by +.
         loss: What the networks play for.
@@ -56,11 +66,21 @@ class TrainConfig:
         seed: Seed of everything random.
         device: Where to train; auto takes a GPU if there is one.
         threads: CPU threads.
-        architecture: Kind of networks.
+        architecture: Kind of networks: mlp, dcgan, resnet, orthogonal_mlp, gaussian_dcgan, or
+            module:factory for your own.
         activation: Activation of the hidden layers.
+        initialization: Of the weights; default is torch's, normal the DCGAN's.
+        conditional: Whether both networks are told the classes of the data, and how the
+            discriminator takes them.
+        latent: Distribution of the noise; uniform is on [-1, 1].
         width: Units of a hidden layer, or channels of the widest feature map.
         latent_dim: Number of noise components.
         batch_size: Samples in a batch.
+        discriminator_steps: Steps of the discriminator for one of the generator.
+        ttur: Two time scales: double the rate of the generator or of the discriminator.
+        schedule_steps: Steps after which rates have fallen; 0 for steps or, without, seconds.
+        precision: Numbers; with bf16 and fp16 torch's autocast chooses where they are used.
+        accumulate: Parts of a batch that are differentiated one after the other.
         ema_decay: Decay of the averaged generator that makes the samples.
         log_every: Steps between rows of metrics.jsonl.
         eval_every: Steps between evaluations by the judge.
@@ -70,8 +90,13 @@ class TrainConfig:
         tensorboard: Write TensorBoard events as well.
         wandb: Log to this project of Weights & Biases as well.
         fid: Options of FID and KID by torchmetrics.
+        images: Options of data set images.
+        arrays: Options of data set arrays.
+        growth: Options of growing batches.
+        instance_noise: Options of the noise on what the discriminator sees.
         g: Options of the generator's training.
         d: Options of the discriminator's training.
+        infogan: Options of InfoGAN.
         ring: Options of data set ring.
         grid: Options of data set grid.
         r1: Options of regulariser r1.
@@ -85,7 +110,8 @@ class TrainConfig:
         hsc: Options of correction hsc.
     """
 
-    dataset: Literal["digits", "ring", "grid"] = "digits"
+    dataset: Literal["digits", "ring", "grid", "mnist", "images", "arrays"] = "digits"
+    data: str = ""
     regularizer: str = "hsn1r"
     loss: Literal[
         "nonsaturating",
@@ -105,11 +131,19 @@ class TrainConfig:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 1
-    architecture: Literal["mlp", "dcgan"] = "mlp"
-    activation: Literal["silu", "softplus", "tanh", "leaky_relu"] = "silu"
+    architecture: str = "mlp"
+    activation: Literal["silu", "softplus", "tanh", "leaky_relu", "relu", "gelu", "mish"] = "silu"
+    initialization: Literal["default", "normal", "xavier", "orthogonal"] = "default"
+    conditional: Literal["none", "concat", "projection"] = "none"
+    latent: Literal["normal", "uniform"] = "normal"
     width: int = 128
     latent_dim: int = 32
     batch_size: int = 64
+    discriminator_steps: int = 1
+    ttur: Literal["none", "g2", "d2"] = "none"
+    schedule_steps: int = 0
+    precision: Literal["float32", "float64", "bf16", "fp16"] = "float32"
+    accumulate: int = 1
     ema_decay: float = 0.999
     log_every: int = 100
     eval_every: int = 2000
@@ -118,8 +152,13 @@ class TrainConfig:
     tensorboard: bool = True
     wandb: str = ""
     fid: FIDConfig = field(default_factory=FIDConfig)
+    images: ImagesConfig = field(default_factory=ImagesConfig)
+    arrays: ArraysConfig = field(default_factory=ArraysConfig)
+    growth: GrowthConfig = field(default_factory=GrowthConfig)
+    instance_noise: InstanceNoiseConfig = field(default_factory=InstanceNoiseConfig)
     g: PlayerConfig = field(default_factory=PlayerConfig)
     d: PlayerConfig = field(default_factory=PlayerConfig)
+    infogan: InfoGANConfig = field(default_factory=InfoGANConfig)
     ring: RingConfig = field(default_factory=RingConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     r1: R1Config = field(default_factory=R1Config)
@@ -140,22 +179,54 @@ class TrainConfig:
         require_at_least(self, 0, "steps", "seconds", "seed", "spectrum_every")
         require_at_least(self, 1, "threads", "latent_dim", "batch_size")
         require_at_least(self, 1, "log_every", "eval_every", "save_every")
+        require_at_least(self, 1, "discriminator_steps", "accumulate")
+        require_at_least(self, 0, "schedule_steps")
+        self._check_players()
         self._check_pairs()
+        self._check_architecture()
         require(self.threads <= 1024, "threads", "at most 1024", self.threads)
         require(2 <= self.width <= 8192, "width", "in [2, 8192]", self.width)
         require(self.latent_dim <= 8192, "latent_dim", "at most 8192", self.latent_dim)
         require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)", self.ema_decay)
         if not self.steps and not self.seconds:
             self.seconds = 40.0
+        wanted = f"empty: data set {self.dataset} has no files"
+        require(not self.data or self.dataset in FROM_FILES, "data", wanted, self.data)
+        if self.data:  # a run may be resumed from another folder
+            self.data = str(Path(self.data).expanduser().absolute())
+
+    def _check_players(self) -> None:
+        self.g.check("g")
+        self.d.check("d")
+        wanted = f"equal to d.lr with ttur {self.ttur}, which doubles one of them"
+        require(self.ttur == "none" or self.g.lr == self.d.lr, "g.lr", wanted, self.g.lr)
+
+    def players(self) -> tuple[PlayerConfig, PlayerConfig]:
+        """Return how the generator and the discriminator are trained, at their own rates."""
+        rates = {"g2": (2.0, 1.0), "d2": (1.0, 2.0)}.get(self.ttur, (1.0, 1.0))
+        g, d = replace(self.g, lr=rates[0] * self.g.lr), replace(self.d, lr=rates[1] * self.d.lr)
+        return g, d
 
     def _check_pairs(self) -> None:
         """MMD^2 without bias takes two samples of each kind."""
         chosen = [*self.regularizer.split("+"), self.loss]
-        for name in ("gaussian", "mmd"):
-            enough = self.batch_size >= 2 or name not in chosen
-            require(enough, "batch_size", f"at least 2 with {name}", self.batch_size)
+        smallest = min(player.batch_size or self.batch_size for player in (self.g, self.d))
+        for name in {"gaussian", "mmd"} & {*chosen}:
+            require(smallest >= 2, "batch_size", f"at least 2 with {name}", smallest)
+            wanted = f"at most {smallest // 2} with {name}, for parts of two samples"
+            require(self.accumulate <= smallest // 2, "accumulate", wanted, self.accumulate)
         is_alone = self.loss == "mmd" and self.correction == "hsc" and self.hsc.rows == 1
         require(not is_alone, "hsc.rows", "0 or at least 2 with mmd", self.hsc.rows)
+
+    def _check_architecture(self) -> None:
+        own, name = is_factory(self.architecture), self.architecture
+        known = f"one of {', '.join(ARCHITECTURES)}, or module:factory"
+        require(own or name in ARCHITECTURES, "architecture", known, name)
+        for side, options in (("g", self.g), ("d", self.d)):
+            fits = not own or options.dropout == 0
+            require(fits, f"{side}.dropout", f"0 with networks from {name}", options.dropout)
+        codes = self.infogan.codes
+        require(not (own and codes), "infogan.codes", f"0 with networks from {name}", codes)
 
     def _check_orthogonal(self) -> None:
         if self.orthogonal != "terms":
@@ -178,6 +249,10 @@ class TrainConfig:
         if self.correction != "none":
             side = "" if self.hsc.network == "both" else f" {self.hsc.network}"
             chosen.append(f"{self.correction}{side}")
+        if self.conditional != "none":
+            chosen.append(f"conditional {self.conditional}")
+        if self.infogan.codes:
+            chosen.append(f"infogan {self.infogan.codes}")
         return ", ".join([self.regularizer, *chosen])
 
     @property
@@ -232,6 +307,11 @@ _RING = TrainConfig(
     gaussian=GaussianConfig(interaction_weight=100.0, sigma="0.25,0.5,1,2"),
 )
 _GRID = replace(_RING, dataset="grid")
+_MNIST = TrainConfig(
+    dataset="mnist", regularizer="r1", architecture="dcgan", width=64, latent_dim=64
+)
+_IMAGES = replace(_MNIST, dataset="images")
+_ARRAYS = TrainConfig(dataset="arrays", regularizer="r1")
 DEFAULTS: dict[str, TrainConfig] = {
-    config.dataset: config for config in (TrainConfig(), _RING, _GRID)
+    config.dataset: config for config in (TrainConfig(), _RING, _GRID, _MNIST, _IMAGES, _ARRAYS)
 }

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +16,7 @@ from hessreg.gan.building import build_trainer
 from hessreg.gan.checkpoint import load_state
 from hessreg.gan.checks import require
 from hessreg.gan.config import TrainConfig
+from hessreg.gan.factories import call_safely, find_factory, is_factory
 from hessreg.gan.run import fitting
 from hessreg.gan.run_folder import RunFolder
 from hessreg.gan.tasks import make_task
@@ -29,7 +26,7 @@ __all__ = [
     "NETWORKS",
     "RunTarget",
     "TargetError",
-    "call_factory",
+   
     "load_factory",
     "load_run",
     "naming_target",
@@ -37,7 +34,7 @@ __all__ = [
 
 NETWORKS = ("generator", "discriminator")
 
-Batch = tuple[Tensor, Tensor]  # real samples and noise
+Batch = tuple[Tensor, Tensor, nn.Module]  # real samples, noise, and who judges them
 
 
 class TargetError(ValueError):
@@ -96,28 +93,34 @@ class RunTarget:
             operators = [
                 HessianOperator(partial(losses[network], batch), parameters) for batch in batches
             ]
-            return SumOperator(operators, [len(real) / self.rows for real, _ in batches])
+            return SumOperator(operators, [len(real) / self.rows for real, _, _ in batches])
 
     def _generator_loss(self, batch: Batch) -> Tensor:
-        trainer, (real, noise) = self.trainer, batch
-        return trainer.loss.of_generator(trainer.discriminator, real, trainer.generator(noise))
+        trainer, (real, noise, judging) = self.trainer, batch
+        return trainer.loss.of_generator(judging, real, trainer.generator(noise))
 
     def _discriminator_loss(self, batch: Batch) -> Tensor:
-        trainer, (real, noise) = self.trainer, batch
+        trainer, (real, noise, judging) = self.trainer, batch
         with torch.no_grad():
             fake = trainer.generator(noise)
-        return trainer.loss.of_discriminator(trainer.discriminator, real, fake)
+        return trainer.loss.of_discriminator(judging, real, fake)
 
     def _batches(self) -> list[Batch]:
         random = torch.Generator().manual_seed(self.seed)
         data = self.trainer.data
-        chosen = torch.randperm(len(data), generator=random)[: self.rows].to(data.device)
-        noise = torch.randn(self.rows, self.config.latent_dim, generator=random).to(data.device)
+        chosen = torch.randperm(len(data), generator=random)[: self.rows]
+        labels = None if self.trainer.labels is None else self.trainer.labels[chosen]
+        noise = self.trainer.generator.draw_latent(self.rows, random, labels)
         size = self.config.batch_size
         if self.config.loss == "mmd":  # which compares a batch's samples with each other
             wanted = f"no multiple of {size} and 1 more, with loss mmd"
             require(self.rows % size != 1, "rows", wanted, self.rows)
-        return list(zip(data[chosen].split(size), noise.split(size), strict=True))
+        judging = [
+            self.trainer.judging(None if labels is None else labels[rows])
+            for rows in torch.arange(self.rows).split(size)
+        ]
+        real, noise = (each.to(data.device, self.trainer.dtype) for each in (data[chosen], noise))
+        return list(zip(real.split(size), noise.split(size), judging, strict=True))
 
 
 def load_run(path: Path, rows: int, seed: int, evaluate: bool) -> RunTarget:
@@ -166,51 +169,19 @@ def load_factory(target: str) -> LinearOperator:
             ``(loss, params, data)``.
 
     Raises:
-        TargetError: If there is no such callable, or it raises or returns something else.
+        TargetError: If it returns something else.
+        FactoryError: If there is no such callable, or it raises.
         NonFiniteError: If the loss or its gradient is not finite.
     """
-    made = call_factory(target)
+    if not is_factory(target):
+        raise TargetError(
+            f"there is no {target}: name a run folder, a checkpoint in one, or module:factory"
+        )
+    made = call_safely(find_factory(target), target)
     if isinstance(made, LinearOperator):
         return made
     if not isinstance(made, tuple) or len(made) not in (2, 3):
         wanted = "a LinearOperator, (loss, params) or (loss, params, data)"
         kind = f"a tuple of {len(made)}" if isinstance(made, tuple) else type(made).__name__
         raise TargetError(f"{target} must return {wanted}, got {kind}")
-    return _call(lambda: HessianOperator(*made), target)
-
-
-def call_factory(target: str) -> Any:
-    """Return what ``module:factory`` returns, with the current folder among those of modules.
-
-    Raises:
-        TargetError: If there is no such callable, or it raises.
-    """
-    return _call(_find(target), target)
-
-
-def _find(target: str) -> Callable[[], Any]:
-    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*", target):
-        raise TargetError(
-            f"there is no {target}: name a run folder, a checkpoint in one, or module:factory"
-        )
-    module, _, names = target.partition(":")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    found = _call(lambda: importlib.import_module(module), f"cannot import {module}")
-    for name in names.split("."):
-        if not hasattr(found, name):
-            raise TargetError(f"{target}: {module} has no {names}")
-        found = getattr(found, name)
-    if not callable(found):
-        raise TargetError(f"{target} must be callable, got {type(found).__name__}")
-    return found
-
-
-def _call(function: Callable[[], Any], name: str) -> Any:
-    """Call what is not ours: it may raise anything."""
-    try:
-        return function()
-    except NonFiniteError as error:
-        raise NonFiniteError(f"{name}: {error}") from None
-    except Exception as error:
-        raise TargetError(f"{name}: {type(error).__name__}: {error}") from None
+    return call_safely(lambda: HessianOperator(*made), target)

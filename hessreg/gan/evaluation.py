@@ -16,7 +16,7 @@ from torch import Tensor
 from hessreg.gan.checkpoint import write_atomically
 from hessreg.gan.config import TrainConfig
 from hessreg.gan.curvature_targets import load_run
-from hessreg.gan.data import Dataset
+from hessreg.gan.data import Dataset, subset
 from hessreg.gan.fid import COLUMNS, FeatureDistances, feature_network
 from hessreg.gan.metrics import Judge
 from hessreg.gan.networks import Generator
@@ -81,7 +81,7 @@ class TrainedGenerator:
         """
         random = torch.Generator().manual_seed(seed)
         sizes = [min(_BATCH, count - start) for start in range(0, count, _BATCH)]
-        samples = torch.cat([self.generator.sample(size, random).cpu() for size in sizes])
+        samples = torch.cat([self.generator.sample(size, random).cpu().float() for size in sizes])
         if not samples.isfinite().all():
             raise ValueError("generated samples are not finite")
         return samples
@@ -107,11 +107,12 @@ class TrainedGenerator:
             values |= self._test(samples, permutations, seed)
         if features:
             network = feature_network(features, judge)
-            values |= FeatureDistances(network, self.dataset.test_samples).evaluate(samples)
+            values |= FeatureDistances(network, self.dataset).evaluate(samples)
         return values
 
     def _test(self, samples: Tensor, permutations: int, seed: int) -> dict[str, float]:
-        real = self.dataset.test_samples[:_TEST_POINTS].flatten(1).double()
+        rows = torch.arange(min(_TEST_POINTS, len(self.dataset.test_samples)))
+        real = subset(self.dataset.test_samples, rows).flatten(1).double()
         fake = samples[: len(real)].flatten(1).double()
         sigma = median_bandwidth(real, fake)
         random = torch.Generator().manual_seed(seed)

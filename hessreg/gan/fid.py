@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from hessreg.gan.checks import require
-from hessreg.gan.curvature_targets import TargetError, call_factory
+from hessreg.gan.data import Dataset, subset
+from hessreg.gan.factories import FactoryError, call_safely, find_factory, is_factory
 from hessreg.gan.metrics import Judge
 
 __all__ = ["COLUMNS", "FeatureDistances", "feature_network"]
 
 COLUMNS = {"fid": ("FID", ".3f"), "kid": ("KID", ".4g"), "kid_std": ("KID sd", ".2g")}
 _BATCH = 256
+_REAL = 10_000
 _SUBSETS, _SUBSET_SIZE = 50, 1000
 
 
@@ -33,16 +35,17 @@ def feature_network(features: str, judge: Judge) -> nn.Module:
 
     Raises:
         ValueError: If the judge has no network of its own.
-        TargetError: If there is no such factory, or it raises or returns something else.
+        FactoryError: If there is no such factory, or it raises or returns something else.
     """
     if features == "judge":
         network = getattr(judge, "feature_network", None)
         wanted = "module:factory for this data set, whose judge has no network"
         require(isinstance(network, nn.Module), "fid.features", wanted, features)
         return cast(nn.Module, network)
-    made = call_factory(features)
+    require(is_factory(features), "fid.features", "judge or module:factory", features)
+    made = call_safely(find_factory(features), features)
     if not isinstance(made, nn.Module):
-        raise TargetError(f"{features} must return a torch module, got {type(made).__name__}")
+        raise FactoryError(f"{features} must return a torch module, got {type(made).__name__}")
     return made
 
 
@@ -51,7 +54,7 @@ def _check_torchmetrics() -> None:
     try:
         importlib.import_module("torchmetrics.image")
     except RuntimeError as error:  # a torchvision of another build of torch
-        raise TargetError(f"fid.features: torchmetrics cannot be imported: {error}") from None
+        raise FactoryError(f"fid.features: torchmetrics cannot be imported: {error}") from None
 
 
 class _Identity(nn.Identity):
@@ -71,26 +74,27 @@ class FeatureDistances:
 
     Args:
         network: Maps samples ``[n, ...]`` to features ``[n, d]``; used in evaluation mode.
-        real: Real samples ``[n, ...]``.
+        dataset: Its first 10,000 test samples are the real ones.
 
     Raises:
-        TargetError: If the features of the real samples are not finite ``[n, d]``.
+        FactoryError: If the features of the real samples are not finite ``[n, d]``.
     """
 
-    def __init__(self, network: nn.Module, real: Tensor) -> None:
+    def __init__(self, network: nn.Module, dataset: Dataset) -> None:
         _check_torchmetrics()
+        rows = torch.arange(min(_REAL, len(dataset.test_samples)))
         self._network = network.cpu().eval()
-        self._real = self._features(real)
+        self._real = self._features(subset(dataset.test_samples, rows))
 
     @torch.no_grad()
     def _features(self, samples: Tensor) -> Tensor:
         try:
             features = torch.cat([self._network(b) for b in samples.cpu().split(_BATCH)])
         except Exception as error:  # it is the user's
-            raise TargetError(f"fid.features: {type(error).__name__}: {error}") from None
+            raise FactoryError(f"fid.features: {type(error).__name__}: {error}") from None
         if features.dim() != 2 or not features.isfinite().all():
             shape = tuple(features.shape)
-            raise TargetError(f"fid.features must be finite [n, d], got shape {shape}")
+            raise FactoryError(f"fid.features must be finite [n, d], got shape {shape}")
         return features
 
     def evaluate(self, samples: Tensor) -> dict[str, float]:

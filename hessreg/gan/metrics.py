@@ -24,6 +24,7 @@ from hessreg.gan.data import Dataset
 __all__ = [
     "ImageJudge",
     "Judge",
+    "PrincipalJudge",
     "classes_covered",
     "copied_share",
     "coverage",
@@ -34,7 +35,9 @@ __all__ = [
 
 _NEIGHBOURS = 3
 _COVERAGE_NEIGHBOURS = 5
-_JUDGE_EPOCHS = 80
+_JUDGE_EPOCHS, _JUDGE_IMAGES = 80, 115_000  # the first for few images, else as many altogether
+_COMPONENTS, _SVD_ROWS = 32, 1000
+_MOST_SAMPLES = 2000  # of generated and real ones for metrics, whose cost grows with the square
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
@@ -65,8 +68,11 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 
 def _radii(points: Tensor, neighbours: int) -> Tensor:
     """Distance of each point to its k-th nearest other point, ``[n]``."""
-    distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
-    return distances.kthvalue(neighbours + 1, dim=1).values  # the nearest one is the point itself
+    return _distances(points, points).kthvalue(neighbours + 1, dim=1).values  # its first is itself
+
+
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def precision_recall(
@@ -138,7 +144,9 @@ def copied_share(images: Tensor, training_images: Tensor) -> float:
     """
     training = training_images.flatten(1)
     distances, nearest = torch.cdist(images.flatten(1), training).min(dim=1)
-    return float((distances < 0.5 * _radii(training, 1)[nearest]).double().mean())
+    found, place = nearest.unique(return_inverse=True)
+    radii = _distances(training[found], training).kthvalue(2, dim=1).values  # the first is itself
+    return float((distances < 0.5 * radii[place]).double().mean())
 
 
 class Judge(Protocol):
@@ -193,10 +201,11 @@ class ImageJudge:
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
-        self.num_samples = len(dataset.train_samples)
-        self.num_classes = int(dataset.train_labels.max()) + 1
-        self._network = _train_classifier(dataset, self.num_classes)
-        self._test_features = self.features(dataset.test_samples)
+        self._train, self._test = dataset.tensors()
+        self.num_samples = min(len(self._train), _MOST_SAMPLES)
+        self.num_classes = dataset.num_classes
+        self._network = _train_classifier(self._train, dataset.train_labels, self.num_classes)
+        self._test_features = self.features(self._test)
 
     @property
     def feature_network(self) -> nn.Module:
@@ -215,7 +224,7 @@ class ImageJudge:
 
     def accuracy(self) -> float:
         """Return the share of test images that the judge classifies correctly."""
-        correct = self.classify(self.dataset.test_samples) == self.dataset.test_labels
+        correct = self.classify(self._test) == self.dataset.test_labels
         return float(correct.double().mean())
 
     def evaluate(self, samples: Tensor) -> dict[str, float]:
@@ -230,7 +239,7 @@ class ImageJudge:
             "recall": recall,
             "density": density(self._test_features, features),
             "coverage": coverage(self._test_features, features),
-            "copies": copied_share(images, self.dataset.train_samples),
+            "copies": copied_share(images, self._train),
         }
 
     def reference_rows(self) -> dict[str, dict[str, float]]:
@@ -239,43 +248,123 @@ class ImageJudge:
         They are ``training images``, ``training images + noise``, ``Gaussian fitted to pixels``
         and ``one image per class``.
         """
-        images = self.dataset.train_samples
-        noise = torch.Generator().manual_seed(0)
-        gaussian = _draw_gaussian(images, noise)
-        first = torch.stack(
-            [(self.dataset.train_labels == c).nonzero()[0, 0] for c in range(self.num_classes)]
-        )
-        rows = {
-            "training images": images,
-            "training images + noise": images + 0.35 * torch.randn(images.shape, generator=noise),
-            "Gaussian fitted to pixels": gaussian,
-            "one image per class": images[first].repeat(len(images) // len(first), 1, 1, 1),
-        }
-        return {name: self.evaluate(row.clamp(-1.0, 1.0)) for name, row in rows.items()}
+        images, labels = self._train[: self.num_samples], self.dataset.train_labels
+        first = torch.stack([(labels == c).nonzero()[0, 0] for c in labels.unique()])
+        rows = _reference_images(images)
+        copies = self._train[first].repeat(len(images) // len(first), 1, 1, 1)
+        rows["one image per class"] = copies
+        return {name: self.evaluate(row) for name, row in rows.items()}
 
     def describe(self, values: Mapping[str, float]) -> str:
         """Return distance, classes and copies in words."""
-        scale = self.evaluate(self.dataset.train_samples)["fdd"]
+        scale = self.evaluate(self._train[: self.num_samples])["fdd"]
         return (
             f"FDD {values['fdd']:.1f} (real training images {scale:.1f}), {values['classes']} of"
             f" {self.num_classes} classes, copies {100 * values['copies']:.1f} %"
         )
 
 
+class PrincipalJudge:
+    """Metrics in the first 32 principal components of the training data, images or points.
+
+    Nothing is learned but the components, so what they measure is coarser than what `ImageJudge`
+    does, and the distance has a name of its own: it is not comparable with that of a network.
+
+    Args:
+        dataset: The data set. Its test samples are the "real" side of every metric.
+    """
+
+    columns: Mapping[str, tuple[str, str]] = {
+        "pca_frechet": ("PCA-Frechet", ".3f"),
+        "precision": ("precision", ".2f"),
+        "recall": ("recall", ".2f"),
+        "coverage": ("coverage", ".2f"),
+        "copies": ("copies", ".1%"),
+    }
+    headline = "pca_frechet"
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._train, self._test = dataset.tensors()
+        self.num_samples = min(len(self._train), _MOST_SAMPLES)
+        flat = self._train.flatten(1)
+        self._mean = flat.mean(0)
+        _, _, directions = torch.linalg.svd(flat[:_SVD_ROWS] - self._mean, full_matrices=False)
+        self._directions = directions[:_COMPONENTS].T
+        self._test_features = self.features(self._test)
+
+    def features(self, samples: Tensor) -> Tensor:
+        """Return the principal components, ``float32[n, 32]`` or fewer, of samples ``[n, ...]``."""
+        flat = samples.to("cpu", torch.float32).flatten(1)
+        return (flat - self._mean) @ self._directions
+
+    def classify(self, samples: Tensor) -> Tensor:
+        """Return zeros ``[n]``: there is one class."""
+        return torch.zeros(len(samples), dtype=torch.int64)
+
+    def evaluate(self, samples: Tensor) -> dict[str, float]:
+        """Return every metric of samples ``[n, ...]`` (n of 10 or more)."""
+        samples = samples.to("cpu", torch.float32)
+        features = self.features(samples)
+        precision, recall = precision_recall(self._test_features, features)
+        return {
+            "pca_frechet": frechet_distance(features, self._test_features),
+            "precision": precision,
+            "recall": recall,
+            "coverage": coverage(self._test_features, features),
+            "copies": copied_share(samples, self._train),
+        }
+
+    def reference_rows(self) -> dict[str, dict[str, float]]:
+        """Return the metrics of training data, of the same with noise, and of a Gaussian."""
+        data = self._train[: self.num_samples]
+        if data.dim() == 4:
+            rows = _reference_images(data)
+        else:
+            noise = torch.Generator().manual_seed(0)
+            blurred = data + 0.35 * torch.randn(data.shape, generator=noise)
+            gaussian = _draw_gaussian(data, noise)
+            rows = {
+                "training points": data,
+                "training points + noise": blurred,
+                "Gaussian fitted to them": gaussian,
+            }
+        return {name: self.evaluate(row) for name, row in rows.items()}
+
+    def describe(self, values: Mapping[str, float]) -> str:
+        """Return distance, recall and copies in words."""
+        scale = self.evaluate(self._train[: self.num_samples])["pca_frechet"]
+        return (
+            f"Frechet distance of principal components {values['pca_frechet']:.3f} (real training"
+            f" data {scale:.3f}), recall {values['recall']:.2f}, copies"
+            f" {100 * values['copies']:.1f} %"
+        )
+
+
+def _reference_images(images: Tensor) -> dict[str, Tensor]:
+    noise = torch.Generator().manual_seed(0)
+    gaussian = _draw_gaussian(images, noise)
+    rows = {
+        "training images": images,
+        "training images + noise": images + 0.35 * torch.randn(images.shape, generator=noise),
+        "Gaussian fitted to pixels": gaussian,
+    }
+    return {name: row.clamp(-1.0, 1.0) for name, row in rows.items()}
+
+
 def _draw_gaussian(images: Tensor, noise: torch.Generator) -> Tensor:
     """As many images from the Gaussian with the mean and the covariance of the given ones."""
     flat = images.flatten(1).double()
     spread = torch.linalg.qr(flat - flat.mean(0)).R / (len(flat) - 1) ** 0.5
-    gaussian = torch.randn(len(flat), spread.shape[1], generator=noise, dtype=torch.float64)
+    gaussian = torch.randn(len(flat), len(spread), generator=noise, dtype=torch.float64)
     return (gaussian @ spread + flat.mean(0)).view_as(images)
 
 
-def _train_classifier(dataset: Dataset, num_classes: int) -> nn.Sequential:
+def _train_classifier(images: Tensor, labels: Tensor, num_classes: int) -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = nn.Sequential(
             nn.Flatten(),
-            nn.Linear(dataset.train_samples[0].numel(), 128),
+            nn.Linear(images[0].numel(), 128),
             nn.ReLU(),
             nn.Linear(128, 32),
             nn.ReLU(),
@@ -283,11 +372,9 @@ def _train_classifier(dataset: Dataset, num_classes: int) -> nn.Sequential:
         )
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     order = torch.Generator().manual_seed(0)
-    for _ in range(_JUDGE_EPOCHS):
-        for batch in torch.randperm(len(dataset.train_samples), generator=order).split(128):
-            loss = functional.cross_entropy(
-                network(dataset.train_samples[batch]), dataset.train_labels[batch]
-            )
+    for _ in range(max(1, min(_JUDGE_EPOCHS, _JUDGE_IMAGES // len(images)))):
+        for batch in torch.randperm(len(images), generator=order).split(128):
+            loss = functional.cross_entropy(network(images[batch]), labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -127,7 +127,9 @@ class MixtureJudge:
     num_samples = 10_000
 
     def __init__(self, dataset: Dataset, mixture: Mixture = RING) -> None:
-        self.dataset, self.mixture = dataset, mixture
+        self.mixture = mixture
+        self._train, self._test = dataset.tensors()
+        self._labels = dataset.train_labels
         self._modes = len(mixture.centres)
         self._sigmas = (2.5 * mixture.std, 10 * mixture.std, 1.0)
 
@@ -140,7 +142,7 @@ class MixtureJudge:
         distance, mode = self._nearest(samples)
         good = distance < _NEAR * self.mixture.std
         shares = torch.bincount(mode, minlength=self._modes).double() / len(mode)
-        real, drawn = self.dataset.test_samples[:_MMD_POINTS], samples[:_MMD_POINTS]
+        real, drawn = self._test[:_MMD_POINTS], samples[:_MMD_POINTS]
         discrepancy = mmd2(real, drawn.to(real), self._sigmas)
         return {
             "modes": classes_covered(mode[good], self._modes, len(mode)),
@@ -151,7 +153,7 @@ class MixtureJudge:
 
     def reference_rows(self) -> dict[str, dict[str, float]]:
         """Return the metrics of training points, of the same blurred, and of fewer modes."""
-        points, labels = self.dataset.train_samples, self.dataset.train_labels
+        points, labels = self._train, self._labels
         noise = torch.Generator().manual_seed(0)
         blurred = points + self.mixture.std * torch.randn(points.shape, generator=noise)
         rows = {"training points": points, "training points + noise": blurred}
@@ -162,7 +164,7 @@ class MixtureJudge:
 
     def describe(self, values: Mapping[str, float]) -> str:
         """Return modes, quality and distances in words."""
-        scale = self.evaluate(self.dataset.train_samples[: self.num_samples])
+        scale = self.evaluate(self._train[: self.num_samples])
         return (
             f"{values['modes']} of {self._modes} modes, {100 * values['quality']:.1f} % of the"
             " samples within 3 standard deviations of one (of the data"

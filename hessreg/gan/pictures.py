@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from hessreg.gan.checkpoint import write_atomically
+from hessreg.gan.data import Dataset, ScaledSamples
 from hessreg.gan.mixtures import Mixture, load_mixture
 from hessreg.kernels import gaussian_kernel, mmd2
 
@@ -29,6 +30,7 @@ __all__ = [
     "save_kernel",
     "save_paths",
     "save_points",
+    "save_scatter",
     "save_side_by_side",
     "save_strips",
     "tile",
@@ -40,7 +42,7 @@ def _of_both(name: str) -> tuple[str, ...]:
     return tuple(f"{name}{kind}_{side}" for side in "gd" for kind in ("", "_corrected"))
 
 
-_SCALE = 6  # screen pixels per image pixel
+_SCALE, _WANTED = 6, 96  # screen pixels per image pixel at most; per image, about
 _GAP = 4
 _IMAGES, _POINTS = 64, 2000  # in one picture
 _LINES = {
@@ -57,6 +59,7 @@ _LINES = {
     "angle_after": ":",
     "angle_after_g": ":",
     "angle_after_d": "-.",
+    "lr_d": "--",
     "hsc_condition_d": "--",
     "hsc_condition_corrected_g": ":",
     "hsc_condition_corrected_d": "-.",
@@ -78,6 +81,7 @@ _STEPS = {
     _ANGLES: ("angle", "angle_after", "angle_g", "angle_after_g", "angle_d", "angle_after_d"),
     "condition number of H, and corrected": _of_both("hsc_condition"),
     "smallest |eigenvalue| of H, and corrected": _of_both("hsc_smallest"),
+    "learning rates": ("lr_g", "lr_d"),
 }
 _BLUE, _ORANGE = "tab:blue", "tab:orange"
 
@@ -86,26 +90,35 @@ def tile(images: Tensor, columns: int = 8) -> np.ndarray:
     """Enlarge images smoothly, as the eye reads them best, and arrange them in a grid.
 
     Args:
-        images: ``[n, 1, height, width]`` in [-1, 1]; n a multiple of ``columns``.
+        images: ``[n, channels, height, width]`` in [-1, 1], grey or in three colours; n a multiple
+            of ``columns``.
         columns: Images side by side.
 
     Returns:
-        ``uint8[rows * (6 height + 4), columns * (6 width + 4)]``.
+        ``uint8[rows * (s height + 4), columns * (s width + 4)]``, and ``[..., 3]`` in colour; s is
+        6 for the smallest images and 1 for large ones.
     """
-    large = interpolate(images.float().cpu(), scale_factor=_SCALE, mode="bicubic")
+    scale = min(_SCALE, max(1, round(_WANTED / images.shape[2])))
+    large = interpolate(images.float().cpu(), scale_factor=scale, mode="bicubic")
     framed = pad(large.clamp(-1.0, 1.0), [_GAP // 2] * 4, value=-0.3)
-    _, _, height, width = framed.shape
-    rows = framed.view(-1, columns, height, width).permute(0, 2, 1, 3)
-    grey = rows.reshape(-1, columns * width).add(1.0).mul(127.5).round()
-    return grey.numpy().astype(np.uint8)
+    _, channels, height, width = framed.shape
+    rows = framed.view(-1, columns, channels, height, width).permute(0, 3, 1, 4, 2)
+    pixels = rows.reshape(-1, columns * width, channels).add(1.0).mul(127.5).round()
+    return pixels.numpy().astype(np.uint8).squeeze(2 if channels == 1 else ())
 
 
-def save_grid(path: Path, images: Tensor) -> None:
-    """Write the first 64 of images ``[n, 1, height, width]`` as one enlarged grid."""
+def save_grid(path: Path, images: Tensor, columns: int = 8) -> None:
+    """Write the first images ``[n, channels, height, width]``, about 64, as one enlarged grid.
+
+    Args:
+        path: The PNG file.
+        images: In [-1, 1].
+        columns: Images side by side.
+    """
     from PIL import Image
 
-    shown, buffer = images[:_IMAGES], io.BytesIO()
-    columns = min(8, len(shown))
+    shown, buffer = images[: _IMAGES // columns * columns], io.BytesIO()
+    columns = min(columns, len(shown))
     missing = shown.new_full((-len(shown) % columns, *shown.shape[1:]), -1.0)
     Image.fromarray(tile(torch.cat([shown, missing]), columns)).save(buffer, format="PNG")
     write_atomically(path, buffer.getvalue())
@@ -113,7 +126,7 @@ def save_grid(path: Path, images: Tensor) -> None:
 
 def save_strips(path: Path, walks: Tensor) -> None:
     """Write images on ways through the noise, ``[rows, steps, 1, height, width]``, row by row."""
-    save_grid(path, walks.flatten(0, 1))
+    save_grid(path, walks.flatten(0, 1), walks.shape[1])
 
 
 def save_points(path: Path, points: Tensor, mixture: Mixture) -> None:
@@ -128,7 +141,7 @@ def save_points(path: Path, points: Tensor, mixture: Mixture) -> None:
 
     figure = Figure(figsize=(7.6, 5.0), layout="constrained")
     panels = figure.subplot_mosaic("AAB;AAC")
-    real = mixture.unit * load_mixture(mixture).test_samples[:_POINTS].T
+    real = mixture.unit * load_mixture(mixture).tensors()[1][:_POINTS].T
     drawn = mixture.unit * points[:_POINTS].float().cpu().T
     for (name, axes), size in zip(panels.items(), (1, 4, 4), strict=True):
         axes.scatter(real[0], real[1], s=size, c=_BLUE, label="real", linewidths=0)
@@ -157,7 +170,7 @@ def save_paths(path: Path, walks: Tensor, mixture: Mixture) -> None:
 
     figure = Figure(figsize=(5.6, 5.0), layout="constrained")
     axes = figure.subplots()
-    real = mixture.unit * load_mixture(mixture).test_samples[:_POINTS].T
+    real = mixture.unit * load_mixture(mixture).test_samples[torch.arange(_POINTS)].T
     axes.scatter(real[0], real[1], s=2, c="0.7", label="real", linewidths=0)
     for row in mixture.unit * walks.float().cpu():
         (line,) = axes.plot(row[:, 0], row[:, 1], linewidth=1.2, marker=".", markersize=3)
@@ -200,6 +213,34 @@ def _evenly(rows: Sequence[Any], count: int) -> list[Any]:
     if len(rows) <= count:
         return list(rows)
     return [rows[round(i)] for i in np.linspace(0, len(rows) - 1, count)]
+
+
+def save_scatter(path: Path, points: Tensor, dataset: Dataset) -> None:
+    """Write the first 2000 of points ``[n, d]`` over real ones: of each its first two components.
+
+    Args:
+        path: The PNG file.
+        points: Scaled as the data set; shown in the unit of its values.
+        dataset: Where the real ones are from.
+    """
+    from matplotlib.figure import Figure
+
+    samples = dataset.test_samples
+    real = samples[torch.arange(min(_POINTS, len(samples)))]
+    figure = Figure(figsize=(6.0, 6.0), layout="constrained")
+    axes = figure.subplots()
+    for name, each, colour in (("real", real, _BLUE), ("generated", points, _ORANGE)):
+        shown = each[:_POINTS].float().cpu()
+        if isinstance(samples, ScaledSamples):
+            shown = (shown - samples.shift) / samples.scale
+        if shown.shape[1] == 1:
+            axes.hist(shown[:, 0], bins=100, alpha=0.6, color=colour, label=name, density=True)
+        else:
+            axes.scatter(
+                shown[:, 0], shown[:, 1], s=3, c=colour, label=name, linewidths=0, alpha=0.7
+            )
+    axes.legend(frameon=False)
+    _save_figure(path, figure)
 
 
 def _zoom(axes: Axes, mixture: Mixture, mode: int) -> None:

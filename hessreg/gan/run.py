@@ -22,7 +22,7 @@ from hessreg.gan import pictures
 from hessreg.gan.building import build_trainer
 from hessreg.gan.checkpoint import CheckpointError
 from hessreg.gan.config import TrainConfig
-from hessreg.gan.data import Dataset
+from hessreg.gan.data import Dataset, subset
 from hessreg.gan.event_log import EventLog
 from hessreg.gan.metrics import Judge
 from hessreg.gan.progress import ProgressReport, make_progress
@@ -66,7 +66,7 @@ def _feature_distances(
         return None
     from hessreg.gan.fid import FeatureDistances, feature_network
 
-    return FeatureDistances(feature_network(config.fid.features, judge), dataset.test_samples)
+    return FeatureDistances(feature_network(config.fid.features, judge), dataset)
 
 
 @contextmanager
@@ -231,7 +231,7 @@ class Run:
     def _step(self) -> None:
         start = time.process_time()
         with self._naming_the_checkpoint():
-            self.trainer.step()
+            self.trainer.step(self._fraction())
         self.cpu_seconds += time.process_time() - start
 
     @contextmanager
@@ -261,7 +261,7 @@ class Run:
     def _samples(self) -> torch.Tensor:
         count = self.judge.num_samples
         generator = torch.Generator().manual_seed(self.config.seed)
-        samples = self.trainer.ema.sample(count, generator).cpu()
+        samples = self.trainer.ema.sample(count, generator).cpu().float()
         if not samples.isfinite().all():
             step = self.trainer.steps_done
             raise NonFiniteError(f"step {step}: generated samples are not finite")
@@ -277,10 +277,9 @@ class Run:
 
     def _walk(self) -> torch.Tensor:
         """Samples on ways through the noise, always the same ways."""
-        generator, random = self.trainer.ema, torch.Generator().manual_seed(self.config.seed)
-        noise = torch.randn(2, _WALKS, generator.latent_dim, generator=random)
-        start, end = noise.to(next(generator.parameters()))
-        return latent_walk(generator, start, end, self.task.walk_steps).cpu()
+        random = torch.Generator().manual_seed(self.config.seed)
+        steps = self.task.walk_steps
+        return latent_walk(self.trainer.ema, _WALKS, steps, random).cpu().float()
 
     def _measure_spectra(self) -> dict[str, float]:
         # Imported here: it takes runs, too.
@@ -352,18 +351,25 @@ class Run:
 
     @torch.no_grad()
     def _draw_kernel(self, regularizer: GaussianKernel) -> None:
-        fake, device = self._samples()[:_KERNEL_POINTS], self.trainer.data.device
-        real, labels = self.dataset.test_samples, self.dataset.test_labels
+        fake = self._samples()[:_KERNEL_POINTS]
+        rows = torch.arange(min(_KERNEL_POINTS, len(self.dataset.test_samples)))
         shown = [
-            (real[:_KERNEL_POINTS], labels[:_KERNEL_POINTS]),
-            (fake, self.judge.classify(fake)),
+            (subset(self.dataset.test_samples, rows), self.dataset.test_labels[rows], None),
+            (fake, self.judge.classify(fake), torch.arange(len(fake)) % self.dataset.num_classes),
         ]
         first, second = (
-            (regularizer.embed(s.to(device), self.trainer.discriminator).cpu(), named)
-            for s, named in shown
+            (self._embed(regularizer, each, named if wanted is None else wanted), named)
+            for each, named, wanted in shown
         )
         sigma = regularizer.bandwidth(second[0], first[0])
         pictures.save_kernel(self.folder.path / "kernel.png", first, second, sigma)
+
+    def _embed(
+        self, regularizer: GaussianKernel, samples: torch.Tensor, classes: torch.Tensor
+    ) -> torch.Tensor:
+        judging = self.trainer.judging(classes)
+        moved = samples.to(self.trainer.data.device, self.trainer.dtype)
+        return regularizer.embed(moved, judging).cpu()
 
 
 class StopSignals:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from hessreg.gan.networks import Generator
 
 __all__ = ["interpolate_noise", "latent_walk"]
 
@@ -42,20 +44,27 @@ def interpolate_noise(start: Tensor, end: Tensor, steps: int, spherical: bool = 
 
 
 @torch.no_grad()
-def latent_walk(generator: nn.Module, start: Tensor, end: Tensor, steps: int) -> Tensor:
+def latent_walk(generator: Generator, rows: int, steps: int, random: torch.Generator) -> Tensor:
     """Return the samples on the ways between noise vectors, in evaluation mode.
 
+    Class and code stay the same on a way.
+
     Args:
-        generator: Maps noise ``[n, d]`` to samples ``[n, ...]``.
-        start: Normal noise ``[rows, d]``.
-        end: Likewise.
-        steps: Samples on each way.
+        generator: Draws them.
+        rows: Number of ways.
+        steps: Samples on each.
+        random: Where the noise comes from.
 
     Returns:
         ``[rows, steps, ...]``.
     """
+    start, end = (generator.draw_latent(rows, random) for _ in range(2))
+    size, is_normal = generator.latent_dim, generator.latent == "normal"
+    way = interpolate_noise(start[:, :size], end[:, :size], steps, is_normal)
+    fixed = start[:, None, size:].expand(-1, steps, -1)
+    noise = torch.cat([way, fixed], 2).flatten(0, 1).to(next(generator.parameters()))
     training = generator.training
     generator.eval()
-    samples = generator(interpolate_noise(start, end, steps).flatten(0, 1))
+    samples = generator(noise)
     generator.train(training)
-    return samples.unflatten(0, (len(start), steps))
+    return samples.unflatten(0, (rows, steps))

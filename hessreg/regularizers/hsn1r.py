@@ -218,17 +218,24 @@ class HSN1R(BaseRegularizer):
     def _terms(self, ctx: StepContext, scale: int) -> tuple[Tensor | None, Tensor | None]:
         g_scale, d_scale = scale * self.weight, scale * self.discriminator_weight
         return (
-            self._term("generator", ctx.generator_loss, ctx.generator, g_scale),
-            self._term("discriminator", ctx.discriminator_loss, ctx.discriminator, d_scale),
+            self._term(ctx, "generator", ctx.generator_loss, ctx.generator, g_scale),
+            self._term(ctx, "discriminator", ctx.discriminator_loss, ctx.discriminator, d_scale),
         )
 
     def _term(
-        self, name: str, loss: Tensor | None, network: nn.Module, weight: float
+        self,
+        ctx: StepContext,
+        name: str,
+        loss: Tensor | None,
+        network: nn.Module,
+        weight: float,
     ) -> Tensor | None:
         if loss is None or weight == 0:
             return None
         params = [p for p in network.parameters() if p.requires_grad]
-        return weight * self._excess(name, HessianOperator(loss, params, only_params=True))
+        # Of the whole batch: the mean of the processes' norms is not the norm of the mean.
+        op = HessianOperator(loss, params, process_group=ctx.shard.group, only_params=True)
+        return weight * self._excess(name, op)
 
     def _excess(self, name: str, op: HessianOperator) -> Tensor:
         estimate = self._estimate(op, name)
@@ -350,11 +357,16 @@ def _gan_losses(generator: nn.Module, discriminator: nn.Module, x: Tensor) -> tu
 
 
 def _noise(generator: nn.Module, x: Tensor) -> Tensor:
-    shape = (len(x), *_latent_shape(generator))
+    shape = (len(x), *latent_shape(generator))
     return torch.randn(shape, dtype=x.dtype, device=x.device)
 
 
-def _latent_shape(generator: nn.Module) -> tuple[int, ...]:
+def latent_shape(generator: nn.Module) -> tuple[int, ...]:
+    """The shape of a sample of noise: the generator's ``latent_dim``, or as its first layer takes.
+
+    Raises:
+        ValueError: neither tells.
+    """
     latent_dim: Any = getattr(generator, "latent_dim", None)
     if latent_dim is not None:
         return (int(latent_dim),)

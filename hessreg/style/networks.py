@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hessreg.gan.networks import _activation
+from hessreg.gan.architectures import make_activation
 
 __all__ = ["ContentNetwork", "FeedForwardNetwork", "StyleNetwork", "SynthesisNetwork"]
 
@@ -47,9 +47,9 @@ class ContentNetwork(nn.Module):
         _check_positive(width=width)
         layers = [_convolution(3, width, 9), nn.InstanceNorm2d(width, affine=True)]
         for inputs in (width, 2 * width):
-            layers += [_activation(activation), _convolution(inputs, 2 * inputs, 3, stride=2)]
+            layers += [make_activation(activation), _convolution(inputs, 2 * inputs, 3, stride=2)]
             layers += [nn.InstanceNorm2d(2 * inputs, affine=True)]
-        self.layers = nn.Sequential(*layers, _activation(activation))
+        self.layers = nn.Sequential(*layers, make_activation(activation))
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Returns the content of pictures in [0, 1]."""
@@ -83,7 +83,7 @@ class StyleNetwork(nn.Module):
         for inputs, outputs in pairwise((3, width, 2 * width, 4 * width)):
             stride = 1 if inputs == 3 else 2
             convolution = _convolution(inputs, outputs, 3, stride, bias=True)
-            layers += [convolution, _activation(activation)]
+            layers += [convolution, make_activation(activation)]
         self.layers = nn.Sequential(*layers)
         self.to_style = nn.Linear(8 * width, style_size)
 
@@ -212,7 +212,7 @@ class _Residual(nn.Module):
     def __init__(self, channels: int, activation: str) -> None:
         super().__init__()
         self.first, self.second = (_convolution(channels, channels, 3) for _ in range(2))
-        self.activation = _activation(activation)
+        self.activation = make_activation(activation)
         self.normalization = _Normalization(channels)
         self.style_size = 2 * self.normalization.style_size
 
@@ -229,7 +229,7 @@ class _Upsampling(nn.Module):
         super().__init__()
         self.convolution = _convolution(channels, channels // 2, 3)
         self.normalization = _Normalization(channels // 2)
-        self.activation = _activation(activation)
+        self.activation = make_activation(activation)
         self.style_size = self.normalization.style_size
 
     def forward(self, x: Tensor, style: Tensor) -> Tensor:
