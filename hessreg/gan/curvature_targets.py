@@ -26,7 +26,6 @@ __all__ = [
     "NETWORKS",
     "RunTarget",
     "TargetError",
-   
     "load_factory",
     "load_run",
     "naming_target",
