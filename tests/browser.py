@@ -53,9 +53,7 @@ class Page:
             "Emulation.setDeviceMetricsOverride",
             **{"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": True},
         )
-        found = self.evaluate("[innerWidth, document.documentElement.scrollWidth]")
-        assert found[0] == width
-        return found[1]
+        return self.evaluate("document.documentElement.scrollWidth")
 
     def background(self, scheme: str) -> str:
         """The colour of the page for those who prefer this colour scheme."""

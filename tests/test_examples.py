@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hessreg.gan import Discriminator, Generator, Trainer, load_dataset
+from hessreg.gan import Discriminator, Generator, PlayerConfig, Trainer, load_dataset
 from hessreg.regularizers import HSN1R, R1
 
 pytest.importorskip("sklearn")
@@ -34,16 +34,14 @@ def example(name):
 
 
 class InOrder:
-    """A sampler of the trainer: one batch after the other."""
-
-    batch_size = 64
+    """A sampler of the trainer: one sample after the other."""
 
     def __init__(self) -> None:
         self.done = 0
 
-    def __next__(self):
-        self.done += 1
-        return torch.arange(64 * (self.done - 1), 64 * self.done)
+    def take(self, count):
+        self.done += count
+        return torch.arange(self.done - count, self.done)
 
 
 def trained_by_the_trainer():
@@ -53,9 +51,8 @@ def trained_by_the_trainer():
     loader = DataLoader(images, batch_size=64, shuffle=True, drop_last=True, generator=order)
     batches = list(loader)
     regularizers = [HSN1R(weight=1e-4, every=16, num_steps=3, seed=0), R1(gamma=1.0)]
-    trainer = Trainer(
-        *networks, torch.cat(batches), regularizers, learning_rates=(5e-4, 5e-4), seed=0
-    )
+    player = PlayerConfig(lr=5e-4)
+    trainer = Trainer(*networks, torch.cat(batches), regularizers, g=player, d=player, seed=0)
     trainer.sampler = InOrder()
     for _ in range(STEPS):
         trainer.step()
