@@ -6,6 +6,7 @@ if _interrupt.is_command():  # before what takes long to import
     _interrupt.end_at_once()
 
 from hessreg._backend import backend, build_info
+from hessreg._train import train
 from hessreg.kernels import (
     median_bandwidth,
     mmd2_test,
@@ -57,5 +58,6 @@ __all__ = [
     "symmetric_eigvalsh",
     "symmetric_matmul",
     "symmetric_norm",
+    "train",
     "tridiagonal_eigh",
 ]

@@ -36,7 +36,7 @@ from hessreg.dynamics.config import DynamicsConfig
 from hessreg.dynamics.lab import Lab
 from hessreg.gan.checkpoint import CheckpointError
 from hessreg.gan.compare import Comparison, ComparisonError
-from hessreg.gan.config import DEFAULTS, TrainConfig
+from hessreg.gan.config import DEFAULTS, TrainConfig, flatten
 from hessreg.gan.curvature_targets import NETWORKS, load_factory, load_run
 from hessreg.gan.distributed import (
     LostProcessError,
@@ -45,8 +45,10 @@ from hessreg.gan.distributed import (
     joined,
     together,
 )
-from hessreg.gan.options import parse_sigma
+from hessreg.gan.evaluation import TrainedGenerator, write_samples
+from hessreg.gan.options import FIDConfig, parse_sigma
 from hessreg.gan.progress import make_progress, say
+from hessreg.gan.report import write_report
 from hessreg.gan.run import Interrupted, Run, StorageError
 from hessreg.gan.run_folder import RunFolderError
 from hessreg.gan.sample_files import load_samples
@@ -87,6 +89,7 @@ _FAILURES = (
     StorageError,
     _SelfTestError,
 )
+_PROVIDERS = {"wandb": "wandb", "torchmetrics": "'hessreg[metrics]'"}
 _PACKAGES = ("numpy", "scikit-learn", "safetensors", "matplotlib", "tensorboard", "rich")
 
 
@@ -125,7 +128,8 @@ def _explain(error: Exception) -> int:
     try:
         raise error
     except ModuleNotFoundError as error:
-        return _fail(f"this command needs {error.name}: pip install 'hessreg[gan]'", 2, error)
+        package = _PROVIDERS.get(str(error.name).partition(".")[0], "'hessreg[gan]'")
+        return _fail(f"this command needs {error.name}: pip install {package}", 2, error)
     except (_InputError, CheckpointError, RunFolderError, ImageError, OSError) as error:
         return _fail(str(error), 2, error)
     except _FAILURES as error:
@@ -140,6 +144,9 @@ def _run(args: list[str]) -> None:
         "train": _train,
         "resume": _resume,
         "compare": _compare,
+        "eval": _eval,
+        "sample": _sample,
+        "report": _report,
         "spectrum": _spectrum,
         "dynamics": _dynamics,
         "style": _style,
@@ -221,6 +228,11 @@ def _parser() -> ArgumentParser:
     _add_per_dataset(commands, "train", "train a GAN", _train_parser)
     commands.add_subcommand("resume", _resume_parser(), help="continue a run; also train --resume")
     _add_per_dataset(commands, "compare", "several methods at equal cost", _compare_parser)
+    purpose = "metrics of what a run draws from fresh noise"
+    commands.add_subcommand("eval", _eval_parser(), help=purpose)
+    commands.add_subcommand("sample", _sample_parser(), help="draw with the generator of a run")
+    purpose = "compare runs on one HTML page"
+    commands.add_subcommand("report", _report_parser(), help=purpose)
     purpose = "eigenvalues, trace and density of a Hessian"
     commands.add_subcommand("spectrum", _spectrum_parser(), help=purpose)
     purpose = "how training methods move in small games, and why"
@@ -254,18 +266,9 @@ def _config_parser(dataset: str, description: str, skip: set[str]) -> ArgumentPa
     # Hidden: it only lets --config be the config.yaml of a run.
     parser.add_argument("--dataset", choices=[dataset], default=dataset, help=argparse.SUPPRESS)
     parser.add_class_arguments(TrainConfig, skip={"dataset", *skip})
-    defaults = _flat(DEFAULTS[dataset].to_dict())
+    defaults = flatten(DEFAULTS[dataset].to_dict())
     parser.set_defaults({k: v for k, v in defaults.items() if k not in {*skip, "seconds"}})
     return parser
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dots in the names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        inner = _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else None
-        flat.update({prefix + name: value} if inner is None else inner)
-    return flat
 
 
 def _train_parser(dataset: str) -> ArgumentParser:
@@ -281,6 +284,48 @@ def _compare_parser(dataset: str) -> ArgumentParser:
     parser.add_argument("--methods", type=str, default=_COMPARED, help=names)
     parser.add_argument("--seeds", type=str, default="0", help="Seeds, with commas.")
     parser.add_argument("--jobs", type=int, default=1, help="Runs at once.")
+    return parser
+
+
+def _generator_parser(description: str) -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False, description=description)
+    parser.add_argument("run", type=str, help="A run folder, or a checkpoint in one.")
+    parser.add_argument("--seed", type=int, default=1, help="Of the noise; a run itself has 0.")
+    return parser
+
+
+def _eval_parser() -> ArgumentParser:
+    parser = _generator_parser(
+        "Metrics of what the averaged generator of a run draws from fresh noise, and a two-sample"
+        " test against test data by the maximum mean discrepancy."
+    )
+    parser.add_argument("--permutations", type=int, default=500, help="Of the test; 0: none.")
+    parser.add_class_arguments(FIDConfig, "fid")
+    parser.add_argument("--json", action="store_true", help="Print JSON, not lines.")
+    return parser
+
+
+def _sample_parser() -> ArgumentParser:
+    parser = _generator_parser("Draw with the averaged generator of a run.")
+    parser.add_argument("-n", "--n", type=int, default=64, help="Number of samples.")
+    out = "samples.png, or .npy; a picture shows the first 64 images or 2000 points."
+    parser.add_argument("--out", type=str, default="samples.png", help=out)
+    return parser
+
+
+def _report_parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        exit_on_error=False,
+        description="Compare runs on one HTML page with tables, curves and pictures.",
+    )
+    runs = "Folders of runs, finished or not, or folders that hold several."
+    parser.add_argument("runs", type=str, nargs="+", help=runs)
+    out = "The page; by default report.html in the first folder."
+    parser.add_argument("--out", type=str, default="", help=out)
     return parser
 
 
@@ -439,7 +484,7 @@ def _names(args: list[str]) -> list[str]:
         options = _innermost_parser(args).get_defaults().as_dict()
     except LookupError:
         return []
-    return ["config", "print_config", *_flat(options)]
+    return ["config", "print_config", *flatten(options)]
 
 
 def _unknown_name(args: list[str]) -> str:
@@ -483,18 +528,12 @@ def _out(options: dict[str, Any], name: str) -> Path:
     return Path(options["out"] or time.strftime(f"runs/{name}-%Y%m%d-%H%M%S"))
 
 
-def _name(config: TrainConfig) -> str:
-    """What a folder of a run is called."""
-    chosen = [] if config.correction == "none" else [config.correction]
-    return "-".join([config.dataset, config.regularizer, *chosen])
-
-
 def _train(options: dict[str, Any]) -> None:
     with _input():
         with together(current_shard()):
             config = _train_config(options)
         progress = make_progress(config.title, options["plain"])
-        run = Run.create(_out(options, _name(config)), config)
+        run = Run.create(_out(options, config.name), config)
     say(run.train(progress))
 
 
@@ -519,6 +558,31 @@ def _seeds(text: str) -> list[int]:
     if not all(part.isdecimal() for part in parts):
         raise ValueError(f"seeds must be integers of at least 0 with commas, got {text!r:.40}")
     return [int(part) for part in parts]
+
+
+def _eval(options: dict[str, Any]) -> None:
+    with _input():
+        _check_seed(options["seed"])
+        check_at_least(0, permutations=options["permutations"])
+        trained = TrainedGenerator.load(Path(options["run"]))
+        features = options["fid"].features
+        values = trained.evaluate(options["seed"], options["permutations"], features)
+    say(json.dumps(values, indent=2) if options["json"] else trained.describe(values))
+
+
+def _sample(options: dict[str, Any]) -> None:
+    out = Path(options["out"])
+    with _input():
+        _check_seed(options["seed"])
+        trained = TrainedGenerator.load(Path(options["run"]))
+        write_samples(trained, options["n"], options["seed"], out)
+    say(f"{out}: {options['n']} samples by {trained.title}")
+
+
+def _report(options: dict[str, Any]) -> None:
+    paths = [Path(path) for path in options["runs"]]
+    out = Path(options["out"]) if options["out"] else paths[0] / "report.html"
+    say(write_report(paths, out))
 
 
 def _spectrum(options: dict[str, Any]) -> None:

@@ -15,7 +15,8 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_python_examples_run(path, capsys):
+def test_python_examples_run(path, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     for block in re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL):
         exec(compile(block, str(path), "exec"), namespace)
@@ -45,7 +46,10 @@ def test_commands_parse(command, monkeypatch, capsys):
 
     # SEED and the like, not LM and its kin
     known = ["0" if word.isupper() and len(word) > 2 else word for word in command]
-    for name in ("train", "resume", "compare", "spectrum", "dynamics", "style", "mmd", "doctor"):
+    for name in (
+        *("train", "resume", "compare", "report", "eval", "sample"),
+        *("spectrum", "dynamics", "style", "mmd", "doctor"),
+    ):
         monkeypatch.setattr(cli, f"_{name}", lambda options: None)
     if "--help" in known:
         with pytest.raises(SystemExit, match="0"):

@@ -30,6 +30,7 @@ from hessreg.gan.networks import Conditioned, Discriminator, Generator
 from hessreg.gan.options import (
     ArraysConfig,
     DRAGANConfig,
+    FIDConfig,
     GaussianConfig,
     GridConfig,
     GrowthConfig,
@@ -65,6 +66,7 @@ __all__ = [
     "DRAGANConfig",
     "Dataset",
     "Discriminator",
+    "FIDConfig",
     "GaussianConfig",
     "Generator",
     "GridConfig",

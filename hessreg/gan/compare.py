@@ -27,7 +27,7 @@ from hessreg.gan.run import Interrupted, Run
 from hessreg.gan.run_folder import RunFolder
 from hessreg.gan.tasks import make_task
 
-__all__ = ["Comparison", "ComparisonError", "format_table"]
+__all__ = ["Comparison", "ComparisonError", "format_cell", "format_table"]
 
 Row = dict[str, Any]
 Rows = dict[str, list[Row]]  # of each method one for each seed
@@ -270,11 +270,12 @@ def _cells(name: str, runs: Sequence[Row], columns: Mapping[str, tuple[str, str]
     shown = {key: form for key, (_, form) in columns.items()}
     cost = {"steps": ".0f", "cpu_seconds": ".1f"}
     if "steps" not in runs[0]:
-        return [name, *(_cell(runs, key, form) for key, form in shown.items()), "", ""]
-    return [name, *(_cell(runs, key, form) for key, form in (shown | cost).items())]
+        return [name, *(format_cell(runs, key, form) for key, form in shown.items()), "", ""]
+    return [name, *(format_cell(runs, key, form) for key, form in (shown | cost).items())]
 
 
-def _cell(runs: Sequence[Row], key: str, form: str) -> str:
+def format_cell(runs: Sequence[Row], key: str, form: str) -> str:
+    """Return a value of one run, or mean and standard deviation over several."""
     if len(runs) == 1:
         return f"{runs[0][key]:{form}}"
     spread = statistics.stdev(run[key] for run in runs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from hessreg.gan.losses import make_loss
 from hessreg.gan.options import (
     ArraysConfig,
     DRAGANConfig,
+    FIDConfig,
     GaussianConfig,
     GridConfig,
     GrowthConfig,
@@ -30,7 +32,7 @@ from hessreg.gan.options import (
     WGANGPConfig,
 )
 
-__all__ = ["DEFAULTS", "FROM_FILES", "REGULARIZERS", "TrainConfig"]
+__all__ = ["DEFAULTS", "FROM_FILES", "REGULARIZERS", "TrainConfig", "flatten"]
 
 REGULARIZERS = ("r1", "r2", "wgan_gp", "dragan", "hsn1r", "gaussian", "hessian_penalty")
 FROM_FILES = ("mnist", "images", "arrays")  # data sets that the user has
@@ -84,7 +86,11 @@ class TrainConfig:
         log_every: Steps between rows of metrics.jsonl.
         eval_every: Steps between evaluations by the judge.
         save_every: Steps between checkpoints.
+        spectrum_every: Steps between spectral densities of both networks' Hessians; one more is at
+            the end. 0 for none.
         tensorboard: Write TensorBoard events as well.
+        wandb: Log to this project of Weights & Biases as well.
+        fid: Options of FID and KID by torchmetrics.
         images: Options of data set images.
         arrays: Options of data set arrays.
         growth: Options of growing batches.
@@ -143,7 +149,10 @@ class TrainConfig:
     log_every: int = 100
     eval_every: int = 2000
     save_every: int = 1000
+    spectrum_every: int = 0
     tensorboard: bool = True
+    wandb: str = ""
+    fid: FIDConfig = field(default_factory=FIDConfig)
     images: ImagesConfig = field(default_factory=ImagesConfig)
     arrays: ArraysConfig = field(default_factory=ArraysConfig)
     growth: GrowthConfig = field(default_factory=GrowthConfig)
@@ -168,7 +177,7 @@ class TrainConfig:
         _check_regularizer(self.regularizer)
         make_loss(self.loss, self.label_smoothing, self.smoothing == "both")
         self._check_orthogonal()
-        require_at_least(self, 0, "steps", "seconds", "seed")
+        require_at_least(self, 0, "steps", "seconds", "seed", "spectrum_every")
         require_at_least(self, 1, "threads", "latent_dim", "batch_size")
         require_at_least(self, 1, "log_every", "eval_every", "save_every")
         require_at_least(self, 1, "discriminator_steps", "accumulate")
@@ -247,6 +256,12 @@ class TrainConfig:
             chosen.append(f"infogan {self.infogan.codes}")
         return ", ".join([self.regularizer, *chosen])
 
+    @property
+    def name(self) -> str:
+        """What a folder of a run is called."""
+        chosen = [] if self.correction == "none" else [self.correction]
+        return "-".join([self.dataset, self.regularizer, *chosen])
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain nested dictionaries, as they are written to YAML."""
         return asdict(self)
@@ -278,6 +293,20 @@ def _build(kind: type[Any], values: Any) -> Any:
         return kind(**values)
     except TypeError as error:
         raise ValueError(str(error)) from None
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, with dots in the names.
+
+    Example:
+        >>> flatten({"seed": 0, "r1": {"gamma": 1.0}})
+        {'seed': 0, 'r1.gamma': 1.0}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else None
+        flat.update({prefix + name: value} if inner is None else inner)
+    return flat
 
 
 _RING = TrainConfig(

@@ -22,7 +22,14 @@ from hessreg.gan.run_folder import RunFolder
 from hessreg.gan.tasks import make_task
 from hessreg.gan.trainer import Trainer
 
-__all__ = ["NETWORKS", "RunTarget", "TargetError", "load_factory", "load_run", "naming_target"]
+__all__ = [
+    "NETWORKS",
+    "RunTarget",
+    "TargetError",
+    "load_factory",
+    "load_run",
+    "naming_target",
+]
 
 NETWORKS = ("generator", "discriminator")
 

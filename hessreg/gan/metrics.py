@@ -5,7 +5,8 @@ Each metric can be fooled alone, so they are computed and shown together:
 - ``fdd``: Frechet distance of Gaussians fitted to the features of samples and of test images.
 - ``classes``: number of classes that get at least a fifth of their fair share of the samples.
 - ``precision``, ``recall``: k-nearest-neighbour manifolds (Kynkaanniemi et al., 2019).
-- ``coverage``: share of test images with a sample nearby (Naeem et al., 2020).
+- ``density``, ``coverage``: how many test images' neighbourhoods a sample is in, relative to their
+  number for a real one, and the share of test images with a sample nearby (Naeem et al., 2020).
 - ``copies``: share of samples that reproduce a training image.
 """
 
@@ -27,6 +28,7 @@ __all__ = [
     "classes_covered",
     "copied_share",
     "coverage",
+    "density",
     "frechet_distance",
     "precision_recall",
 ]
@@ -99,6 +101,16 @@ def coverage(real: Tensor, fake: Tensor, neighbours: int = _COVERAGE_NEIGHBOURS)
     """Return the share of ``real [n, d]`` whose k-nearest ball holds some of ``fake [m, d]``."""
     nearest = torch.cdist(real, fake).min(dim=1).values
     return float((nearest <= _radii(real, neighbours)).double().mean())
+
+
+def density(real: Tensor, fake: Tensor, neighbours: int = _COVERAGE_NEIGHBOURS) -> float:
+    """Return in how many k-nearest balls around ``real [n, d]`` each of ``fake [m, d]`` is, over k.
+
+    About 1 for samples of the same distribution; above 1 where they crowd in dense regions.
+    Unlike precision, one outlier among the real ones with its wide ball hardly changes it.
+    """
+    inside = torch.cdist(real, fake) <= _radii(real, neighbours)[:, None]
+    return float(inside.double().sum(0).mean() / neighbours)
 
 
 def classes_covered(predictions: Tensor, num_classes: int, total: int | None = None) -> int:
@@ -181,6 +193,7 @@ class ImageJudge:
         "classes": ("classes", "d"),
         "precision": ("precision", ".2f"),
         "recall": ("recall", ".2f"),
+        "density": ("density", ".2f"),
         "coverage": ("coverage", ".2f"),
         "copies": ("copies", ".1%"),
     }
@@ -194,10 +207,15 @@ class ImageJudge:
         self._network = _train_classifier(self._train, dataset.train_labels, self.num_classes)
         self._test_features = self.features(self._test)
 
+    @property
+    def feature_network(self) -> nn.Module:
+        """The judge without its last layer."""
+        return self._network[:-1]
+
     def features(self, images: Tensor) -> Tensor:
         """Return the last hidden layer, ``[n, 32]``, of images ``[n, 1, 8, 8]``."""
         with torch.no_grad():
-            return self._network[:-1](images.to("cpu", torch.float32))
+            return self.feature_network(images.to("cpu", torch.float32))
 
     def classify(self, samples: Tensor) -> Tensor:
         """Return the predicted class, ``[n]``, of images ``[n, 1, 8, 8]``."""
@@ -219,6 +237,7 @@ class ImageJudge:
             "classes": classes_covered(self.classify(images), self.num_classes),
             "precision": precision,
             "recall": recall,
+            "density": density(self._test_features, features),
             "coverage": coverage(self._test_features, features),
             "copies": copied_share(images, self._train),
         }

@@ -20,6 +20,7 @@ from hessreg.ops.gaussian import _gamma_of
 __all__ = [
     "ArraysConfig",
     "DRAGANConfig",
+    "FIDConfig",
     "GaussianConfig",
     "GridConfig",
     "GrowthConfig",
@@ -67,6 +68,23 @@ def _is_bandwidth(value: float) -> bool:
         return _gamma_of(value) > 0
     except ValueError:
         return False
+
+
+@dataclass
+class FIDConfig:
+    """Options of FID and KID by torchmetrics.
+
+    Args:
+        features: What to compare samples in: judge, or module:factory of a torch module that maps
+            them to features; empty for neither metric.
+    """
+
+    features: str = ""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        is_known = self.features in ("", "judge") or ":" in self.features
+        require(is_known, "features", "judge, module:factory or empty", self.features)
 
 
 @dataclass

@@ -25,11 +25,14 @@ LabelledPoints = tuple[Tensor, Tensor]
 
 __all__ = [
     "save_curves",
+    "save_densities",
     "save_grid",
     "save_kernel",
+    "save_paths",
     "save_points",
     "save_scatter",
     "save_side_by_side",
+    "save_strips",
     "tile",
 ]
 
@@ -44,7 +47,10 @@ _GAP = 4
 _IMAGES, _POINTS = 64, 2000  # in one picture
 _LINES = {
     "loss_d": "--",
+    "grad_norm_d": "--",
     "hessian_norm_d": "--",
+    "hessian_smallest_d": "--",
+    "hessian_largest_d": "--",
     "r1": ":",
     "r2": "-.",
     "dragan": "--",
@@ -62,12 +68,16 @@ _LINES = {
     "hsc_smallest_corrected_d": "-.",
 }
 _LOSSES = "loss_g", "loss_d"
+_NORMS = "grad_norm_g", "grad_norm_d"
 _PENALTIES = (
     *("hessian_norm_g", "hessian_norm_d", "mmd2", "hessian_penalty"),
     *("r1", "r2", "wgan_gp", "dragan"),
 )
 _ANGLES = "angles of gradients, degrees"
 _STEPS = {
+    "ends of the spectra of H": tuple(
+        f"hessian_{end}_{side}" for side in "gd" for end in ("smallest", "largest")
+    ),
     _ANGLES: ("angle", "angle_after", "angle_g", "angle_after_g", "angle_d", "angle_after_d"),
     "condition number of H, and corrected": _of_both("hsc_condition"),
     "smallest |eigenvalue| of H, and corrected": _of_both("hsc_smallest"),
@@ -107,10 +117,16 @@ def save_grid(path: Path, images: Tensor, columns: int = 8) -> None:
     """
     from PIL import Image
 
-    count = min(len(images), _IMAGES) // columns * columns
-    buffer = io.BytesIO()
-    Image.fromarray(tile(images[:count], columns)).save(buffer, format="PNG")
+    shown, buffer = images[: _IMAGES // columns * columns], io.BytesIO()
+    columns = min(columns, len(shown))
+    missing = shown.new_full((-len(shown) % columns, *shown.shape[1:]), -1.0)
+    Image.fromarray(tile(torch.cat([shown, missing]), columns)).save(buffer, format="PNG")
     write_atomically(path, buffer.getvalue())
+
+
+def save_strips(path: Path, walks: Tensor) -> None:
+    """Write images on ways through the noise, ``[rows, steps, 1, height, width]``, row by row."""
+    save_grid(path, walks.flatten(0, 1), walks.shape[1])
 
 
 def save_points(path: Path, points: Tensor, mixture: Mixture) -> None:
@@ -140,6 +156,63 @@ def save_points(path: Path, points: Tensor, mixture: Mixture) -> None:
     panels["A"].set(xlim=(-end, end), ylim=(-end, end), title=f"{drawn.shape[1]} points of each")
     panels["A"].legend(loc="center", markerscale=5, frameon=False)
     _save_figure(path, figure)
+
+
+def save_paths(path: Path, walks: Tensor, mixture: Mixture) -> None:
+    """Write points on ways through the noise, ``[rows, steps, 2]``, as lines over real points.
+
+    Args:
+        path: The PNG file.
+        walks: Scaled as the mixture; shown in its own unit.
+        mixture: Where the real ones are from.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 5.0), layout="constrained")
+    axes = figure.subplots()
+    real = mixture.unit * load_mixture(mixture).test_samples[torch.arange(_POINTS)].T
+    axes.scatter(real[0], real[1], s=2, c="0.7", label="real", linewidths=0)
+    for row in mixture.unit * walks.float().cpu():
+        (line,) = axes.plot(row[:, 0], row[:, 1], linewidth=1.2, marker=".", markersize=3)
+        axes.plot(*row[[0, -1]].T, "o", color=line.get_color(), markersize=5)
+    axes.set_aspect("equal")
+    axes.set_title(f"{len(walks)} ways through the noise, {walks.shape[1]} points on each")
+    _save_figure(path, figure)
+
+
+def save_densities(path: Path, spectra: Sequence[Mapping[str, Any]]) -> None:
+    """Write the spectral densities of each network's Hessian in the course of training.
+
+    Args:
+        path: The PNG file.
+        spectra: Rows with ``network``, ``step``, ``grid [g]``, ``density [g]``, ``bandwidth`` and
+            ``n``, the number of eigenvalues. Of many, at most six are shown for each network.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    networks = list(dict.fromkeys(row["network"] for row in spectra))
+    figure = Figure(figsize=(5.6, 3.6 * len(networks)), layout="constrained")
+    panels = figure.subplots(len(networks), 1, squeeze=False)[:, 0]
+    for axes, network in zip(panels, networks, strict=True):
+        rows = _evenly([row for row in spectra if row["network"] == network], 6)
+        for row, shade in zip(rows, np.linspace(0.0, 0.9, len(rows)), strict=True):
+            x, y = np.asarray(row["grid"]), np.asarray(row["density"])
+            # A tenth of the height of a single eigenvalue.
+            floor = 0.1 / (np.sqrt(2.0 * np.pi) * row["bandwidth"] * row["n"])
+            label, colour = f"step {row['step']}", colormaps["viridis"](shade)
+            axes.plot(x, np.where(y > floor, y, np.nan), color=colour, linewidth=1.2, label=label)
+        axes.set(title=f"Hessian of the {network}", xlabel="eigenvalue", ylabel="density")
+        axes.set_yscale("log")
+        axes.legend(fontsize="small", frameon=False)
+    _save_figure(path, figure)
+
+
+def _evenly(rows: Sequence[Any], count: int) -> list[Any]:
+    """At most so many of the rows, with the first and the last."""
+    if len(rows) <= count:
+        return list(rows)
+    return [rows[round(i)] for i in np.linspace(0, len(rows) - 1, count)]
 
 
 def save_scatter(path: Path, points: Tensor, dataset: Dataset) -> None:
@@ -258,7 +331,12 @@ def save_curves(
     from matplotlib.figure import Figure
 
     logged = {key for rows in runs.values() for row in rows for key in row}
-    panels = {"losses": _LOSSES, "penalties": _PENALTIES, headline[1]: headline[:1]} | _STEPS
+    panels = {
+        "losses": _LOSSES,
+        "gradient norms": _NORMS,
+        "penalties": _PENALTIES,
+        headline[1]: headline[:1],
+    } | _STEPS
     panels = {title: keys for title, keys in panels.items() if logged & {*keys}}
     figure = Figure(figsize=(5 * max(1, len(panels)), 4.2), layout="constrained")
     for number, (title, keys) in enumerate(panels.items(), 1):

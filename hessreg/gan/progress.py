@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-__all__ = ["BarProgress", "PlainProgress", "ProgressReport", "make_progress", "say"]
+__all__ = [
+    "BarProgress",
+    "PlainProgress",
+    "ProgressReport",
+    "SilentProgress",
+    "make_progress",
+    "say",
+]
 
 _SHORT = {
     "loss": "loss",
@@ -79,6 +86,25 @@ def _numbers(row: Mapping[str, float]) -> str:
     pace = f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}"
     head = f"step {row['step']:.0f}  {seconds:.1f} s  {pace} steps/s"
     return "  ".join([head, *shown])
+
+
+class SilentProgress:
+    """Shows nothing."""
+
+    def __enter__(self) -> SilentProgress:
+        """Nothing to start."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Nothing to stop."""
+
+    def update(self, row: Mapping[str, float], fraction: float) -> None:
+        """Nothing to show."""
 
 
 class PlainProgress:

@@ -14,15 +14,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+import hessreg
 from hessreg.gan import pictures
 from hessreg.gan.building import build_trainer
 from hessreg.gan.checkpoint import CheckpointError, num_bytes
 from hessreg.gan.config import TrainConfig
-from hessreg.gan.data import subset
+from hessreg.gan.data import Dataset, subset
 from hessreg.gan.distributed import (
     agree,
     current_shard,
@@ -32,17 +33,23 @@ from hessreg.gan.distributed import (
     together,
 )
 from hessreg.gan.event_log import EventLog
+from hessreg.gan.metrics import Judge
 from hessreg.gan.progress import ProgressReport, make_progress
 from hessreg.gan.run_folder import RunFolder
 from hessreg.gan.tasks import make_task
 from hessreg.gan.trainer import NonFiniteError
+from hessreg.gan.walk import latent_walk
 from hessreg.regularizers import (
     GaussianKernel,
 )
 
+if TYPE_CHECKING:
+    from hessreg.gan.fid import FeatureDistances
+
 __all__ = ["Interrupted", "Run", "StorageError", "fitting"]
 
 _KERNEL_POINTS = 128  # of each kind in the heat map
+_WALKS = 8
 _PACKAGES = "matplotlib", "PIL", "safetensors", "sklearn", "yaml"
 _NOT_A_STATE = (
     ArithmeticError,
@@ -56,9 +63,20 @@ _NOT_A_STATE = (
 
 def _check_packages(config: TrainConfig) -> None:
     """Fail before anything is made or trained, not when the package is first used."""
-    for name in (*_PACKAGES, *(["tensorboard"] if config.tensorboard else [])):
+    optional = {"tensorboard": config.tensorboard, "wandb": config.wandb}
+    for name in (*_PACKAGES, *(name for name, is_wanted in optional.items() if is_wanted)):
         if importlib.util.find_spec(name) is None:  # importing them all takes seconds
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def _feature_distances(
+    config: TrainConfig, judge: Judge, dataset: Dataset
+) -> FeatureDistances | None:
+    if not config.fid.features:
+        return None
+    from hessreg.gan.fid import FeatureDistances, feature_network
+
+    return FeatureDistances(feature_network(config.fid.features, judge), dataset)
 
 
 @contextmanager
@@ -104,6 +122,7 @@ class Run:
         self.dataset = self.task.load()
         self.trainer = build_trainer(config, self.dataset, self.shard)
         self.judge = self.task.judge(self.dataset)
+        self.distances = _feature_distances(config, self.judge, self.dataset)
         self.cpu_seconds = 0.0
         self.best: dict[str, Any] = {}  # the step and the judge's value of the best evaluation
 
@@ -216,10 +235,9 @@ class Run:
     def _train(self, progress: ProgressReport | None) -> str:
         path, events_from = self.folder.path, self.trainer.steps_done
         is_first = self.shard.rank == 0
-        logs = self.config.tensorboard and is_first
         with (
             progress or make_progress(self.config.title, plain=not is_first) as report,
-            EventLog(path / "tensorboard", events_from, logs) as events,
+            EventLog(path, events_from, self.config, is_first) as events,
             StopSignals(self.shard.size > 1) as signals,
         ):
             while not self._finished() and not signals.stop:
@@ -234,6 +252,19 @@ class Run:
             raise mark_shared(Interrupted(message))
         with self._in_first() as is_first:
             return self._finish() if is_first else ""
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What ``result.json`` holds: the metrics of the finished run.
+
+        Raises:
+            FileNotFoundError: If the run did not finish.
+        """
+        return self.folder.read_result()
+
+    def sample(self, count: int, seed: int = 1) -> torch.Tensor:
+        """Return samples ``[count, ...]`` of the averaged generator on the CPU."""
+        return self.trainer.ema.sample(count, torch.Generator().manual_seed(seed)).cpu()
 
     def _finished(self) -> bool:
         return self._fraction() >= 1.0
@@ -267,15 +298,21 @@ class Run:
     def _record(self, report: ProgressReport, events: EventLog) -> None:
         step = self.trainer.steps_done
         evaluate = step % self.config.eval_every == 0 or self._finished()
-        if not evaluate and step % self.config.log_every:
+        every = self.config.spectrum_every
+        measure = every > 0 and (step % every == 0 or self._finished())
+        if not evaluate and not measure and step % self.config.log_every:
             return
         row = {"step": step, "cpu_seconds": round(self.cpu_seconds, 3)} | self.trainer.metrics()
         with self._in_first() as is_first:
             if is_first:
-                self._write_row(row, evaluate, events)
+                self._write_row(row, measure, evaluate, events)
                 report.update(row, self._fraction())
 
-    def _write_row(self, row: dict[str, float], evaluate: bool, events: EventLog) -> None:
+    def _write_row(
+        self, row: dict[str, float], measure: bool, evaluate: bool, events: EventLog
+    ) -> None:
+        if measure:
+            row |= self._measure_spectra()
         if evaluate:
             row |= self._evaluate()
             self._keep_best(row[self.judge.headline])
@@ -295,7 +332,21 @@ class Run:
         with self._naming_the_checkpoint():
             samples = self._samples()
         self.task.draw(self.folder.path / "samples.png", samples)
-        return self.judge.evaluate(samples)
+        self.task.draw_walk(self.folder.path / "interpolation.png", self._walk())
+        extra = {} if self.distances is None else self.distances.evaluate(samples)
+        return self.judge.evaluate(samples) | extra
+
+    def _walk(self) -> torch.Tensor:
+        """Samples on ways through the noise, always the same ways."""
+        random = torch.Generator().manual_seed(self.config.seed)
+        steps = self.task.walk_steps
+        return latent_walk(self.trainer.ema, _WALKS, steps, random).cpu().float()
+
+    def _measure_spectra(self) -> dict[str, float]:
+        # Imported here: it takes runs, too.
+        from hessreg.gan.spectral_log import measure_spectra
+
+        return measure_spectra(self.folder, self.config, self.trainer)
 
     def _keep_best(self, value: float) -> None:
         """Keep the state, and the picture, that the judge found better than all before."""
@@ -358,8 +409,10 @@ class Run:
             "cpu_seconds": round(self.cpu_seconds, 2),
             **values,
             "best": self._best_result(),
+            **self._spectrum_cost(),
             "device": str(self.trainer.data.device),
             "threads": self.config.threads,
+            "hessreg": hessreg.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
@@ -379,15 +432,26 @@ class Run:
         best = {"step": self.best["step"], self.judge.headline: self.best["value"]}
         return {**best, "checkpoint": checkpoint, "samples": "best.png"}
 
+    def _spectrum_cost(self) -> dict[str, float]:
+        """CPU time of the spectral densities, which is not among that of training."""
+        spectra = self.folder.read_spectra()
+        seconds = round(sum(row["cpu_seconds"] for row in spectra), 2)
+        return {"spectrum_seconds": seconds} if spectra else {}
+
     def _draw(self) -> str:
         """Write the pictures that need a finished run, and return their names."""
         path, rows = self.folder.path, self.folder.read_metrics()
+        names = ["interpolation.png", "curves.png"]
         headline = self.judge.headline, self.judge.columns[self.judge.headline][0]
         pictures.save_curves(path / "curves.png", {self.config.title: rows}, headline)
         kernels = [r for r in self.trainer.regularizers if isinstance(r, GaussianKernel)]
         for regularizer in kernels:
             self._draw_kernel(regularizer)
-        return "curves.png and kernel.png" if kernels else "curves.png"
+            names.append("kernel.png")
+        if spectra := self.folder.read_spectra():
+            pictures.save_densities(path / "spectral_density.png", spectra)
+            names.append("spectral_density.png")
+        return " and ".join([", ".join(names[:-1]), names[-1]])
 
     @torch.no_grad()
     def _draw_kernel(self, regularizer: GaussianKernel) -> None:

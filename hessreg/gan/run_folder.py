@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ class RunFolder:
     """Paths and files of one run.
 
     ``config.yaml``, ``metrics.jsonl``, ``result.json``, ``samples.png``, ``best.png``,
-    ``curves.png``, ``kernel.png`` (of a Gaussian kernel), ``tensorboard/`` and in ``checkpoints/``
+    ``interpolation.png``, ``curves.png``, ``kernel.png`` (of a Gaussian kernel), ``spectra.jsonl``
+    and ``spectral_density.png`` (with ``spectrum_every``), ``tensorboard/`` and in ``checkpoints/``
     the last two ``step-*.safetensors`` and ``best.safetensors``.
 
     Args:
@@ -50,6 +52,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.best = self.checkpoints / "best.safetensors"
         self.metrics_file = path / "metrics.jsonl"
+        self.spectra_file = path / "spectra.jsonl"
         self._existed = False
         self._unlock: weakref.finalize[..., RunFolder] | None = None
 
@@ -204,10 +207,7 @@ class RunFolder:
 
     def append_metrics(self, row: dict[str, float]) -> None:
         """Append one line to ``metrics.jsonl``, so that no later checkpoint can outlive it."""
-        with naming(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        _append(self.metrics_file, row)
 
     def read_metrics(self) -> list[dict[str, float]]:
         """Return the rows of ``metrics.jsonl``; a torn last line is left out.
@@ -215,26 +215,25 @@ class RunFolder:
         Raises:
             RunFolderError: If a line is damaged.
         """
-        if not self.metrics_file.exists():
-            return []
-        lines = self.metrics_file.read_bytes().split(b"\n")[:-1]
-        return [self._metrics_row(number, line) for number, line in enumerate(lines, 1)]
+        return _read(self.metrics_file, _is_metrics, "a metrics row")
 
-    def _metrics_row(self, number: int, line: bytes) -> dict[str, float]:
-        try:
-            row = json.loads(line)
-            if row.keys() >= {"step", "cpu_seconds"} and {*map(type, row.values())} <= {int, float}:
-                return row
-        except (ValueError, AttributeError, RecursionError):
-            pass
-        raise RunFolderError(f"{self.metrics_file} is damaged: line {number} is not a metrics row")
+    def append_spectrum(self, row: dict[str, Any]) -> None:
+        """Append one line to ``spectra.jsonl``, likewise."""
+        _append(self.spectra_file, row)
+
+    def read_spectra(self) -> list[dict[str, Any]]:
+        """Return the rows of ``spectra.jsonl``; a torn last line is left out.
+
+        Raises:
+            RunFolderError: If a line is damaged.
+        """
+        return _read(self.spectra_file, _is_spectrum, "a spectral density")
 
     def truncate_metrics(self, step: int) -> None:
-        """Drop the rows after ``step``: the resumed run writes them again."""
-        rows = [row for row in self.read_metrics() if row["step"] <= step]
-        write_atomically(
-            self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows).encode()
-        )
+        """Drop the rows and spectra after ``step``: the resumed run writes them again."""
+        _truncate(self.metrics_file, self.read_metrics(), step)
+        if self.spectra_file.exists():
+            _truncate(self.spectra_file, self.read_spectra(), step)
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write ``result.json``."""
@@ -256,3 +255,46 @@ def _is_first(path: Path) -> bool:
 def _existing(path: Path) -> Path:
     """The path, or the nearest folder above it that there is."""
     return next((each for each in (path, *path.absolute().parents) if each.exists()), Path())
+
+
+def _append(file: Path, row: dict[str, Any]) -> None:
+    with naming(file), file.open("a", encoding="utf-8") as opened:
+        opened.write(json.dumps(row) + "\n")
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def _truncate(file: Path, rows: list[dict[str, Any]], step: int) -> None:
+    kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
+    write_atomically(file, "".join(kept).encode())
+
+
+def _read(file: Path, fits: Callable[[Any], bool], what: str) -> list[dict[str, Any]]:
+    if not file.exists():
+        return []
+    lines = file.read_bytes().split(b"\n")[:-1]
+    return [_row(file, number, line, fits, what) for number, line in enumerate(lines, 1)]
+
+
+def _row(
+    file: Path, number: int, line: bytes, fits: Callable[[Any], bool], what: str
+) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        if fits(row):
+            return row
+    except (ValueError, AttributeError, RecursionError):
+        pass
+    raise RunFolderError(f"{file} is damaged: line {number} is not {what}")
+
+
+def _is_metrics(row: Any) -> bool:
+    return row.keys() >= {"step", "cpu_seconds"} and {*map(type, row.values())} <= {int, float}
+
+
+def _is_spectrum(row: Any) -> bool:
+    names = {"step": int, "network": str, "n": int, "bandwidth": float, "cpu_seconds": float}
+    curves = [row.get("grid"), row.get("density")]
+    are_curves = all(isinstance(c, list) and {*map(type, c)} <= {int, float} for c in curves)
+    fits = all(type(row.get(name)) is kind for name, kind in names.items())
+    return fits and are_curves and len(curves[0]) == len(curves[1])

@@ -39,12 +39,16 @@ class Task:
         judge: Returns the metrics of samples of it.
         draw: Writes a picture of samples ``[n, ...]`` to a PNG file.
         shown: What the picture shows.
+        draw_walk: Writes a picture of ways through the samples, ``[rows, walk_steps, ...]``.
+        walk_steps: Samples on each way.
     """
 
     load: Callable[[], Dataset]
     judge: Callable[[Dataset], Judge]
     draw: Callable[[Path, Tensor], None]
     shown: str
+    draw_walk: Callable[[Path, Tensor], None]
+    walk_steps: int = 8
 
 
 def make_task(config: TrainConfig) -> Task:
@@ -67,7 +71,7 @@ def make_task(config: TrainConfig) -> Task:
 
 def _digits_task(config: TrainConfig) -> Task:
     draw = partial(pictures.save_grid, columns=_columns(config, load_digits))
-    return Task(load_digits, ImageJudge, draw, "images")
+    return Task(load_digits, ImageJudge, draw, "images", pictures.save_strips)
 
 
 def _columns(config: TrainConfig, load: Callable[[], Dataset]) -> int:
@@ -99,7 +103,13 @@ def dataset_task(load: Callable[[], Dataset], config: TrainConfig) -> Task:
         else:
             pictures.save_scatter(path, samples, load())
 
-    return Task(load, judge, draw, "samples")
+    def draw_walk(path: Path, walks: Tensor) -> None:
+        if walks.dim() == 5:
+            pictures.save_strips(path, walks)
+        else:
+            pictures.save_scatter(path, walks.flatten(0, 1), load())
+
+    return Task(load, judge, draw, "samples", draw_walk)
 
 
 def _mixture_task(mixture: Mixture) -> Task:
@@ -108,6 +118,8 @@ def _mixture_task(mixture: Mixture) -> Task:
         partial(MixtureJudge, mixture=mixture),
         partial(pictures.save_points, mixture=mixture),
         "2000 points",
+        partial(pictures.save_paths, mixture=mixture),
+        64,
     )
 
 
