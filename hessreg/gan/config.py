@@ -14,6 +14,7 @@ from hessreg.gan.options import (
     HessianPenaltyConfig,
     HSCConfig,
     HSN1RConfig,
+    IterativeConfig,
     ProjectionConfig,
     R1Config,
     R2Config,
@@ -23,7 +24,10 @@ from hessreg.gan.options import (
 
 __all__ = ["DEFAULTS", "REGULARIZERS", "TrainConfig"]
 
-REGULARIZERS = ("r1", "r2", "wgan_gp", "dragan", "hsn1r", "gaussian", "hessian_penalty")
+REGULARIZERS = (
+    *("r1", "r2", "wgan_gp", "iterative", "dragan"),
+    *("hsn1r", "gaussian", "hessian_penalty"),
+)
 
 
 def _check_regularizer(name: str) -> None:
@@ -39,8 +43,8 @@ class TrainConfig:
 
     Args:
         dataset: What to train on.
-        regularizer: none, or any of r1, r2, wgan_gp, dragan, hsn1r, gaussian and hessian_penalty
-            joined by +.
+        regularizer: none, or any of r1, r2, wgan_gp, iterative, dragan, hsn1r, gaussian and
+            hessian_penalty joined by +.
         loss: What the networks play for.
         label_smoothing: Distance of the label of real samples from 1, for losses with labels.
         smoothing: Whether that is one-sided, or generated samples have a label above 0 too.
@@ -71,6 +75,7 @@ class TrainConfig:
         r1: Options of regulariser r1.
         r2: Options of regulariser r2.
         wgan_gp: Options of regulariser wgan_gp.
+        iterative: Options of regulariser iterative.
         dragan: Options of regulariser dragan.
         hsn1r: Options of regulariser hsn1r.
         gaussian: Options of regulariser gaussian.
@@ -116,6 +121,7 @@ class TrainConfig:
     r1: R1Config = field(default_factory=R1Config)
     r2: R2Config = field(default_factory=R2Config)
     wgan_gp: WGANGPConfig = field(default_factory=WGANGPConfig)
+    iterative: IterativeConfig = field(default_factory=IterativeConfig)
     dragan: DRAGANConfig = field(default_factory=DRAGANConfig)
     hsn1r: HSN1RConfig = field(default_factory=HSN1RConfig)
     gaussian: GaussianConfig = field(default_factory=GaussianConfig)
@@ -142,7 +148,9 @@ class TrainConfig:
     def _check_pairs(self) -> None:
         """MMD^2 without bias takes two samples of each kind."""
         chosen = [*self.regularizer.split("+"), self.loss]
-        for name in ("gaussian", "mmd"):
+        if self.iterative.distance == "critic":
+            chosen = [name for name in chosen if name != "iterative"]
+        for name in ("gaussian", "iterative", "mmd"):
             enough = self.batch_size >= 2 or name not in chosen
             require(enough, "batch_size", f"at least 2 with {name}", self.batch_size)
         is_alone = self.loss == "mmd" and self.correction == "hsc" and self.hsc.rows == 1
