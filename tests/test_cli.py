@@ -286,7 +286,10 @@ def refused(capsys, *args) -> str:
         ("train ring --architecture dcgan", "dcgan is for samples of shape (1, 8, 8), got (2,)"),
         ("train ring --gaussian.sigma 0", "sigma must be median, ema, learned or positive"),
         ("train ring --gaussian.interaction_weight 1e400", "interaction_weight must be finite"),
-        ("train ring --batch_size 1", "batch_size must be at least 2 with gaussian, got 1"),
+        (
+            "train ring --regularizer gaussian --batch_size 1",
+            "batch_size must be at least 2 with gaussian, got 1",
+        ),
         ("train digits --correction newton", "--correction: Expected one of 'none', 'hsc'"),
         ("train digits --hsc.network x", "--hsc.network: Expected one of 'generator'"),
         ("train digits --hsc.eps 0", "eps must be positive, got 0.0"),

@@ -186,7 +186,7 @@ def test_sampler_continues_from_its_state():
 
 
 @pytest.mark.parametrize("architecture", ["mlp", "dcgan"])
-@pytest.mark.parametrize("activation", ["silu", "softplus", "tanh", "leaky_relu"])
+@pytest.mark.parametrize("activation", ["silu", "softplus", "tanh", "relu", "leaky_relu"])
 def test_networks_have_the_promised_shapes(architecture, activation):
     generator = Generator(architecture, 4, 8, activation)
     images = generator.sample(3, torch.Generator())

@@ -106,7 +106,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = 1
     architecture: Literal["mlp", "dcgan"] = "mlp"
-    activation: Literal["silu", "softplus", "tanh", "leaky_relu"] = "silu"
+    activation: Literal["silu", "softplus", "tanh", "relu", "leaky_relu"] = "silu"
     width: int = 128
     latent_dim: int = 32
     batch_size: int = 64
@@ -215,12 +215,12 @@ def _build(kind: type[Any], values: Any) -> Any:
 
 _RING = TrainConfig(
     dataset="ring",
-    regularizer="gaussian",
-    activation="leaky_relu",
+    regularizer="r1",
+    activation="relu",  # the generator has to jump between modes
     latent_dim=2,
     batch_size=256,
-    g=PlayerConfig(lr=1e-3),
-    d=PlayerConfig(lr=1e-3),
+    g=PlayerConfig(lr=2e-3),
+    d=PlayerConfig(lr=2e-3),
     r1=R1Config(gamma=0.1),
     r2=R2Config(gamma=0.1),
     gaussian=GaussianConfig(interaction_weight=100.0, sigma="0.25,0.5,1,2"),

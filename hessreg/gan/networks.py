@@ -14,6 +14,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
     "softplus": nn.Softplus,
     "tanh": nn.Tanh,
+    "relu": nn.ReLU,
     "leaky_relu": lambda: nn.LeakyReLU(0.2),
 }
 ARCHITECTURES = ("mlp", "dcgan")
@@ -41,8 +42,9 @@ class Generator(nn.Module):
             batch normalisation).
         latent_dim: Number of noise components.
         width: Units of a hidden layer; channels of the widest feature map of the DCGAN.
-        activation: ``"silu"``, ``"softplus"``, ``"tanh"`` or ``"leaky_relu"``. The second
-            derivative of the last is zero almost everywhere, so a Hessian sees less of it.
+        activation: ``"silu"``, ``"softplus"``, ``"tanh"``, ``"relu"`` or ``"leaky_relu"``. The
+            second derivative of the last two is zero almost everywhere, so a Hessian sees less of
+            them.
         shape: Of a sample: ``(1, 8, 8)``, or ``(d,)`` for points, which only the MLP draws.
 
     Example:
