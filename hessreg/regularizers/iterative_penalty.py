@@ -134,7 +134,8 @@ class IterativeGradientPenalty(_UnitSlope):
         steps = torch.arange(1, self.num_points + 1).view(-1, 1, *singles) / self.num_points
         shares = steps.to(real) * self._rho().pow(self.point_power).to(real)
         if self.jitter:
-            random = self._uniform(self.num_points, len(real), *singles, like=real)
+            random = self._uniform(ctx, len(real), self.num_points, *singles, like=real)
+            random = random.transpose(0, 1)
             shares = shares * (1 - self.jitter) + random * self.jitter
         return torch.lerp(real, fake, shares).flatten(0, 1)
 
@@ -183,8 +184,9 @@ class IterativeGradientPenalty(_UnitSlope):
         """Of the squared distance, or of the critic's gap with its sign."""
         real, fake = self._pairs(ctx)
         if self.distance == "critic":
-            return ctx.discriminator(real).mean() - ctx.discriminator(fake).mean()
-        x, y = real.flatten(1), fake.flatten(1)
+            gap = ctx.discriminator(real).mean() - ctx.discriminator(fake).mean()
+            return ctx.shard.mean(gap)
+        x, y = (ctx.shard.gather(samples.flatten(1)) for samples in (real, fake))
         if len(x) < 2:
             raise ValueError(f"distance {self.distance} needs at least 2 samples, got {len(x)}")
         return _energy(x, y) if self.distance == "energy" else mmd2(x, y, self._bandwidth(x))
