@@ -211,7 +211,7 @@ def test_networks_for_points():
 def test_networks_fit_their_data_set(dataset):
     config = replace(DEFAULTS[dataset], regularizer="none", batch_size=4, width=8)
     trainer = build_trainer(config, load_dataset(dataset))
-    trainer.step()
+    trainer.step(done=0.0)
     assert trainer.ema.sample(2, torch.Generator()).shape[1:] == trainer.data.shape[1:]
 
 

@@ -247,6 +247,12 @@ def _build(kind: type[Any], values: Any) -> Any:
         raise ValueError(str(error)) from None
 
 
+_DIGITS = TrainConfig(
+    regularizer="hsn1r+r1",
+    g=PlayerConfig(lr=1e-3, schedule="linear"),
+    d=PlayerConfig(lr=1e-3, schedule="linear"),
+    hsn1r=HSN1RConfig(norm="spectral", weight=0.1, discriminator_weight=0.2, num_steps=2),
+)
 _RING = TrainConfig(
     dataset="ring",
     regularizer="r1",
@@ -260,6 +266,4 @@ _RING = TrainConfig(
     gaussian=GaussianConfig(interaction_weight=100.0, sigma="0.25,0.5,1,2"),
 )
 _GRID = replace(_RING, dataset="grid")
-DEFAULTS: dict[str, TrainConfig] = {
-    config.dataset: config for config in (TrainConfig(), _RING, _GRID)
-}
+DEFAULTS: dict[str, TrainConfig] = {config.dataset: config for config in (_DIGITS, _RING, _GRID)}
