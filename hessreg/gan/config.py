@@ -248,7 +248,7 @@ def _build(kind: type[Any], values: Any) -> Any:
 
 
 _DIGITS = TrainConfig(
-    regularizer="hsn1r+r1",
+    regularizer="r1",
     g=PlayerConfig(lr=1e-3, schedule="linear"),
     d=PlayerConfig(lr=1e-3, schedule="linear"),
     hsn1r=HSN1RConfig(norm="spectral", weight=0.1, discriminator_weight=0.2, num_steps=2),
