@@ -218,7 +218,7 @@ TRAIN = {
     "train ring --architecture dcgan": "dcgan is for images whose sides halve",
     "train ring --gaussian.sigma 0": "sigma must be median, ema, learned or positive",
     "train ring --gaussian.interaction_weight 1e400": "interaction_weight must be finite",
-    "train ring --batch_size 1": "batch_size must be at least 2 with gaussian, got 1",
+    "train ring --regularizer gaussian --batch_size 1": "at least 2 with gaussian, got 1",
     f"train ring {SMALL} --steps 1 --out file/run": "cannot write to file/run",
     f"train ring {SMALL} --steps 1 --out file": "cannot write to file",
     f"train ring {SMALL} --steps 1 --out full": "full is not empty: choose another folder",

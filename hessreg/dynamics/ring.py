@@ -22,7 +22,7 @@ from hessreg.gan.networks import Discriminator, Generator
 __all__ = ["RingGame", "RingResult", "play_ring"]
 
 _BETAS = (0.5, 0.999)
-_LATENT, _ACTIVATION = 2, "leaky_relu"  # as in training on the ring
+_LATENT, _ACTIVATION = 2, "leaky_relu"
 
 
 class RingGame(AdversarialGame):

@@ -26,6 +26,7 @@ from hessreg.regularizers import (
     WGANGP,
     GaussianKernel,
     HessianPenalty,
+    IterativeGradientPenalty,
     Regularizer,
 )
 
@@ -112,11 +113,17 @@ def _gaussian(config: TrainConfig) -> Regularizer:
     return GaussianKernel(**(vars(config.gaussian) | {"sigma": parse_sigma(config.gaussian.sigma)}))
 
 
+def _iterative(config: TrainConfig) -> Regularizer:
+    sigma = parse_sigma(config.iterative.sigma, ["median"])
+    return IterativeGradientPenalty(**(vars(config.iterative) | {"sigma": sigma}), seed=config.seed)
+
+
 _BUILD: dict[str, Callable[[TrainConfig], Regularizer]] = {
     "hsn1r": lambda config: HSN1R(**vars(config.hsn1r), seed=config.seed),
     "r1": lambda config: R1(**vars(config.r1)),
     "r2": lambda config: R2(**vars(config.r2)),
     "wgan_gp": lambda config: WGANGP(**vars(config.wgan_gp), seed=config.seed),
+    "iterative": _iterative,
     "dragan": lambda config: DRAGAN(**vars(config.dragan), seed=config.seed),
     "gaussian": _gaussian,
     "hessian_penalty": lambda config: HessianPenalty(

@@ -24,6 +24,7 @@ from hessreg.gan.options import (
     ImagesConfig,
     InfoGANConfig,
     InstanceNoiseConfig,
+    IterativeConfig,
     PlayerConfig,
     ProjectionConfig,
     R1Config,
@@ -34,7 +35,10 @@ from hessreg.gan.options import (
 
 __all__ = ["DEFAULTS", "FROM_FILES", "REGULARIZERS", "TrainConfig", "flatten"]
 
-REGULARIZERS = ("r1", "r2", "wgan_gp", "dragan", "hsn1r", "gaussian", "hessian_penalty")
+REGULARIZERS = (
+    *("r1", "r2", "wgan_gp", "iterative", "dragan"),
+    *("hsn1r", "gaussian", "hessian_penalty"),
+)
 FROM_FILES = ("mnist", "images", "arrays")  # data sets that the user has
 
 
@@ -52,8 +56,8 @@ class TrainConfig:
     Args:
         dataset: What to train on.
         data: File or folder of data sets mnist, images and arrays.
-        regularizer: none, or any of r1, r2, wgan_gp, dragan, hsn1r, gaussian and hessian_penalty
-            joined by +.
+        regularizer: none, or any of r1, r2, wgan_gp, iterative, dragan, hsn1r, gaussian and
+            hessian_penalty joined by +.
         loss: What the networks play for.
         label_smoothing: Distance of the label of real samples from 1, for losses with labels.
         smoothing: Whether that is one-sided, or generated samples have a label above 0 too.
@@ -103,6 +107,7 @@ class TrainConfig:
         r1: Options of regulariser r1.
         r2: Options of regulariser r2.
         wgan_gp: Options of regulariser wgan_gp.
+        iterative: Options of regulariser iterative.
         dragan: Options of regulariser dragan.
         hsn1r: Options of regulariser hsn1r.
         gaussian: Options of regulariser gaussian.
@@ -165,6 +170,7 @@ class TrainConfig:
     r1: R1Config = field(default_factory=R1Config)
     r2: R2Config = field(default_factory=R2Config)
     wgan_gp: WGANGPConfig = field(default_factory=WGANGPConfig)
+    iterative: IterativeConfig = field(default_factory=IterativeConfig)
     dragan: DRAGANConfig = field(default_factory=DRAGANConfig)
     hsn1r: HSN1RConfig = field(default_factory=HSN1RConfig)
     gaussian: GaussianConfig = field(default_factory=GaussianConfig)
@@ -212,7 +218,10 @@ class TrainConfig:
         """MMD^2 without bias takes two samples of each kind."""
         chosen = [*self.regularizer.split("+"), self.loss]
         smallest = min(player.batch_size or self.batch_size for player in (self.g, self.d))
-        for name in {"gaussian", "mmd"} & {*chosen}:
+        estimators = {"gaussian", "mmd", "iterative"}
+        if self.iterative.distance == "critic":
+            estimators.remove("iterative")
+        for name in estimators & {*chosen}:
             require(smallest >= 2, "batch_size", f"at least 2 with {name}", smallest)
             wanted = f"at most {smallest // 2} with {name}, for parts of two samples"
             require(self.accumulate <= smallest // 2, "accumulate", wanted, self.accumulate)
@@ -309,14 +318,20 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+_DIGITS = TrainConfig(
+    regularizer="r1",
+    g=PlayerConfig(lr=1e-3, schedule="linear"),
+    d=PlayerConfig(lr=1e-3, schedule="linear"),
+    hsn1r=HSN1RConfig(norm="spectral", weight=0.1, discriminator_weight=0.2, num_steps=2),
+)
 _RING = TrainConfig(
     dataset="ring",
-    regularizer="gaussian",
-    activation="leaky_relu",
+    regularizer="r1",
+    activation="relu",  # the generator has to jump between modes
     latent_dim=2,
     batch_size=256,
-    g=PlayerConfig(lr=1e-3),
-    d=PlayerConfig(lr=1e-3),
+    g=PlayerConfig(lr=2e-3),
+    d=PlayerConfig(lr=2e-3),
     r1=R1Config(gamma=0.1),
     r2=R2Config(gamma=0.1),
     gaussian=GaussianConfig(interaction_weight=100.0, sigma="0.25,0.5,1,2"),
@@ -329,5 +344,5 @@ _MNIST = TrainConfig(
 _IMAGES = replace(_MNIST, dataset="images", regularizer="none", width=32)
 _ARRAYS = TrainConfig(dataset="arrays", regularizer="r1")
 DEFAULTS: dict[str, TrainConfig] = {
-    config.dataset: config for config in (TrainConfig(), _RING, _GRID, _MNIST, _IMAGES, _ARRAYS)
+    config.dataset: config for config in (_DIGITS, _RING, _GRID, _MNIST, _IMAGES, _ARRAYS)
 }

@@ -30,6 +30,7 @@ __all__ = [
     "ImagesConfig",
     "InfoGANConfig",
     "InstanceNoiseConfig",
+    "IterativeConfig",
     "PlayerConfig",
     "ProjectionConfig",
     "R1Config",
@@ -370,6 +371,46 @@ class WGANGPConfig:
 
 
 @dataclass
+class IterativeConfig:
+    """Options of the gradient penalty whose points and weight follow the distance to the data.
+
+    Args:
+        weight: Its weight at the start.
+        distance: Root of MMD^2, energy distance, or difference of the discriminator's mean outputs.
+        power: Of the share of the distance that is left, in the weight; 0 for a constant weight.
+        point_power: Of the same, in the place of the points between data and generated samples.
+        lam_min: Smallest weight; null for a tenth of the first.
+        jitter: Share of a random place in that of the points; 1 for wgan_gp's.
+        num_points: Points on the way from each real sample, whose mean counts.
+        decay: Of the moving average of the distance's estimate.
+        schedule: Places by the distance, or random as wgan_gp's.
+        sigma: Bandwidth of MMD^2: median, or numbers with commas for the mean of their kernels.
+    """
+
+    weight: float = 10.0
+    distance: Literal["mmd", "energy", "critic"] = "mmd"
+    power: float = 1.0
+    point_power: float = 1.0
+    lam_min: float | None = None
+    jitter: float = 0.0
+    num_points: int = 1
+    decay: float = 0.99
+    schedule: Literal["distance", "uniform"] = "distance"
+    sigma: float | str = "median"
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_at_least(self, 0, "weight", "power", "point_power")
+        require_at_least(self, 1, "num_points")
+        require(0 <= self.jitter <= 1, "jitter", "in [0, 1]", self.jitter)
+        require(0 <= self.decay < 1, "decay", "in [0, 1)", self.decay)
+        if self.lam_min is not None:
+            wanted = f"null or in [0, {self.weight}]"
+            require(0 <= self.lam_min <= self.weight, "lam_min", wanted, self.lam_min)
+        parse_sigma(self.sigma, ["median"])
+
+
+@dataclass
 class DRAGANConfig:
     """Options of the gradient penalty around real images.
 
@@ -393,7 +434,8 @@ class HSN1RConfig:
     Args:
         norm: Sum of absolute eigenvalues, largest absolute eigenvalue, largest column sum, or root
             of the sum of squares.
-        weight: Weight of the generator's norm.
+        weight: Weight of the generator's norm; what is a good one depends on the norm: 1e-4 for
+            nuclear is like 0.1 for spectral.
         discriminator_weight: Weight of the discriminator's norm.
         every: Apply it in every k-th step.
         num_steps: Lanczos or power iterations for one norm.

@@ -55,6 +55,8 @@ _LINES = {
     "r2": "-.",
     "dragan": "--",
     "mmd2": "-.",
+    "lambda": "--",
+    "distance": ":",
     "angle_d": "--",
     "angle_after": ":",
     "angle_after_g": ":",
@@ -71,13 +73,14 @@ _LOSSES = "loss_g", "loss_d"
 _NORMS = "grad_norm_g", "grad_norm_d"
 _PENALTIES = (
     *("hessian_norm_g", "hessian_norm_d", "mmd2", "hessian_penalty"),
-    *("r1", "r2", "wgan_gp", "dragan"),
+    *("r1", "r2", "wgan_gp", "iterative", "dragan"),
 )
 _ANGLES = "angles of gradients, degrees"
 _STEPS = {
     "ends of the spectra of H": tuple(
         f"hessian_{end}_{side}" for side in "gd" for end in ("smallest", "largest")
     ),
+    "iterative penalty: path and weight": ("rho", "lambda", "distance"),
     _ANGLES: ("angle", "angle_after", "angle_g", "angle_after_g", "angle_d", "angle_after_d"),
     "condition number of H, and corrected": _of_both("hsc_condition"),
     "smallest |eigenvalue| of H, and corrected": _of_both("hsc_smallest"),

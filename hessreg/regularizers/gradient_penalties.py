@@ -140,7 +140,7 @@ class _UnitSlope(GradientPenalty):
 
     def penalty(self, slopes: Tensor) -> Tensor:
         """Weight E (|slope| - 1)^2."""
-        return self.weight * (torch.linalg.vector_norm(slopes, dim=1) - 1).square().mean()
+        return self.weight * _deviation(slopes)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the random numbers."""
@@ -160,6 +160,19 @@ class _UnitSlope(GradientPenalty):
         """Numbers for this process's rows, drawn for those of all."""
         numbers = torch.rand(rows * ctx.shard.size, *shape, generator=self._random)
         return ctx.shard.take(numbers).to(like)
+
+    def _pairs(self, ctx: StepContext) -> tuple[Tensor, Tensor]:
+        """Real samples, each with the generated one in its row."""
+        real, fake = self._samples(ctx, "real"), self._samples(ctx, "fake")
+        if real.shape != fake.shape:
+            name, shapes = type(self).__name__, f"{tuple(real.shape)} and {tuple(fake.shape)}"
+            raise ValueError(f"{name} needs as many real as generated samples, got {shapes}")
+        return real, fake
+
+
+def _deviation(slopes: Tensor) -> Tensor:
+    """E (|slope| - 1)^2."""
+    return (torch.linalg.vector_norm(slopes, dim=1) - 1).square().mean()
 
 
 class WGANGP(_UnitSlope):
@@ -195,10 +208,7 @@ class WGANGP(_UnitSlope):
         Raises:
             ValueError: not as many of both.
         """
-        real, fake = self._samples(ctx, "real"), self._samples(ctx, "fake")
-        if real.shape != fake.shape:
-            shapes = f"{tuple(real.shape)} and {tuple(fake.shape)}"
-            raise ValueError(f"WGANGP needs as many real as generated samples, got {shapes}")
+        real, fake = self._pairs(ctx)
         share = self._uniform(ctx, len(real), *[1] * (real.dim() - 1), like=real)
         return torch.lerp(real, fake, share)
 
