@@ -33,7 +33,7 @@ from hessreg.dynamics.config import DynamicsConfig
 from hessreg.dynamics.lab import Lab
 from hessreg.gan.checkpoint import CheckpointError
 from hessreg.gan.compare import Comparison, ComparisonError
-from hessreg.gan.config import DEFAULTS, TrainConfig
+from hessreg.gan.config import DEFAULTS, TrainConfig, flatten
 from hessreg.gan.curvature_targets import NETWORKS, load_factory, load_run
 from hessreg.gan.options import parse_sigma
 from hessreg.gan.progress import make_progress, say
@@ -54,6 +54,9 @@ from hessreg.optim import OppositeGradientsError
 from hessreg.style.config import StyleConfig
 from hessreg.style.images import ImageError
 from hessreg.style.run import StyleRun, draw_at_once
+from hessreg.tuning.config import TuneConfig
+from hessreg.tuning.outcome import OutcomeError
+from hessreg.tuning.tuner import Tuner, TuningError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -62,7 +65,15 @@ __all__ = ["main"]
 
 _ROWS = 512  # of the data of a run
 _COMPARED = "none,r1,hsn1r,gaussian"
-_FAILURES = ComparisonError, NonFiniteError, NonFiniteCurvatureError, OppositeGradientsError
+_TUNED_EVERY = 500  # steps between values that a pruner sees
+_FAILURES = (
+    ComparisonError,
+    TuningError,
+    OutcomeError,
+    NonFiniteError,
+    NonFiniteCurvatureError,
+    OppositeGradientsError,
+)
 _PACKAGES = ("numpy", "scikit-learn", "safetensors", "matplotlib", "tensorboard", "rich")
 
 
@@ -95,6 +106,7 @@ def _run(args: list[str]) -> None:
         "train": _train,
         "resume": _resume,
         "compare": _compare,
+        "tune": _tune,
         "spectrum": _spectrum,
         "dynamics": _dynamics,
         "style": _style,
@@ -146,6 +158,7 @@ def _parser() -> ArgumentParser:
     _add_per_dataset(commands, "train", "train a GAN", _train_parser)
     commands.add_subcommand("resume", _resume_parser(), help="continue a run; also train --resume")
     _add_per_dataset(commands, "compare", "several methods at equal cost", _compare_parser)
+    _add_per_dataset(commands, "tune", "search for hyperparameters", _tune_parser)
     purpose = "eigenvalues, trace and density of a Hessian"
     commands.add_subcommand("spectrum", _spectrum_parser(), help=purpose)
     purpose = "how training methods move in small games, and why"
@@ -180,18 +193,9 @@ def _config_parser(dataset: str, description: str, skip: set[str]) -> ArgumentPa
     # Hidden: it only lets --config be the config.yaml of a run.
     parser.add_argument("--dataset", choices=[dataset], default=dataset, help=argparse.SUPPRESS)
     parser.add_class_arguments(TrainConfig, skip={"dataset", *skip})
-    defaults = _flat(DEFAULTS[dataset].to_dict())
+    defaults = flatten(DEFAULTS[dataset].to_dict())
     parser.set_defaults({k: v for k, v in defaults.items() if k not in {*skip, "seconds"}})
     return parser
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, with dots in the names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        inner = _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else None
-        flat.update({prefix + name: value} if inner is None else inner)
-    return flat
 
 
 def _train_parser(dataset: str) -> ArgumentParser:
@@ -207,6 +211,14 @@ def _compare_parser(dataset: str) -> ArgumentParser:
     parser.add_argument("--methods", type=str, default=_COMPARED, help=names)
     parser.add_argument("--seeds", type=str, default="0", help="Seeds, with commas.")
     parser.add_argument("--jobs", type=int, default=1, help="Runs at once.")
+    return parser
+
+
+def _tune_parser(dataset: str) -> ArgumentParser:
+    purpose = f"Search for hyperparameters on {dataset}; every trial is a run of its own."
+    parser = _config_parser(dataset, purpose, set())
+    parser.set_defaults(eval_every=_TUNED_EVERY, tensorboard=False)
+    parser.add_class_arguments(TuneConfig)
     return parser
 
 
@@ -321,7 +333,7 @@ def _parse(args: list[str]) -> tuple[str, dict[str, Any]]:
         message = _unknown_name(args) if nameless else str(error)
         raise _InputError(_readable(message)) from None
     chosen = options[options.command]
-    per_dataset = options.command in ("train", "compare")
+    per_dataset = options.command in ("train", "compare", "tune")
     return options.command, dict(vars(chosen[chosen.dataset] if per_dataset else chosen))
 
 
@@ -334,7 +346,7 @@ def _unknown_name(args: list[str]) -> str:
     """What the innermost parser says, which names the unknown key."""
     from jsonargparse import ArgumentError
 
-    parsers = {"train": _train_parser, "compare": _compare_parser}
+    parsers = {"train": _train_parser, "compare": _compare_parser, "tune": _tune_parser}
     try:
         parsers[args[0]](args[1]).parse_args(args[2:])
     except (ArgumentError, ValueError, TypeError) as error:
@@ -388,6 +400,19 @@ def _compare(options: dict[str, Any]) -> None:
         seeds = _seeds(options["seeds"])
         comparison = Comparison.create(out, names, config, seeds, options["jobs"])
     say(comparison.train())
+
+
+def _tune(options: dict[str, Any]) -> None:
+    with _input():
+        base = _train_config(options)
+        config = TuneConfig(**{f.name: options[f.name] for f in fields(TuneConfig)})
+        tuner = Tuner(_out(options, f"{base.dataset}-tune"), base, config)
+    outcome = tuner.run()
+    files = outcome.write()
+    say(outcome.describe())
+    if config.confirm and len(outcome.objectives) == 1:
+        say(outcome.confirm(config.confirm, config.workers))
+    say(f"written: {', '.join(map(str, files))}")
 
 
 def _seeds(text: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from hessreg.gan.options import (
     WGANGPConfig,
 )
 
-__all__ = ["DEFAULTS", "REGULARIZERS", "TrainConfig"]
+__all__ = ["DEFAULTS", "REGULARIZERS", "TrainConfig", "flatten"]
 
 REGULARIZERS = ("r1", "r2", "wgan_gp", "dragan", "hsn1r", "gaussian", "hessian_penalty")
 
@@ -202,6 +203,20 @@ def _build(kind: type[Any], values: Any) -> Any:
         return kind(**values)
     except TypeError as error:
         raise ValueError(str(error)) from None
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, with dots in the names.
+
+    Example:
+        >>> flatten({"seed": 0, "r1": {"gamma": 1.0}})
+        {'seed': 0, 'r1.gamma': 1.0}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else None
+        flat.update({prefix + name: value} if inner is None else inner)
+    return flat
 
 
 _RING = TrainConfig(
