@@ -367,7 +367,7 @@ def test_a_broken_pipe_does_not_stop_training(tmp_path, monkeypatch):
 
 def test_divergence_stops_the_run_and_names_the_last_checkpoint(capsys, tmp_path):
     folder = tmp_path / "run"
-    options = ["--regularizer=r1", "--discriminator_lr=1e30", "--steps=50", f"--out={folder}"]
+    options = ["--regularizer=r1", "--d.lr=1e30", "--steps=50", f"--out={folder}"]
     assert main(["train", "digits", *SMALL, *options]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -378,7 +378,7 @@ def test_divergence_stops_the_run_and_names_the_last_checkpoint(capsys, tmp_path
 @pytest.mark.parametrize("dataset", ["digits", "ring"])
 def test_samples_that_are_not_finite_stop_the_run(capsys, tmp_path, dataset):
     folder = tmp_path / "run"
-    options = ["--regularizer=none", "--generator_lr=1e20", "--steps=1", f"--out={folder}"]
+    options = ["--regularizer=none", "--g.lr=1e20", "--steps=1", f"--out={folder}"]
     assert main(["train", dataset, *SMALL, *options]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1

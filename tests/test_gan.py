@@ -1215,7 +1215,7 @@ def test_a_set_of_regularizers_has_no_repetition(name):
         ({"batch_size": 8.0}, "batch_size must be an integer, got 8.0"),
         ({"batch_size": True}, "batch_size must be an integer, got True"),
         ({"ema_decay": False}, "ema_decay must be a number, got False"),
-        ({"generator_lr": "1e-3"}, "generator_lr must be a number, got '1e-3'"),
+        ({"g": 1e-3}, "g must be a mapping of names to values, got 0.001"),
         ({"tensorboard": "no"}, "tensorboard must be true or false, got 'no'"),
         ({"architecture": "vit"}, "architecture must be one of mlp, dcgan, got 'vit'"),
         ({"regularizer": ["none"]}, "regularizer must be text, got"),

@@ -58,7 +58,7 @@ def build_trainer(config: TrainConfig, dataset: Dataset) -> Trainer:
         dataset.train_samples.to(resolve_device(config.device)),
         [*_build_regularizers(config), *_build_correction(config)],
         batch_size=config.batch_size,
-        learning_rates=(config.generator_lr, config.discriminator_lr),
+        learning_rates=(config.g.lr, config.d.lr),
         ema_decay=config.ema_decay,
         seed=config.seed,
         loss=loss,

@@ -15,6 +15,7 @@ from hessreg.gan.options import (
     HessianPenaltyConfig,
     HSCConfig,
     HSN1RConfig,
+    PlayerConfig,
     ProjectionConfig,
     R1Config,
     R2Config,
@@ -60,13 +61,13 @@ class TrainConfig:
         width: Units of a hidden layer, or channels of the widest feature map.
         latent_dim: Number of noise components.
         batch_size: Samples in a batch.
-        generator_lr: Adam's learning rate for the generator.
-        discriminator_lr: Adam's learning rate for the discriminator.
         ema_decay: Decay of the averaged generator that makes the samples.
         log_every: Steps between rows of metrics.jsonl.
         eval_every: Steps between evaluations by the judge.
         save_every: Steps between checkpoints.
         tensorboard: Write TensorBoard events as well.
+        g: Options of the generator's training.
+        d: Options of the discriminator's training.
         ring: Options of data set ring.
         grid: Options of data set grid.
         r1: Options of regulariser r1.
@@ -105,13 +106,13 @@ class TrainConfig:
     width: int = 128
     latent_dim: int = 32
     batch_size: int = 64
-    generator_lr: float = 5e-4
-    discriminator_lr: float = 5e-4
     ema_decay: float = 0.999
     log_every: int = 100
     eval_every: int = 2000
     save_every: int = 1000
     tensorboard: bool = True
+    g: PlayerConfig = field(default_factory=PlayerConfig)
+    d: PlayerConfig = field(default_factory=PlayerConfig)
     ring: RingConfig = field(default_factory=RingConfig)
     grid: GridConfig = field(default_factory=GridConfig)
     r1: R1Config = field(default_factory=R1Config)
@@ -129,7 +130,7 @@ class TrainConfig:
         _check_regularizer(self.regularizer)
         make_loss(self.loss, self.label_smoothing, self.smoothing == "both")
         self._check_orthogonal()
-        require_at_least(self, 0, "steps", "seconds", "seed", "generator_lr", "discriminator_lr")
+        require_at_least(self, 0, "steps", "seconds", "seed")
         require_at_least(self, 1, "threads", "latent_dim", "batch_size")
         require_at_least(self, 1, "log_every", "eval_every", "save_every")
         self._check_pairs()
@@ -225,8 +226,8 @@ _RING = TrainConfig(
     activation="leaky_relu",
     latent_dim=2,
     batch_size=256,
-    generator_lr=1e-3,
-    discriminator_lr=1e-3,
+    g=PlayerConfig(lr=1e-3),
+    d=PlayerConfig(lr=1e-3),
     r1=R1Config(gamma=0.1),
     r2=R2Config(gamma=0.1),
     gaussian=GaussianConfig(interaction_weight=100.0, sigma="0.25,0.5,1,2"),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hessreg.curvature import HessianOperator, NonFiniteError
 from hessreg.curvature.parameters import FlatParameters
+from hessreg.gan.distributed import gathered
 from hessreg.gan.losses import AdversarialLoss, NonSaturating
 from hessreg.optim import HessianPreconditioner
 from hessreg.regularizers import BaseRegularizer, Gradients, StepContext
@@ -69,7 +70,9 @@ class HessianCorrectedGradients(BaseRegularizer):
         gradient = flat.flatten([torch.zeros_like(p) if g is None else g for p, g in pairs])
         loss = self._loss(name, ctx)
         try:
-            step = preconditioner.correct(gradient, lambda: HessianOperator(loss, parameters))
+            step = preconditioner.correct(
+                gradient, lambda: HessianOperator(loss, parameters, process_group=ctx.shard.group)
+            )
         except NonFiniteError:
             return grads  # the trainer says which it is
         parts = zip(flat.split(step), grads, strict=True)
@@ -100,16 +103,19 @@ class HessianCorrectedGradients(BaseRegularizer):
             preconditioner.load_state_dict(state[name])
 
     def _loss(self, name: str, ctx: StepContext) -> Callable[[], Tensor]:
-        needs_real = name == "discriminator" or self._adversarial.compares
-        real = self._sampled("real", ctx.real) if needs_real else torch.empty(0)
+        adversarial = gathered(self._adversarial, ctx.shard)
+        needs_real = name == "discriminator" or adversarial.compares
+        real = self._sampled("real", ctx) if needs_real else torch.empty(0)
         if name == "discriminator":
-            fake = self._sampled("fake", ctx.fake)
-            return partial(self._adversarial.of_discriminator, ctx.discriminator, real, fake)
-        noise = self._sampled("noise", ctx.noise)
-        of_generator = self._adversarial.of_generator
-        return lambda: of_generator(ctx.discriminator, real, ctx.generator(noise))
+            fake = self._sampled("fake", ctx)
+            return partial(adversarial.of_discriminator, ctx.discriminator, real, fake)
+        noise = self._sampled("noise", ctx)
+        return lambda: adversarial.of_generator(ctx.discriminator, real, ctx.generator(noise))
 
-    def _sampled(self, name: str, batch: Tensor | None) -> Tensor:
+    def _sampled(self, name: str, ctx: StepContext) -> Tensor:
+        batch: Tensor | None = getattr(ctx, name)
         if batch is None:
             raise ValueError(f"the Hessian correction needs a batch in ctx.{name}, got None")
-        return batch[: self._rows].detach()
+        if self._rows is None:
+            return batch.detach()
+        return ctx.shard.take(ctx.shard.gather(batch.detach())[: self._rows])

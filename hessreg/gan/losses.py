@@ -36,11 +36,13 @@ class AdversarialLoss(ABC):
         outputs: How many numbers the discriminator gives for a sample.
         has_parts: Whether the discriminator's loss is a sum over real and over generated samples.
         compares: Whether the generator's loss depends on real samples too.
+        mixes_rows: Whether the losses are more than means over samples, or pairs of them.
     """
 
     outputs: int = 1
     has_parts: bool = True
     compares: bool = False
+    mixes_rows: bool = False
 
     @abstractmethod
     def discriminator(self, real: Tensor, fake: Tensor) -> tuple[Tensor, ...]:
@@ -193,6 +195,7 @@ class MMDLoss(AdversarialLoss):
 
     has_parts = False
     compares = True
+    mixes_rows = True
 
     def discriminator(self, real: Tensor, fake: Tensor) -> tuple[Tensor, ...]:
         """-MMD^2."""

@@ -22,6 +22,7 @@ __all__ = [
     "HSCConfig",
     "HSN1RConfig",
     "HessianPenaltyConfig",
+    "PlayerConfig",
     "ProjectionConfig",
     "R1Config",
     "R2Config",
@@ -59,6 +60,21 @@ def _is_bandwidth(value: float) -> bool:
         return _gamma_of(value) > 0
     except ValueError:
         return False
+
+
+@dataclass
+class PlayerConfig:
+    """Options of the training of one network.
+
+    Args:
+        lr: Learning rate.
+    """
+
+    lr: float = 5e-4
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_at_least(self, 0, "lr")
 
 
 @dataclass

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from hessreg.optim import OrthogonalGradients
@@ -35,18 +36,27 @@ class Orthogonal:
     scope: Literal["global", "tensor", "row"] | None = None
 
     def wrap(
-        self, generator: torch.optim.Optimizer, discriminator: torch.optim.Optimizer
+        self,
+        generator: torch.optim.Optimizer,
+        discriminator: torch.optim.Optimizer,
+        group: dist.ProcessGroup | None = None,
     ) -> tuple[OrthogonalGradients | None, OrthogonalGradients | None]:
         """Return what steps the generator and the discriminator: one object for both at once."""
         if self.mode == "previous":
-            both = self._wrapped(generator, discriminator)
+            both = self._wrapped(group, generator, discriminator)
             return both, both
-        first = self._wrapped(generator)
-        return first, None if self.mode == "game" else self._wrapped(discriminator)
+        first = self._wrapped(group, generator)
+        return first, None if self.mode == "game" else self._wrapped(group, discriminator)
 
-    def _wrapped(self, *optimizers: torch.optim.Optimizer) -> OrthogonalGradients:
+    def _wrapped(
+        self, group: dist.ProcessGroup | None, *optimizers: torch.optim.Optimizer
+    ) -> OrthogonalGradients:
         return OrthogonalGradients(
-            *optimizers, mode=self.mode, strength=self.strength, scope=self.scope
+            *optimizers,
+            mode=self.mode,
+            strength=self.strength,
+            scope=self.scope,
+            process_group=group,
         )
 
     def losses(

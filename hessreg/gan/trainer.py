@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from hessreg.curvature import NonFiniteError as NonFiniteCurvatureError
 from hessreg.curvature import third_order_safe
+from hessreg.distributed import WHOLE, Shard
 from hessreg.gan.data import ShuffledSampler
+from hessreg.gan.distributed import gathered, synchronize_norms
 from hessreg.gan.losses import AdversarialLoss, NonSaturating
 from hessreg.gan.networks import Generator
 from hessreg.gan.orthogonal import Orthogonal
 from hessreg.optim import OrthogonalGradients
+from hessreg.optim._vectors import average
 from hessreg.regularizers import Gradients, Regularizer, StepContext
 
 __all__ = ["NonFiniteError", "Trainer"]
@@ -49,6 +52,8 @@ class Trainer:
         loss: What the networks play for; the non-saturating loss by default.
         orthogonal: Which gradients to project before the steps. Its mode ``"previous"`` steps both
             networks at once, from gradients at the same weights.
+        shard: This process's share of every batch, where several train together; all of them call
+            the same methods.
     """
 
     def __init__(
@@ -65,9 +70,14 @@ class Trainer:
         seed: int = 0,
         loss: AdversarialLoss | None = None,
         orthogonal: Orthogonal | None = None,
+        shard: Shard = WHOLE,
     ) -> None:
+        shard.check_divides("batch_size", batch_size)
+        self.shard = shard
         self.generator = generator.to(data.device)
         self.discriminator = discriminator.to(data.device)
+        for network in (self.generator, self.discriminator):
+            synchronize_norms(network, shard)
         self.ema = copy.deepcopy(self.generator).requires_grad_(False)
         self.ema_decay = ema_decay
         self.data = data
@@ -78,11 +88,11 @@ class Trainer:
                 (self.generator, self.discriminator), learning_rates, strict=True
             )
         }
-        self.loss = loss or NonSaturating()
+        self.loss = gathered(loss or NonSaturating(), shard)
         self.orthogonal = orthogonal
         self._projecting: dict[nn.Module, OrthogonalGradients] = {}
         if orthogonal is not None:
-            wrappers = orthogonal.wrap(*self.optimizers.values())
+            wrappers = orthogonal.wrap(*self.optimizers.values(), group=shard.group)
             pairs = zip(self.optimizers, wrappers, strict=True)
             self._projecting = {network: each for network, each in pairs if each is not None}
         self.sampler = ShuffledSampler(len(data), batch_size, seed)
@@ -97,7 +107,7 @@ class Trainer:
         Raises:
             NonFiniteError: If a loss, penalty or gradient is not finite.
         """
-        real = self.data[next(self.sampler)]
+        real = self.data[self.shard.take(next(self.sampler))]
         self._discriminator_step(real)
         self._generator_step(real)
         self._update_ema()
@@ -112,7 +122,9 @@ class Trainer:
         values = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
         self._sums, self._counts = {}, {}
         for regularizer in self.regularizers:
-            values.update(regularizer.metrics())
+            own = regularizer.metrics()
+            means = self.shard.mean(torch.tensor([*own.values()], dtype=torch.float64))
+            values.update(zip(own, means.tolist(), strict=True))
         return values
 
     def check_weights(self) -> None:
@@ -210,7 +222,8 @@ class Trainer:
     ) -> None:
         """Differentiate the loss and the regularisers' terms, and step the network's optimiser."""
         side = 0 if network is self.generator else 1
-        self._check(side, loss=loss)
+        if self.shard.size == 1:  # several ask each other once, when they have everything
+            self._check(side, loss=loss)
         penalty = self._penalty(side, loss, context)
         parameters = [p for p in network.parameters() if p.requires_grad]
         losses = [loss + penalty]
@@ -221,8 +234,9 @@ class Trainer:
             g_grads, d_grads = (grads, None) if side == 0 else (None, grads)
             grads = regularizer.transform_grads(g_grads, d_grads, context)[side] or grads
             grads = regularizer.precondition(network, grads, context)
+        loss, penalty = self.shard.means(loss, penalty)
         norm = nn.utils.get_total_norm([grad for grad in grads if grad is not None])
-        self._check(side, penalty=penalty, grad_norm=norm, grads=grads)
+        self._check(side, loss=loss, penalty=penalty, grad_norm=norm, grads=grads)
         self._measure(f"_{_NAMES[side][0]}", loss=loss, penalty=penalty, grad_norm=norm)
         network.zero_grad()  # those that are frozen or unused stay without a gradient
         for parameter, grad in zip(parameters, grads, strict=True):
@@ -249,7 +263,9 @@ class Trainer:
     ) -> Gradients:
         """The gradient of the only loss, or the projected one of several."""
         if len(losses) == 1:
-            return torch.autograd.grad(losses[0], parameters, allow_unused=True)
+            grads = torch.autograd.grad(losses[0], parameters, allow_unused=True)
+            group = self.shard.group
+            return grads if group is None else average([list(grads)], parameters, group)[0]
         network.zero_grad()
         self._projecting[network].backward(losses)
         return [parameter.grad for parameter in parameters]
@@ -258,6 +274,7 @@ class Trainer:
         try:
             terms = [regularizer.loss_terms(context)[side] for regularizer in self.regularizers]
         except NonFiniteCurvatureError as error:
+            self._check(side, loss=self.shard.mean(loss.detach()))
             raise self._failure(side, f"penalty: {error}") from None
         return sum((term for term in terms if term is not None), torch.zeros_like(loss))
 
@@ -282,7 +299,7 @@ class Trainer:
     def _draw_noise(self) -> Tensor:
         shape = (self.sampler.batch_size, self.generator.latent_dim)
         noise = torch.randn(shape, generator=self.noise)  # on the CPU: the same on every device
-        return noise.to(self.data.device)
+        return self.shard.take(noise).to(self.data)
 
     def _context(
         self,
@@ -293,7 +310,8 @@ class Trainer:
         noise: Tensor,
     ) -> StepContext:
         networks = self.generator, self.discriminator
-        return StepContext(self.steps_done, *networks, loss_g, loss_d, real, fake, noise)
+        batch = real, fake, noise
+        return StepContext(self.steps_done, *networks, loss_g, loss_d, *batch, self.shard)
 
     def _safe_derivatives(self) -> AbstractContextManager[object]:
         """Exact third derivatives through normalisation layers, where a regulariser needs them."""

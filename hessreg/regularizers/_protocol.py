@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from hessreg.distributed import WHOLE, Shard
+
 __all__ = ["BaseRegularizer", "Gradients", "Regularizer", "StepContext"]
 
 Gradients = Sequence[Tensor | None]
@@ -26,6 +28,7 @@ class StepContext:
         real: the batch of data, if there is one.
         fake: the generated batch, if there is one.
         noise: what the generator made the generated batch from, if it is known.
+        shard: which rows of the batches these are, where several processes share them.
     """
 
     step: int
@@ -36,6 +39,7 @@ class StepContext:
     real: Tensor | None = None
     fake: Tensor | None = None
     noise: Tensor | None = None
+    shard: Shard = WHOLE
 
 
 @runtime_checkable

@@ -211,7 +211,8 @@ class GaussianKernel(BaseRegularizer):
         real, fake = _batches(ctx)
         with torch.no_grad():
             real = self.embed(real, ctx.discriminator)
-        return self.penalty(self.embed(fake, ctx.discriminator), real)
+        fake = self.embed(fake, ctx.discriminator)
+        return self.penalty(ctx.shard.gather(fake), ctx.shard.gather(real))
 
     def _discriminator_term(self, ctx: StepContext) -> Tensor | None:
         if ctx.discriminator_loss is None or not self.discriminator_weight:

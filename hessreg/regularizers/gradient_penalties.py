@@ -156,8 +156,10 @@ class _UnitSlope(GradientPenalty):
             raise ValueError(f"state must have random, got {sorted(state)}")
         self._random.set_state(state["random"].cpu())
 
-    def _uniform(self, *shape: int, like: Tensor) -> Tensor:
-        return torch.rand(*shape, generator=self._random).to(like)
+    def _uniform(self, ctx: StepContext, rows: int, *shape: int, like: Tensor) -> Tensor:
+        """Numbers for this process's rows, drawn for those of all."""
+        numbers = torch.rand(rows * ctx.shard.size, *shape, generator=self._random)
+        return ctx.shard.take(numbers).to(like)
 
 
 class WGANGP(_UnitSlope):
@@ -197,7 +199,8 @@ class WGANGP(_UnitSlope):
         if real.shape != fake.shape:
             shapes = f"{tuple(real.shape)} and {tuple(fake.shape)}"
             raise ValueError(f"WGANGP needs as many real as generated samples, got {shapes}")
-        return torch.lerp(real, fake, self._uniform(len(real), *[1] * (real.dim() - 1), like=real))
+        share = self._uniform(ctx, len(real), *[1] * (real.dim() - 1), like=real)
+        return torch.lerp(real, fake, share)
 
 
 class DRAGAN(_UnitSlope):
@@ -226,5 +229,5 @@ class DRAGAN(_UnitSlope):
     def points(self, ctx: StepContext) -> Tensor:
         """The batch of data with noise."""
         real = self._samples(ctx, "real")
-        noise = self._uniform(*real.shape, like=real)
-        return real + self.spread * real.std(correction=0) * noise
+        noise = self._uniform(ctx, *real.shape, like=real)
+        return real + self.spread * ctx.shard.std(real) * noise

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hessreg.curvature._checks import check_at_least, check_not_negative
 from hessreg.curvature.evaluation import RandomState, evaluate
+from hessreg.distributed import WHOLE, Shard
 from hessreg.regularizers._protocol import BaseRegularizer, StepContext
 
 __all__ = ["HessianPenalty"]
@@ -89,14 +90,17 @@ class HessianPenalty(BaseRegularizer):
             return None, None
         if ctx.noise is None:
             raise ValueError("HessianPenalty needs the generator's input in ctx.noise, got None")
-        return self.every * self.penalty(ctx.generator, ctx.noise), None
+        return self.every * self.penalty(ctx.generator, ctx.noise, ctx.shard), None
 
-    def penalty(self, function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    def penalty(
+        self, function: Callable[[Tensor], Tensor], z: Tensor, shard: Shard = WHOLE
+    ) -> Tensor:
         """The term to add to a loss: weight * penalty of any function of a batch.
 
         Args:
             function: a module or another callable, z [n, ...] -> outputs [n, ...].
             z: [n, ...], where to take the curvature.
+            shard: which rows of a batch these are, where several processes share it.
 
         Returns:
             Scalar [], differentiable in what the function depends on and, if it requires a
@@ -112,12 +116,12 @@ class HessianPenalty(BaseRegularizer):
             point = z if z.requires_grad else z.detach().requires_grad_(True)
             outputs = evaluate(function, point, state=RandomState(z.device))
             _check_batch("function's output", outputs, len(z))
-            signs = [self._random_signs(z) for _ in range(self.num_probes)]
+            signs = [self._random_signs(z, shard) for _ in range(self.num_probes)]
             curvatures = torch.stack(_second_derivatives(outputs, point, signs))
             variances = curvatures.var(0).reshape(len(z), -1)  # [n, outputs]
             value = (variances.amax(1) if self.reduction == "max" else variances.mean(1)).mean()
-        self._value = value.detach()
-        return self.weight * (value if torch.is_grad_enabled() else self._value)
+        self._value = shard.mean(value.detach())
+        return self.weight * (value if torch.is_grad_enabled() else value.detach())
 
     def metrics(self) -> dict[str, float]:
         """``hessian_penalty``: what was last computed, without its weight."""
@@ -139,9 +143,9 @@ class HessianPenalty(BaseRegularizer):
         self._random.set_state(state["random"].cpu())
         self._value = state["value"].clone() if "value" in state else None
 
-    def _random_signs(self, z: Tensor) -> Tensor:
-        bits = torch.randint(0, 2, z.shape, generator=self._random)
-        return bits.to(z.device, z.dtype) * 2 - 1
+    def _random_signs(self, z: Tensor, shard: Shard) -> Tensor:
+        bits = torch.randint(0, 2, (len(z) * shard.size, *z.shape[1:]), generator=self._random)
+        return shard.take(bits).to(z.device, z.dtype) * 2 - 1
 
 
 def _second_derivatives(outputs: Tensor, z: Tensor, directions: list[Tensor]) -> list[Tensor]:

@@ -218,17 +218,24 @@ class HSN1R(BaseRegularizer):
     def _terms(self, ctx: StepContext, scale: int) -> tuple[Tensor | None, Tensor | None]:
         g_scale, d_scale = scale * self.weight, scale * self.discriminator_weight
         return (
-            self._term("generator", ctx.generator_loss, ctx.generator, g_scale),
-            self._term("discriminator", ctx.discriminator_loss, ctx.discriminator, d_scale),
+            self._term(ctx, "generator", ctx.generator_loss, ctx.generator, g_scale),
+            self._term(ctx, "discriminator", ctx.discriminator_loss, ctx.discriminator, d_scale),
         )
 
     def _term(
-        self, name: str, loss: Tensor | None, network: nn.Module, weight: float
+        self,
+        ctx: StepContext,
+        name: str,
+        loss: Tensor | None,
+        network: nn.Module,
+        weight: float,
     ) -> Tensor | None:
         if loss is None or weight == 0:
             return None
         params = [p for p in network.parameters() if p.requires_grad]
-        return weight * self._excess(name, HessianOperator(loss, params, only_params=True))
+        # Of the whole batch: the mean of the processes' norms is not the norm of the mean.
+        op = HessianOperator(loss, params, process_group=ctx.shard.group, only_params=True)
+        return weight * self._excess(name, op)
 
     def _excess(self, name: str, op: HessianOperator) -> Tensor:
         estimate = self._estimate(op, name)
