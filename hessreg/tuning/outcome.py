@@ -142,7 +142,7 @@ class Outcome:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of Optuna, that its pictures are experimental
                 axes = plot(self.study, target=target, target_name=name)
-            files.append(_save(self.path / file, axes))
+            files.append(_save(self.path / file, axes, max(10.0, len(self.space.parameters))))
         return files
 
 
@@ -156,11 +156,11 @@ def _yaml(config: TrainConfig) -> bytes:
     return yaml.safe_dump(json.loads(json.dumps(config.to_dict())), sort_keys=False).encode()
 
 
-def _save(file: Path, axes: Any) -> Path:
+def _save(file: Path, axes: Any, width: float) -> Path:
     import matplotlib.pyplot as plt
 
     figure = axes.figure
-    figure.set_size_inches(10, 5)
+    figure.set_size_inches(width, 5)
     content = io.BytesIO()
     figure.savefig(content, dpi=120, bbox_inches="tight")
     plt.close(figure)

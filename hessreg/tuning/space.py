@@ -236,8 +236,11 @@ class SearchSpace:
 
     def values_of(self, trial: FrozenTrial) -> dict[str, Any]:
         """Return the values that a trial of a study had, by name."""
-        by_name = {parameter.name: parameter for parameter in self.parameters}
-        return {name: by_name[name].restored(value) for name, value in trial.params.items()}
+        return {
+            parameter.name: parameter.restored(trial.params[parameter.name])
+            for parameter in self.parameters
+            if parameter.name in trial.params
+        }
 
     def _matters(self, parameter: Parameter, values: dict[str, Any]) -> bool:
         known = self._fields | values

@@ -30,6 +30,7 @@ _LARGER_IS_BETTER = (
 )
 _QUEUED = "queued"  # attribute of a study whose first trials are known
 _OPENED = "opened-"  # name of an attribute for each search that opened the study
+_TABLES = 2.0  # seconds in which another process makes the tables
 _DATABASE_TIMEOUT = 60  # seconds to wait for another process that writes
 
 
@@ -59,12 +60,12 @@ def open_study(
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    name = config.study or space.base.dataset
+    directions = _directions(config.directions, objectives)
     try:
         study = optuna.create_study(
-            study_name=name,
+            study_name=config.study or space.base.dataset,
             storage=_storage(config.storage, path),
-            directions=_directions(config.directions, objectives),
+            directions=directions,
             load_if_exists=True,
         )
     except _storage_errors() as error:
@@ -84,10 +85,16 @@ def open_study(
 def _storage(url: str, path: Path) -> BaseStorage:
     from optuna.storages import JournalStorage, RDBStorage
     from optuna.storages.journal import JournalFileBackend
+    from sqlalchemy.exc import SQLAlchemyError
 
     if url and not url.startswith("journal:"):
         timeout = {"timeout": _DATABASE_TIMEOUT} if url.startswith("sqlite") else {}
-        return RDBStorage(url, engine_kwargs={"connect_args": timeout})
+        options = {"connect_args": timeout}
+        try:
+            return RDBStorage(url, engine_kwargs=options)
+        except SQLAlchemyError:  # two that make the tables at once: the second finds them made
+            time.sleep(_TABLES)
+            return RDBStorage(url, engine_kwargs=options)
     file = url.removeprefix("journal:") or str(path / "study.journal")
     return JournalStorage(JournalFileBackend(file))
 

@@ -84,10 +84,14 @@ class Tuner:
         finally:
             for _, run in self._running.values():
                 run.stop()
-            self._folder.unlock()
+            self.close()
         if not self._trials("COMPLETE"):
             raise TuningError(f"none of the trials got to its end; see {self.path / 'trials'}")
         return Outcome(self.path, self.study, self.space, self.objectives)
+
+    def close(self) -> None:
+        """Let other searches use the folder; `run` does so at its end."""
+        self._folder.unlock()
 
     def _adopt(self) -> None:
         """Go on with the trials that an earlier search in this folder left running."""
