@@ -395,7 +395,7 @@ def trainers(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
 def test_killed_trials_and_killed_searches_lose_nothing(tmp_path):
-    first = subprocess.Popen(command(tmp_path), stdout=subprocess.PIPE, text=True)
+    first = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL)
     wait_for(lambda: any((tmp_path / "out/trials").glob("*/checkpoints/step-*")))
     os.kill(trainers(tmp_path)[0], signal.SIGKILL)
     wait_for(lambda: any((tmp_path / "out/trials").glob("*/result.json")))

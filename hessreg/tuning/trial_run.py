@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from hessreg.gan.checkpoint import write_atomically
 from hessreg.gan.config import TrainConfig
-from hessreg.gan.run_folder import RunFolder, RunFolderError
 
 __all__ = ["TrialRun"]
 
@@ -20,6 +19,7 @@ _ENDS: dict[int, Literal["finished", "failed", "refused"]] = {
     1: "failed",
     2: "refused",
 }
+_NOT_STARTED = -1000  # no exit code
 _RESTARTS = 2  # of a process that was killed
 
 
@@ -46,42 +46,34 @@ class TrialRun:
 
     def poll(self) -> Literal["running", "finished", "failed", "refused", "killed"]:
         """Start the process, or start it again if it was killed, and say where it is."""
-        if self._process is None:
-            if self._is_taken():
-                return "running"
-            if (self.path / "result.json").exists():
-                return "finished"
-            self._start()
-        code = self._process.poll() if self._process else None
+        code = self._process.poll() if self._process else _NOT_STARTED
         if code is None:
             return "running"
         if code in _ENDS:
             return _ENDS[code]
-        if self.restarts == _RESTARTS:
-            return "killed"
-        self.restarts += 1
-        self._start()
-        return "running"
+        if code != _NOT_STARTED:
+            if self.restarts == _RESTARTS:
+                return "killed"
+            self.restarts += 1
+        return self._start()
 
-    def _is_taken(self) -> bool:
-        """Whether a process trains that outlived the search which started it."""
-        folder = RunFolder(self.path)
-        try:
-            folder.lock()
-        except RunFolderError:
-            return True
-        except OSError:
-            return False  # there is no folder yet
-        folder.unlock()
-        return False
-
-    def _start(self) -> None:
+    def _start(self) -> Literal["running", "finished"]:
         """Train in the background, from the last checkpoint if there is one."""
-        with self.path.with_suffix(".log").open("ab") as log:
-            # In a session of its own: Ctrl-C is for the search, which then stops its trials.
-            self._process = subprocess.Popen(  # noqa: S603
-                self._command(), stdout=log, stderr=log, start_new_session=True
-            )
+        with self.path.with_suffix(".lock").open("ab") as lock:
+            if not _take(lock.fileno()):  # a process that outlived the search it was started by
+                return "running"
+            if (self.path / "result.json").exists():
+                return "finished"
+            with self.path.with_suffix(".log").open("ab") as log:
+                # In a session of its own: Ctrl-C is for the search, which then stops its trials.
+                self._process = subprocess.Popen(  # noqa: S603
+                    self._command(),
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    pass_fds=() if sys.platform == "win32" else [lock.fileno()],
+                )
+        return "running"
 
     def _command(self) -> list[str]:
         command = [sys.executable, "-m", "hessreg"]
@@ -117,6 +109,19 @@ class TrialRun:
         file = self.path.with_suffix(".log")
         lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
         return next((line for line in reversed(lines) if line.strip()), "no reason given")
+
+
+def _take(lock: int) -> bool:
+    """Whether no other process has the lock; it is passed on to what this one starts."""
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _dataset(config: Path) -> str:
