@@ -30,6 +30,7 @@ from hessreg.gan import (
     NonFiniteError,
     NonSaturating,
     Orthogonal,
+    PlayerConfig,
     ProjectionConfig,
     R1Config,
     Run,
@@ -348,8 +349,8 @@ def test_step_equals_a_hand_written_one():
     by_hand = small_trainer()
     g, d, images = by_hand.generator, by_hand.discriminator, by_hand.data
     noise = torch.Generator().manual_seed(0)
-    g_opt = torch.optim.Adam(g.parameters(), lr=2e-4, betas=(0.5, 0.999), fused=True)
-    d_opt = torch.optim.Adam(d.parameters(), lr=2e-4, betas=(0.5, 0.999), fused=True)
+    g_opt = torch.optim.Adam(g.parameters(), lr=5e-4, betas=(0.5, 0.999), fused=True)
+    d_opt = torch.optim.Adam(d.parameters(), lr=5e-4, betas=(0.5, 0.999), fused=True)
     loss = NonSaturating()
     for _ in range(3):
         real = images[next(by_hand.sampler)].requires_grad_(True)
@@ -377,7 +378,8 @@ def test_each_network_has_its_own_rate():
         Discriminator("mlp", 8),
         torch.rand(8, 1, 8, 8),
         batch_size=8,
-        learning_rates=(1e-3, 0.0),
+        g=PlayerConfig(lr=1e-3),
+        d=PlayerConfig(lr=0.0),
     )
     before = [p.clone() for p in trainer.discriminator.parameters()]
     weight = trainer.generator.layers[0].weight.clone()

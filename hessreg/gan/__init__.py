@@ -27,9 +27,11 @@ from hessreg.gan.options import (
     DRAGANConfig,
     GaussianConfig,
     GridConfig,
+    GrowthConfig,
     HessianPenaltyConfig,
     HSCConfig,
     HSN1RConfig,
+    InstanceNoiseConfig,
     PlayerConfig,
     ProjectionConfig,
     R1Config,
@@ -38,6 +40,7 @@ from hessreg.gan.options import (
     WGANGPConfig,
 )
 from hessreg.gan.orthogonal import Orthogonal
+from hessreg.gan.players import Procedure
 from hessreg.gan.run import Run
 from hessreg.gan.tasks import Task, load_dataset, make_task
 from hessreg.gan.trainer import NonFiniteError, Trainer
@@ -54,12 +57,14 @@ __all__ = [
     "GaussianConfig",
     "Generator",
     "GridConfig",
+    "GrowthConfig",
     "HSCConfig",
     "HSN1RConfig",
     "HessianCorrectedGradients",
     "HessianPenaltyConfig",
     "Hinge",
     "ImageJudge",
+    "InstanceNoiseConfig",
     "Judge",
     "LeastSquares",
     "MMDLoss",
@@ -70,6 +75,7 @@ __all__ = [
     "NonSaturating",
     "Orthogonal",
     "PlayerConfig",
+    "Procedure",
     "ProjectionConfig",
     "R1Config",
     "R2Config",

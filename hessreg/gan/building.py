@@ -14,6 +14,7 @@ from hessreg.gan.losses import AdversarialLoss, make_loss
 from hessreg.gan.networks import Discriminator, Generator
 from hessreg.gan.options import parse_sigma
 from hessreg.gan.orthogonal import Orthogonal
+from hessreg.gan.players import Procedure
 from hessreg.gan.trainer import Trainer
 from hessreg.regularizers import (
     DRAGAN,
@@ -52,17 +53,31 @@ def build_trainer(config: TrainConfig, dataset: Dataset) -> Trainer:
         "activation": config.activation,
         "shape": dataset.train_samples.shape[1:],
     }
+    players = config.players()
     return Trainer(
         Generator(latent_dim=config.latent_dim, **style),
         Discriminator(**style, outputs=loss.outputs),
         dataset.train_samples.to(resolve_device(config.device)),
         [*_build_regularizers(config), *_build_correction(config)],
         batch_size=config.batch_size,
-        learning_rates=(config.g.lr, config.d.lr),
+        g=players[0],
+        d=players[1],
+        procedure=_build_procedure(config),
         ema_decay=config.ema_decay,
         seed=config.seed,
         loss=loss,
         orthogonal=_build_orthogonal(config),
+    )
+
+
+def _build_procedure(config: TrainConfig) -> Procedure:
+    return Procedure(
+        config.discriminator_steps,
+        config.accumulate,
+        config.precision,
+        config.schedule_steps or config.steps,
+        config.growth,
+        config.instance_noise,
     )
 
 

@@ -12,9 +12,11 @@ from hessreg.gan.options import (
     DRAGANConfig,
     GaussianConfig,
     GridConfig,
+    GrowthConfig,
     HessianPenaltyConfig,
     HSCConfig,
     HSN1RConfig,
+    InstanceNoiseConfig,
     PlayerConfig,
     ProjectionConfig,
     R1Config,
@@ -61,11 +63,18 @@ class TrainConfig:
         width: Units of a hidden layer, or channels of the widest feature map.
         latent_dim: Number of noise components.
         batch_size: Samples in a batch.
+        discriminator_steps: Steps of the discriminator for one of the generator.
+        ttur: Two time scales: double the rate of the generator or of the discriminator.
+        schedule_steps: Steps after which rates have fallen; 0 for steps or, without, seconds.
+        precision: Numbers; with bf16 and fp16 torch's autocast chooses where they are used.
+        accumulate: Parts of a batch that are differentiated one after the other.
         ema_decay: Decay of the averaged generator that makes the samples.
         log_every: Steps between rows of metrics.jsonl.
         eval_every: Steps between evaluations by the judge.
         save_every: Steps between checkpoints.
         tensorboard: Write TensorBoard events as well.
+        growth: Options of growing batches.
+        instance_noise: Options of the noise on what the discriminator sees.
         g: Options of the generator's training.
         d: Options of the discriminator's training.
         ring: Options of data set ring.
@@ -106,11 +115,18 @@ class TrainConfig:
     width: int = 128
     latent_dim: int = 32
     batch_size: int = 64
+    discriminator_steps: int = 1
+    ttur: Literal["none", "g2", "d2"] = "none"
+    schedule_steps: int = 0
+    precision: Literal["float32", "float64", "bf16", "fp16"] = "float32"
+    accumulate: int = 1
     ema_decay: float = 0.999
     log_every: int = 100
     eval_every: int = 2000
     save_every: int = 1000
     tensorboard: bool = True
+    growth: GrowthConfig = field(default_factory=GrowthConfig)
+    instance_noise: InstanceNoiseConfig = field(default_factory=InstanceNoiseConfig)
     g: PlayerConfig = field(default_factory=PlayerConfig)
     d: PlayerConfig = field(default_factory=PlayerConfig)
     ring: RingConfig = field(default_factory=RingConfig)
@@ -133,6 +149,9 @@ class TrainConfig:
         require_at_least(self, 0, "steps", "seconds", "seed")
         require_at_least(self, 1, "threads", "latent_dim", "batch_size")
         require_at_least(self, 1, "log_every", "eval_every", "save_every")
+        require_at_least(self, 1, "discriminator_steps", "accumulate")
+        require_at_least(self, 0, "schedule_steps")
+        self._check_players()
         self._check_pairs()
         require(self.threads <= 1024, "threads", "at most 1024", self.threads)
         require(2 <= self.width <= 8192, "width", "in [2, 8192]", self.width)
@@ -141,12 +160,26 @@ class TrainConfig:
         if not self.steps and not self.seconds:
             self.seconds = 40.0
 
+    def _check_players(self) -> None:
+        self.g.check("g")
+        self.d.check("d")
+        wanted = f"equal to d.lr with ttur {self.ttur}, which doubles one of them"
+        require(self.ttur == "none" or self.g.lr == self.d.lr, "g.lr", wanted, self.g.lr)
+
+    def players(self) -> tuple[PlayerConfig, PlayerConfig]:
+        """Return how the generator and the discriminator are trained, at their own rates."""
+        rates = {"g2": (2.0, 1.0), "d2": (1.0, 2.0)}.get(self.ttur, (1.0, 1.0))
+        g, d = replace(self.g, lr=rates[0] * self.g.lr), replace(self.d, lr=rates[1] * self.d.lr)
+        return g, d
+
     def _check_pairs(self) -> None:
         """MMD^2 without bias takes two samples of each kind."""
         chosen = [*self.regularizer.split("+"), self.loss]
-        for name in ("gaussian", "mmd"):
-            enough = self.batch_size >= 2 or name not in chosen
-            require(enough, "batch_size", f"at least 2 with {name}", self.batch_size)
+        smallest = min(player.batch_size or self.batch_size for player in (self.g, self.d))
+        for name in {"gaussian", "mmd"} & {*chosen}:
+            require(smallest >= 2, "batch_size", f"at least 2 with {name}", smallest)
+            wanted = f"at most {smallest // 2} with {name}, for parts of two samples"
+            require(self.accumulate <= smallest // 2, "accumulate", wanted, self.accumulate)
         is_alone = self.loss == "mmd" and self.correction == "hsc" and self.hsc.rows == 1
         require(not is_alone, "hsc.rows", "0 or at least 2 with mmd", self.hsc.rows)
 

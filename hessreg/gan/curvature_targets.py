@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import re
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +17,7 @@ from hessreg.gan.building import build_trainer
 from hessreg.gan.checkpoint import load_state
 from hessreg.gan.checks import require
 from hessreg.gan.config import TrainConfig
+from hessreg.gan.factories import find_factory, is_factory
 from hessreg.gan.run import fitting
 from hessreg.gan.run_folder import RunFolder
 from hessreg.gan.tasks import make_task
@@ -104,12 +102,13 @@ class RunTarget:
         random = torch.Generator().manual_seed(self.seed)
         data = self.trainer.data
         chosen = torch.randperm(len(data), generator=random)[: self.rows].to(data.device)
-        noise = torch.randn(self.rows, self.config.latent_dim, generator=random).to(data.device)
+        noise = torch.randn(self.rows, self.config.latent_dim, generator=random)
         size = self.config.batch_size
         if self.config.loss == "mmd":  # which compares a batch's samples with each other
             wanted = f"no multiple of {size} and 1 more, with loss mmd"
             require(self.rows % size != 1, "rows", wanted, self.rows)
-        return list(zip(data[chosen].split(size), noise.split(size), strict=True))
+        real, noise = (each.to(data.device, self.trainer.dtype) for each in (data[chosen], noise))
+        return list(zip(real.split(size), noise.split(size), strict=True))
 
 
 def load_run(path: Path, rows: int, seed: int, evaluate: bool) -> RunTarget:
@@ -172,21 +171,14 @@ def load_factory(target: str) -> LinearOperator:
 
 
 def _find(target: str) -> Callable[[], Any]:
-    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*", target):
+    if not is_factory(target):
         raise TargetError(
             f"there is no {target}: name a run folder, a checkpoint in one, or module:factory"
         )
-    module, _, names = target.partition(":")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    found = _call(lambda: importlib.import_module(module), f"cannot import {module}")
-    for name in names.split("."):
-        if not hasattr(found, name):
-            raise TargetError(f"{target}: {module} has no {names}")
-        found = getattr(found, name)
-    if not callable(found):
-        raise TargetError(f"{target} must be callable, got {type(found).__name__}")
-    return found
+    try:
+        return find_factory(target)
+    except ValueError as error:
+        raise TargetError(str(error)) from None
 
 
 def _call(function: Callable[[], Any], name: str) -> Any:

@@ -73,12 +73,14 @@ class ShuffledSampler:
 
     def __next__(self) -> Tensor:
         """Return the next batch of indices, shape ``[batch_size]``."""
-        if len(self._queue) < self.batch_size:
+        return self.take(self.batch_size)
+
+    def take(self, count: int) -> Tensor:
+        """Return the next ``count`` indices, at most as many as there are samples."""
+        if len(self._queue) < count:
             order = torch.randperm(self.size, generator=self._generator)
             self._queue = torch.cat([self._queue, order])
-        batch, self._queue = self._queue.split(
-            [self.batch_size, len(self._queue) - self.batch_size]
-        )
+        batch, self._queue = self._queue.split([count, len(self._queue) - count])
         return batch
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from hessreg.gan.checks import (
     check_types,
@@ -13,15 +13,19 @@ from hessreg.gan.checks import (
     require_finite,
     require_positive,
 )
+from hessreg.gan.optimizers import check_optimizer
+from hessreg.gan.schedules import Schedule
 from hessreg.ops.gaussian import _gamma_of
 
 __all__ = [
     "DRAGANConfig",
     "GaussianConfig",
     "GridConfig",
+    "GrowthConfig",
     "HSCConfig",
     "HSN1RConfig",
     "HessianPenaltyConfig",
+    "InstanceNoiseConfig",
     "PlayerConfig",
     "ProjectionConfig",
     "R1Config",
@@ -68,13 +72,140 @@ class PlayerConfig:
 
     Args:
         lr: Learning rate.
+        optimizer: One of torch.optim in lower case, such as adam, adamw, radam, nadam, rmsprop, sgd
+            or adagrad, or module:factory, which is called with the parameters and those of lr,
+            betas, momentum and weight_decay that it takes.
+        beta1: Decay of the optimiser's mean gradient.
+        beta2: Decay of its mean square.
+        momentum: Of optimisers that have one.
+        weight_decay: L2 regularisation in the optimiser; with adamw, decay apart from the gradient.
+        l1: Weight of the sum of absolute parameters, added to the loss.
+        clip: Greatest norm of the gradient; 0 for none.
+        schedule: How the rate falls until the end of the run.
+        end_factor: What is left of it then.
+        warmup: Steps over which it rises from nothing.
+        batch_size: Samples in a batch; 0 for those of the run.
     """
 
     lr: float = 5e-4
+    optimizer: str = "adam"
+    beta1: float = 0.5
+    beta2: float = 0.999
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    l1: float = 0.0
+    clip: float = 0.0
+    schedule: Literal["constant", "linear", "exponential", "cosine"] = "constant"
+    end_factor: float = 0.01
+    warmup: int = 0
+    batch_size: int = 0
+
+    def check(self, name: str) -> None:
+        """Refuse bad values; ``name`` is what the group is called.
+
+        Raises:
+            ValueError: If there are any.
+        """
+        try:
+            self._check()
+        except ValueError as error:
+            raise ValueError(f"{name}.{error}") from None
+
+    def _check(self) -> None:
+        check_types(self)
+        require_at_least(self, 0, "lr", "momentum", "weight_decay", "l1", "clip", "end_factor")
+        require_at_least(self, 0, "warmup", "batch_size")
+        for name in ("beta1", "beta2", "momentum"):
+            value = getattr(self, name)
+            require(0 <= value < 1, name, "in [0, 1)", value)
+        require(self.end_factor <= 1, "end_factor", "at most 1", self.end_factor)
+        falls_to_nothing = self.schedule == "exponential" and self.end_factor == 0
+        require(not falls_to_nothing, "end_factor", "positive with exponential", self.end_factor)
+        check_optimizer(self.optimizer, self.chosen_options())
+
+    def optimizer_options(self) -> dict[str, Any]:
+        """Return what an optimiser may take."""
+        betas = self.beta1, self.beta2
+        return {
+            "lr": self.lr,
+            "betas": betas,
+            "momentum": self.momentum,
+            "weight_decay": self.weight_decay,
+        }
+
+    def chosen_options(self) -> dict[str, bool]:
+        """Return which of them an optimiser must have, as they are not at their defaults."""
+        usual = PlayerConfig.beta1, PlayerConfig.beta2
+        return {
+            "betas": (self.beta1, self.beta2) != usual,
+            "momentum": self.momentum != 0,
+            "weight_decay": self.weight_decay != 0,
+        }
+
+    def rate_schedule(self) -> Schedule:
+        """Return the factor of the rate."""
+        return Schedule(self.schedule, self.end_factor, self.warmup)
+
+
+@dataclass
+class GrowthConfig:
+    """Options of batches that grow during a run.
+
+    Args:
+        factor: By which both networks' batches are multiplied each time; 1 for never.
+        every: Steps between one time and the next.
+        maximum: Largest batch.
+    """
+
+    factor: int = 1
+    every: int = 1000
+    maximum: int = 1024
 
     def __post_init__(self) -> None:
         check_types(self)
-        require_at_least(self, 0, "lr")
+        require_at_least(self, 1, "factor", "every", "maximum")
+
+    def size(self, first: int, step: int) -> int:
+        """Return the size of the batch at a step, from 0.
+
+        Example:
+            >>> growth = GrowthConfig(factor=2, every=10, maximum=100)
+            >>> [growth.size(32, step) for step in (0, 9, 10, 1000)]
+            [32, 32, 64, 100]
+        """
+        size = first
+        for _ in range(step // self.every if self.factor > 1 else 0):
+            size = min(size * self.factor, self.maximum)
+            if size == self.maximum:
+                break
+        return size
+
+
+@dataclass
+class InstanceNoiseConfig:
+    """Options of the noise on all that the discriminator sees.
+
+    Args:
+        std: Its standard deviation at the start; 0 for none.
+        steps: It falls to nothing in a line over so many.
+    """
+
+    std: float = 0.0
+    steps: int = 10_000
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require_at_least(self, 0, "std")
+        require_at_least(self, 1, "steps")
+
+    def at(self, step: int) -> float:
+        """Return the standard deviation at a step, from 0.
+
+        Example:
+            >>> [InstanceNoiseConfig(std=0.2, steps=10).at(step) for step in (0, 5, 10, 11)]
+            [0.2, 0.1, 0.0, 0.0]
+        """
+        return self.std * max(0.0, 1.0 - step / self.steps)
 
 
 @dataclass

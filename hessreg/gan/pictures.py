@@ -44,6 +44,7 @@ _LINES = {
     "angle_after": ":",
     "angle_after_g": ":",
     "angle_after_d": "-.",
+    "lr_d": "--",
     "hsc_condition_d": "--",
     "hsc_condition_corrected_g": ":",
     "hsc_condition_corrected_d": "-.",
@@ -61,6 +62,7 @@ _STEPS = {
     _ANGLES: ("angle", "angle_after", "angle_g", "angle_after_g", "angle_d", "angle_after_d"),
     "condition number of H, and corrected": _of_both("hsc_condition"),
     "smallest |eigenvalue| of H, and corrected": _of_both("hsc_smallest"),
+    "learning rates": ("lr_g", "lr_d"),
 }
 _BLUE, _ORANGE = "tab:blue", "tab:orange"
 

@@ -198,7 +198,7 @@ class Run:
     def _step(self) -> None:
         start = time.process_time()
         with self._naming_the_checkpoint():
-            self.trainer.step()
+            self.trainer.step(self._fraction())
         self.cpu_seconds += time.process_time() - start
 
     @contextmanager
@@ -224,7 +224,7 @@ class Run:
     def _samples(self) -> torch.Tensor:
         count = self.judge.num_samples
         generator = torch.Generator().manual_seed(self.config.seed)
-        samples = self.trainer.ema.sample(count, generator).cpu()
+        samples = self.trainer.ema.sample(count, generator).cpu().float()
         if not samples.isfinite().all():
             step = self.trainer.steps_done
             raise NonFiniteError(f"step {step}: generated samples are not finite")
@@ -294,7 +294,12 @@ class Run:
             (fake, self.judge.classify(fake)),
         ]
         first, second = (
-            (regularizer.embed(s.to(device), self.trainer.discriminator).cpu(), named)
+            (
+                regularizer.embed(
+                    s.to(device, self.trainer.dtype), self.trainer.discriminator
+                ).cpu(),
+                named,
+            )
             for s, named in shown
         )
         sigma = regularizer.bandwidth(second[0], first[0])

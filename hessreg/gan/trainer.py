@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from hessreg.curvature import NonFiniteError as NonFiniteCurvatureError
 from hessreg.curvature import third_order_safe
@@ -17,9 +19,14 @@ from hessreg.gan.data import ShuffledSampler
 from hessreg.gan.distributed import gathered, synchronize_norms
 from hessreg.gan.losses import AdversarialLoss, NonSaturating
 from hessreg.gan.networks import Generator
+from hessreg.gan.optimizers import optimizer_state, state_loader
+from hessreg.gan.options import PlayerConfig
 from hessreg.gan.orthogonal import Orthogonal
+from hessreg.gan.players import Player, Procedure, weighted
+from hessreg.gan.precision import LossScale, autocast
+from hessreg.gan.running_means import RunningMeans, check_integer
 from hessreg.optim import OrthogonalGradients
-from hessreg.optim._vectors import average
+from hessreg.optim._vectors import Vector, add, average
 from hessreg.regularizers import Gradients, Regularizer, StepContext
 
 __all__ = ["NonFiniteError", "Trainer"]
@@ -29,6 +36,27 @@ _NAMES = "generator", "discriminator"
 
 class NonFiniteError(ArithmeticError):
     """A loss, a penalty or a gradient became infinite or NaN; the weights were left alone."""
+
+
+@dataclass
+class _Phase:
+    """A network's loss on a batch or on a part of one, and what belongs to it.
+
+    Attributes:
+        loss: With its graph, while it has not been differentiated.
+        parts: What it is the sum of.
+        penalty: What regularisers add.
+        context: For regularisers.
+        rival: The other network's loss, if it is needed.
+        share: Of the batch.
+    """
+
+    loss: Tensor
+    parts: Sequence[Tensor]
+    penalty: Tensor
+    context: StepContext
+    rival: Tensor | None = None
+    share: float = 1.0
 
 
 class Trainer:
@@ -44,9 +72,11 @@ class Trainer:
             takes.
         data: Real samples ``[count, ...]``, on the device to train on.
         regularizers: Each may add loss terms and change gradients.
-        batch_size: Samples in a batch, the same for both networks.
-        learning_rates: Adam's rates for the generator and the discriminator.
-        betas: Adam's betas for both.
+        batch_size: Samples in a batch of a network that has no size of its own.
+        g: How the generator is trained; with Adam by default.
+        d: How the discriminator is.
+        optimizers: The generator's and the discriminator's, in place of those of ``g`` and ``d``.
+        procedure: What else steps are made of.
         ema_decay: Decay of the averaged generator `ema`, which is the one to sample from.
         seed: Seed of the noise and of the order of the data.
         loss: What the networks play for; the non-saturating loss by default.
@@ -64,52 +94,80 @@ class Trainer:
         regularizers: Sequence[Regularizer] = (),
         *,
         batch_size: int = 64,
-        learning_rates: tuple[float, float] = (2e-4, 2e-4),
-        betas: tuple[float, float] = (0.5, 0.999),
+        g: PlayerConfig | None = None,
+        d: PlayerConfig | None = None,
+        optimizers: tuple[Optimizer, Optimizer] | None = None,
+        procedure: Procedure | None = None,
         ema_decay: float = 0.999,
         seed: int = 0,
         loss: AdversarialLoss | None = None,
         orthogonal: Orthogonal | None = None,
         shard: Shard = WHOLE,
     ) -> None:
-        shard.check_divides("batch_size", batch_size)
+        self.procedure = procedure or Procedure()
         self.shard = shard
-        self.generator = generator.to(data.device)
-        self.discriminator = discriminator.to(data.device)
+        wanted = torch.float64 if self.procedure.precision == "float64" else None
+        self.generator = generator.to(data.device, wanted)
+        self.discriminator = discriminator.to(data.device, wanted)
+        self.dtype = next(generator.parameters()).dtype
         for network in (self.generator, self.discriminator):
             synchronize_norms(network, shard)
         self.ema = copy.deepcopy(self.generator).requires_grad_(False)
         self.ema_decay = ema_decay
         self.data = data
         self.regularizers = tuple(regularizers)
-        self.optimizers = {
-            network: torch.optim.Adam(network.parameters(), lr=rate, betas=betas, fused=True)
-            for network, rate in zip(
-                (self.generator, self.discriminator), learning_rates, strict=True
+        is_half = self.procedure.precision == "fp16"
+        self.players = [
+            Player(name, network, config or PlayerConfig(), optimizer, is_half)
+            for name, network, config, optimizer in zip(
+                "gd",
+                (self.generator, self.discriminator),
+                (g, d),
+                optimizers or (None, None),
+                strict=True,
             )
-        }
+        ]
+        self.batch_sizes = [player.config.batch_size or batch_size for player in self.players]
+        self.procedure.check(self.batch_sizes, len(data), self.regularizers, orthogonal, shard)
         self.loss = gathered(loss or NonSaturating(), shard)
         self.orthogonal = orthogonal
         self._projecting: dict[nn.Module, OrthogonalGradients] = {}
         if orthogonal is not None:
-            wrappers = orthogonal.wrap(*self.optimizers.values(), group=shard.group)
+            pair = self.players[0].optimizer, self.players[1].optimizer
+            wrappers = orthogonal.wrap(*pair, group=shard.group)
             pairs = zip(self.optimizers, wrappers, strict=True)
             self._projecting = {network: each for network, each in pairs if each is not None}
-        self.sampler = ShuffledSampler(len(data), batch_size, seed)
+        self.sampler = ShuffledSampler(len(data), self.batch_sizes[1], seed)
         self.noise = torch.Generator().manual_seed(seed)
         self.steps_done = 0
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._means = RunningMeans()
 
-    def step(self) -> None:
-        """Train both networks once.
+    @property
+    def optimizers(self) -> dict[nn.Module, Optimizer]:
+        """The optimiser of each network."""
+        return {player.network: player.optimizer for player in self.players}
+
+    def step(self, done: float | None = None) -> None:
+        """Train the generator once, and the discriminator as many times as it is to be.
+
+        Args:
+            done: The share of the run that is done, for schedules of learning rates where
+                `Procedure` does not say at how many steps they end.
 
         Raises:
             NonFiniteError: If a loss, penalty or gradient is not finite.
+            ValueError: If a schedule has no end to go by.
         """
-        real = self.data[self.shard.take(next(self.sampler))]
-        self._discriminator_step(real)
-        self._generator_step(real)
+        if self.procedure.schedule_steps:
+            done = self.steps_done / self.procedure.schedule_steps
+        for player in self.players:
+            player.set_rate(self.steps_done, done)
+        growth = self.procedure.growth
+        for_g, for_d = (growth.size(size, self.steps_done) for size in self.batch_sizes)
+        for _ in range(self.procedure.discriminator_steps):
+            real = self._draw_real(for_d)
+            self._discriminator_step(real)
+        self._generator_step(real if for_g == for_d else self._draw_real(for_g))
         self._update_ema()
         self.steps_done += 1
 
@@ -117,10 +175,12 @@ class Trainer:
         """Return means of losses, penalties, gradient norms and angles, and regularisers' metrics.
 
         The means are over the steps since the last call, those of angles (`OrthogonalGradients`)
-        over the steps that had something to project.
+        over the steps that had something to project. Learning rates are among the metrics where
+        they change.
         """
-        values = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
-        self._sums, self._counts = {}, {}
+        values = self._means.read()
+        for player, name in zip(self.players, _NAMES, strict=True):
+            values |= {f"{key}_{name[0]}": value for key, value in player.metrics().items()}
         for regularizer in self.regularizers:
             own = regularizer.metrics()
             means = self.shard.mean(torch.tensor([*own.values()], dtype=torch.float64))
@@ -144,15 +204,15 @@ class Trainer:
             "generator": self.generator.state_dict(),
             "discriminator": self.discriminator.state_dict(),
             "ema": self.ema.state_dict(),
-            "optimizers": [_moments(optimizer) for optimizer in self.optimizers.values()],
+            "optimizers": [optimizer_state(player.optimizer) for player in self.players],
             "regularizers": [regularizer.state_dict() for regularizer in self.regularizers],
             "orthogonal": [_own_state(wrapper) for wrapper in self._wrappers()],
             "sampler": self.sampler.state_dict(),
             "noise": self.noise.get_state(),
             "global_random": torch.get_rng_state(),
             "steps_done": self.steps_done,
-            "sums": dict(self._sums),
-            "counts": dict(self._counts),
+            "loss_scales": [scale.state_dict() for scale in self._scales()],
+            **self._means.state_dict(),
         }
         if self.data.is_cuda:
             state["cuda_random"] = torch.cuda.get_rng_state(self.data.device)
@@ -162,19 +222,19 @@ class Trainer:
         """Continue from what `state_dict` returned, also after a round trip through a file.
 
         Raises:
-            ValueError: If counters, sums or Adam's moments are not what `state_dict` returns. What
-                networks, random states and regularisers refuse has torch's and their own types.
+            ValueError: If counters, sums or optimisers' states are not what `state_dict` returns.
+                What networks, random states and regularisers refuse has types of their own.
         """
-        _check_counters(state)
-        optimizers = list(zip(self.optimizers.values(), state["optimizers"], strict=True))
-        for optimizer, moments in optimizers:
-            _check_moments(optimizer, moments)
+        check_integer("steps_done", state["steps_done"], 0)
+        pairs = zip(self.players, state["optimizers"], strict=True)
+        loaders = [state_loader(player.optimizer, own) for player, own in pairs]
+        self._means.load_state_dict(state, self.data.device)
         for name in ("generator", "discriminator", "ema"):
             getattr(self, name).load_state_dict(state[name])
-        for optimizer, moments in optimizers:
-            groups = optimizer.state_dict()["param_groups"]
-            by_index = {int(index): values for index, values in moments.items() if values}
-            optimizer.load_state_dict({"state": by_index, "param_groups": groups})
+        for load in loaders:
+            load()
+        for scale, own in zip(self._scales(), state["loss_scales"], strict=True):
+            scale.load_state_dict(own)
         for regularizer, own in zip(self.regularizers, state["regularizers"], strict=True):
             regularizer.load_state_dict(own)
         for wrapper, own in zip(self._wrappers(), state["orthogonal"], strict=True):
@@ -186,68 +246,121 @@ class Trainer:
         if self.data.is_cuda and "cuda_random" in state:
             torch.cuda.set_rng_state(state["cuda_random"], self.data.device)
         self.steps_done = state["steps_done"]
-        self._sums = {name: total.to(self.data.device) for name, total in state["sums"].items()}
-        self._counts = dict(state["counts"])
+
+    def _scales(self) -> list[LossScale]:
+        return [player.scale for player in self.players if player.scale is not None]
 
     def _discriminator_step(self, real: Tensor) -> None:
-        noise = self._draw_noise()
-        with torch.no_grad():
-            fake = self.generator(noise)
-        with self._safe_derivatives():
-            losses = self.loss.discriminator(self.discriminator(real), self.discriminator(fake))
-            loss = sum(losses[1:], losses[0])
-        context = self._context(None, loss, real, fake, noise)
-        self._apply(self.discriminator, loss, losses, context)
+        self._apply(self.discriminator, self._phases(self._discriminator_phase, real))
+
+    def _discriminator_phase(self, real: Tensor, noise: Tensor) -> _Phase:
+        with torch.no_grad(), self._forward():
+            fake = self._exact(self.generator(noise))
+        real, fake = self._blurred(real), self._blurred(fake)
+        with self._forward():
+            outputs = self.discriminator(real), self.discriminator(fake)
+        losses = self.loss.discriminator(*map(self._exact, outputs))
+        loss = sum(losses[1:], losses[0])
+        return self._phase(1, loss, losses, self._context(None, loss, real, fake, noise))
 
     def _generator_step(self, real: Tensor) -> None:
-        noise = self._draw_noise()
-        with self._safe_derivatives():
-            fake = self.generator(noise)
-            outputs = self.loss.outputs_for_generator(self.discriminator, real, fake)
-            loss = self.loss.generator(*outputs)
-            rival = None
-            if self.orthogonal is not None and self.orthogonal.mode == "game":
-                # Its part on real samples does not matter.
-                rival = self.loss.discriminator(*reversed(outputs))[-1]
-        context = self._context(loss, None, real, fake, noise)
-        self._apply(self.generator, loss, [loss], context, rival)
+        self._apply(self.generator, self._phases(self._generator_phase, real))
 
-    def _apply(
+    def _generator_phase(self, real: Tensor, noise: Tensor) -> _Phase:
+        with self._forward():
+            fake = self._exact(self.generator(noise))
+            seen = self._blurred(real) if self.loss.compares else real, self._blurred(fake)
+            outputs = self.loss.outputs_for_generator(self.discriminator, *seen)
+        judged, compared = map(self._exact, outputs)
+        loss = self.loss.generator(judged, compared)
+        rival = None
+        if self.orthogonal is not None and self.orthogonal.mode == "game":
+            # Its part on real samples does not matter.
+            rival = self.loss.discriminator(compared, judged)[-1]
+        return self._phase(0, loss, [loss], self._context(loss, None, real, fake, noise), rival)
+
+    def _phases(self, make: Callable[[Tensor, Tensor], _Phase], real: Tensor) -> Iterator[_Phase]:
+        """Make the parts of a batch one after the other: only one has a graph at a time."""
+        noise, count = self._draw_noise(len(real)), self.procedure.accumulate
+        for rows in zip(real.tensor_split(count), noise.tensor_split(count), strict=True):
+            phase = make(*rows)
+            phase.share = len(rows[0]) / len(real)
+            yield phase
+
+    def _phase(
         self,
-        network: nn.Module,
+        side: int,
         loss: Tensor,
         parts: Sequence[Tensor],
         context: StepContext,
         rival: Tensor | None = None,
-    ) -> None:
-        """Differentiate the loss and the regularisers' terms, and step the network's optimiser."""
-        side = 0 if network is self.generator else 1
+    ) -> _Phase:
         if self.shard.size == 1:  # several ask each other once, when they have everything
             self._check(side, loss=loss)
-        penalty = self._penalty(side, loss, context)
+        return _Phase(loss, parts, self._penalty(side, loss, context), context, rival)
+
+    def _apply(self, network: nn.Module, phases: Iterator[_Phase]) -> None:
+        """Differentiate the loss and the regularisers' terms, and step the network's optimiser."""
+        side = 0 if network is self.generator else 1
+        player = self.players[side]
         parameters = [p for p in network.parameters() if p.requires_grad]
-        losses = [loss + penalty]
-        if self.orthogonal is not None:
-            losses = self.orthogonal.losses(loss, parts, penalty, rival)
-        grads = self._differentiate(network, parameters, losses)
+        grads, phase, num_losses = self._differentiate(side, parameters, phases)
         for regularizer in self.regularizers:
             g_grads, d_grads = (grads, None) if side == 0 else (None, grads)
-            grads = regularizer.transform_grads(g_grads, d_grads, context)[side] or grads
-            grads = regularizer.precondition(network, grads, context)
-        loss, penalty = self.shard.means(loss, penalty)
+            grads = regularizer.transform_grads(g_grads, d_grads, phase.context)[side] or grads
+            grads = regularizer.precondition(network, grads, phase.context)
+        grads = player.regularized(parameters, grads)
+        loss, penalty = self.shard.means(phase.loss, phase.penalty)
         norm = nn.utils.get_total_norm([grad for grad in grads if grad is not None])
+        if not player.accepts(norm):
+            return
         self._check(side, loss=loss, penalty=penalty, grad_norm=norm, grads=grads)
         self._measure(f"_{_NAMES[side][0]}", loss=loss, penalty=penalty, grad_norm=norm)
         network.zero_grad()  # those that are frozen or unused stay without a gradient
-        for parameter, grad in zip(parameters, grads, strict=True):
+        for parameter, grad in zip(parameters, player.clipped(grads, norm), strict=True):
             parameter.grad = grad
-        self._step(side, network, len(losses))
+        self._step(side, network, num_losses)
+
+    def _differentiate(
+        self, side: int, parameters: Sequence[Tensor], phases: Iterator[_Phase]
+    ) -> tuple[Gradients, _Phase, int]:
+        """The gradient of the only loss, or the projected one of several, over a batch's parts.
+
+        Returns:
+            The gradient, the last part with the batch's loss and penalty, and how many losses.
+        """
+        player, count = self.players[side], self.procedure.accumulate
+        found: list[Vector] = []
+        means: list[Tensor] = []
+        for number, phase in enumerate(phases, 1):
+            losses = player.scaled(self._losses(phase), phase.share)
+            if len(losses) == 1:
+                grads = torch.autograd.grad(losses[0], parameters, allow_unused=True)
+                found = add(found, [list(grads)])
+            else:
+                if number == 1:
+                    player.network.zero_grad()
+                self._projecting[player.network].backward(losses, accumulate=number < count)
+            values = weighted([phase.loss.detach(), phase.penalty.detach()], phase.share)
+            means = [a + b for a, b in zip(means, values, strict=True)] if means else values
+        (phase.loss, phase.penalty), group = means, self.shard.group
+        if len(losses) > 1:
+            found = [[parameter.grad for parameter in parameters]]
+        elif group is not None:
+            found = average(found, parameters, group)
+        return player.unscaled(found[0]), phase, len(losses)
+
+    def _losses(self, phase: _Phase) -> list[Tensor]:
+        """What to differentiate: the loss and the penalty, together or apart."""
+        if self.orthogonal is None:
+            return [phase.loss + phase.penalty]
+        return self.orthogonal.losses(phase.loss, phase.parts, phase.penalty, phase.rival)
 
     def _step(self, side: int, network: nn.Module, num_losses: int) -> None:
         """Step a network's optimiser; what projects for both steps both, after the generator."""
         wrapper = self._projecting.get(network)
         if wrapper is None or (wrapper.mode == "terms" and num_losses == 1):
-            self.optimizers[network].step()
+            self.players[side].optimizer.step()
             return
         together = len(wrapper.optimizers) > 1
         if together and network is self.discriminator:
@@ -257,18 +370,6 @@ class Trainer:
 
     def _wrappers(self) -> list[OrthogonalGradients]:
         return list(dict.fromkeys(self._projecting.values()))
-
-    def _differentiate(
-        self, network: nn.Module, parameters: Sequence[Tensor], losses: Sequence[Tensor]
-    ) -> Gradients:
-        """The gradient of the only loss, or the projected one of several."""
-        if len(losses) == 1:
-            grads = torch.autograd.grad(losses[0], parameters, allow_unused=True)
-            group = self.shard.group
-            return grads if group is None else average([list(grads)], parameters, group)[0]
-        network.zero_grad()
-        self._projecting[network].backward(losses)
-        return [parameter.grad for parameter in parameters]
 
     def _penalty(self, side: int, loss: Tensor, context: StepContext) -> Tensor:
         try:
@@ -291,15 +392,26 @@ class Trainer:
         return NonFiniteError(f"step {self.steps_done + 1}: {_NAMES[side]} {what}")
 
     def _measure(self, suffix: str, **scalars: Tensor) -> None:
-        for name, value in scalars.items():
-            key = name + suffix
-            self._sums[key] = self._sums.get(key, 0.0) + value.detach()
-            self._counts[key] = self._counts.get(key, 0) + 1
+        self._means.add(**{name + suffix: value for name, value in scalars.items()})
 
-    def _draw_noise(self) -> Tensor:
-        shape = (self.sampler.batch_size, self.generator.latent_dim)
-        noise = torch.randn(shape, generator=self.noise)  # on the CPU: the same on every device
-        return self.shard.take(noise).to(self.data)
+    def _draw_real(self, count: int) -> Tensor:
+        return self.data[self.shard.take(self.sampler.take(count))].to(self.dtype)
+
+    def _draw_noise(self, count: int) -> Tensor:
+        return self._draw(count, self.generator.latent_dim).to(self.data.device, self.dtype)
+
+    def _draw(self, count: int, *shape: int) -> Tensor:
+        """Normal numbers for ``count`` rows, on the CPU: the same on every device."""
+        noise = torch.randn(count * self.shard.size, *shape, generator=self.noise)
+        return self.shard.take(noise)
+
+    def _blurred(self, samples: Tensor) -> Tensor:
+        """What the discriminator sees of samples: with noise, for a while."""
+        std = self.procedure.instance_noise.at(self.steps_done)
+        return samples + std * self._draw(*samples.shape).to(samples) if std else samples
+
+    def _exact(self, values: Tensor) -> Tensor:
+        return values.to(self.dtype)
 
     def _context(
         self,
@@ -313,11 +425,11 @@ class Trainer:
         batch = real, fake, noise
         return StepContext(self.steps_done, *networks, loss_g, loss_d, *batch, self.shard)
 
-    def _safe_derivatives(self) -> AbstractContextManager[object]:
-        """Exact third derivatives through normalisation layers, where a regulariser needs them."""
+    def _forward(self) -> AbstractContextManager[object]:
+        """Exact third derivatives where a regulariser needs them; else the chosen precision."""
         if any(each.needs_third_order(self.steps_done) for each in self.regularizers):
             return third_order_safe(self.generator, self.discriminator)
-        return nullcontext()
+        return autocast(self.procedure.precision, self.data.device)
 
     def _update_ema(self) -> None:
         # A short memory at the start forgets the initial weights.
@@ -339,51 +451,6 @@ def _first_non_finite(network: nn.Module, grads: Gradients) -> str:
     return "gradient norm"
 
 
-def _moments(optimizer: torch.optim.Optimizer) -> dict[int, Any]:
-    """Adam's state of every parameter; empty for those that never had a gradient."""
-    state = optimizer.state_dict()["state"]
-    return {index: state.get(index, {}) for index in range(len(_parameters(optimizer)))}
-
-
 def _own_state(wrapper: OrthogonalGradients) -> dict[str, Any]:
     """Without the optimisers', which the trainer keeps itself."""
     return {name: value for name, value in wrapper.state_dict().items() if name != "optimizers"}
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return optimizer.param_groups[0]["params"]
-
-
-def _check_moments(optimizer: torch.optim.Optimizer, moments: Any) -> None:
-    """Refuse what fused Adam would take unchecked: it writes by the parameter's size."""
-    parameters = _parameters(optimizer)
-    if {str(index) for index in moments} != {str(index) for index in range(len(parameters))}:
-        raise ValueError(f"Adam's state is not that of {len(parameters)} parameters")
-    for index, values in moments.items():
-        if values and not _fits_adam(values, parameters[int(index)]):
-            raise ValueError(f"Adam's state of parameter {index} has a wrong shape, dtype or name")
-
-
-def _fits_adam(values: Any, parameter: Tensor) -> bool:
-    if not isinstance(values, dict) or values.keys() != {"step", "exp_avg", "exp_avg_sq"}:
-        return False
-    wanted = {"step": torch.Size(), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
-    return all(
-        isinstance(values[name], Tensor)
-        and values[name].shape == shape
-        and values[name].dtype == (torch.float32 if name == "step" else parameter.dtype)
-        for name, shape in wanted.items()
-    )
-
-
-def _check_counters(state: dict[str, Any]) -> None:
-    counts = {f"the count of {name}": value for name, value in state["counts"].items()}
-    for name, value in {"steps_done": state["steps_done"], **counts}.items():
-        least = 1 if name in counts else 0
-        if type(value) is not int or not least <= value < 2**63:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r:.40}")
-    if state["counts"].keys() != state["sums"].keys():
-        raise ValueError("the sums are not those that are counted")
-    for name, total in state["sums"].items():
-        if not isinstance(total, Tensor) or total.dim():
-            raise ValueError(f"the sum of {name} is not a scalar tensor")
