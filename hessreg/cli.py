@@ -67,6 +67,9 @@ from hessreg.self_check import checked_devices, self_tests
 from hessreg.style.config import StyleConfig
 from hessreg.style.images import ImageError
 from hessreg.style.run import StyleRun, draw_at_once
+from hessreg.tuning.config import TuneConfig
+from hessreg.tuning.outcome import OutcomeError
+from hessreg.tuning.tuner import Tuner, TuningError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -80,16 +83,19 @@ class _SelfTestError(Exception):
 
 _ROWS = 512  # of the data of a run
 _COMPARED = "none,r1,hsn1r,gaussian"
+_TUNED_EVERY = 500  # steps between values that a pruner sees
 _FAILURES = (
     ComparisonError,
     LostProcessError,
     NonFiniteError,
     NonFiniteCurvatureError,
     OppositeGradientsError,
+    OutcomeError,
     StorageError,
+    TuningError,
     _SelfTestError,
 )
-_PROVIDERS = {"wandb": "wandb", "torchmetrics": "'hessreg[metrics]'"}
+_PROVIDERS = {"wandb": "wandb", "torchmetrics": "'hessreg[metrics]'", "optuna": "'hessreg[tune]'"}
 _PACKAGES = ("numpy", "scikit-learn", "safetensors", "matplotlib", "tensorboard", "rich")
 
 
@@ -147,6 +153,7 @@ def _run(args: list[str]) -> None:
         "eval": _eval,
         "sample": _sample,
         "report": _report,
+        "tune": _tune,
         "spectrum": _spectrum,
         "dynamics": _dynamics,
         "style": _style,
@@ -228,6 +235,7 @@ def _parser() -> ArgumentParser:
     _add_per_dataset(commands, "train", "train a GAN", _train_parser)
     commands.add_subcommand("resume", _resume_parser(), help="continue a run; also train --resume")
     _add_per_dataset(commands, "compare", "several methods at equal cost", _compare_parser)
+    _add_per_dataset(commands, "tune", "search for hyperparameters", _tune_parser)
     purpose = "metrics of what a run draws from fresh noise"
     commands.add_subcommand("eval", _eval_parser(), help=purpose)
     commands.add_subcommand("sample", _sample_parser(), help="draw with the generator of a run")
@@ -326,6 +334,14 @@ def _report_parser() -> ArgumentParser:
     parser.add_argument("runs", type=str, nargs="+", help=runs)
     out = "The page; by default report.html in the first folder."
     parser.add_argument("--out", type=str, default="", help=out)
+    return parser
+
+
+def _tune_parser(dataset: str) -> ArgumentParser:
+    purpose = f"Search for hyperparameters on {dataset}; every trial is a run of its own."
+    parser = _config_parser(dataset, purpose, set())
+    parser.set_defaults(eval_every=_TUNED_EVERY, tensorboard=False)
+    parser.add_class_arguments(TuneConfig)
     return parser
 
 
@@ -459,7 +475,7 @@ def _parse(args: list[str]) -> tuple[str, dict[str, Any]]:
         near = suggestion(message, _names(args))
         raise _InputError(f"{where}{_readable(message)}{near}") from None
     chosen = options[options.command]
-    per_dataset = options.command in ("train", "compare")
+    per_dataset = options.command in _per_dataset()
     return options.command, dict(vars(chosen[chosen.dataset] if per_dataset else chosen))
 
 
@@ -468,9 +484,14 @@ def _underscored(arg: str) -> str:
     return re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), arg)
 
 
+def _per_dataset() -> dict[str, Callable[[str], ArgumentParser]]:
+    """The commands with a parser for each data set."""
+    return {"train": _train_parser, "compare": _compare_parser, "tune": _tune_parser}
+
+
 def _innermost_parser(args: list[str]) -> ArgumentParser:
     """That of a command and its data set; a LookupError if there is none."""
-    per_dataset = {"train": _train_parser, "compare": _compare_parser}
+    per_dataset = _per_dataset()
     if args[0] not in per_dataset:
         return _PARSERS[args[0]]()
     if args[1] not in DEFAULTS:
@@ -491,7 +512,7 @@ def _unknown_name(args: list[str]) -> str:
     """What the innermost parser says, which names the unknown key."""
     from jsonargparse import ArgumentError
 
-    per_dataset = args[0] in ("train", "compare")
+    per_dataset = args[0] in _per_dataset()
     try:
         _innermost_parser(args).parse_args(args[2 if per_dataset else 1 :])
     except (ArgumentError, ValueError, TypeError) as error:
@@ -551,6 +572,19 @@ def _compare(options: dict[str, Any]) -> None:
         seeds = _seeds(options["seeds"])
         comparison = Comparison.create(out, names, config, seeds, options["jobs"])
     say(comparison.train())
+
+
+def _tune(options: dict[str, Any]) -> None:
+    with _input():
+        base = _train_config(options)
+        config = TuneConfig(**{f.name: options[f.name] for f in fields(TuneConfig)})
+        tuner = Tuner(_out(options, f"{base.dataset}-tune"), base, config)
+    outcome = tuner.run()
+    files = outcome.write()
+    say(outcome.describe())
+    if config.confirm and len(outcome.objectives) == 1:
+        say(outcome.confirm(config.confirm, config.workers))
+    say(f"written: {', '.join(map(str, files))}")
 
 
 def _seeds(text: str) -> list[int]:

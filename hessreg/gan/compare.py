@@ -262,7 +262,8 @@ def format_table(
         )
         for line in [head, *body]
     ]
-    lines.insert(1 + len(rows), "-" * len(lines[0]))
+    if references:
+        lines.insert(1 + len(rows), "-" * len(lines[0]))
     return "\n".join(lines)
 
 

@@ -1,0 +1,186 @@
+"""What a search found: the best configuration, a table, pictures, and a test on fresh seeds."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hessreg.gan.checkpoint import write_atomically
+from hessreg.gan.compare import format_table
+from hessreg.gan.config import TrainConfig
+from hessreg.gan.tasks import make_task
+from hessreg.tuning.space import SearchSpace, with_values
+from hessreg.tuning.trial_run import TrialRun
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import FrozenTrial
+
+__all__ = ["Outcome", "OutcomeError"]
+
+_FRESH = 1_000_000  # far from the seeds of trials
+_POLL = 0.2  # seconds
+
+
+class OutcomeError(RuntimeError):
+    """A run on a fresh seed did not finish."""
+
+
+class Outcome:
+    """The finished trials of a study.
+
+    Args:
+        path: Folder for ``best.yaml`` (or ``pareto-NUMBER.yaml`` with several objectives),
+            ``trials.csv`` and pictures.
+        study: The study.
+        space: What was varied.
+        objectives: Names of the metrics.
+    """
+
+    def __init__(
+        self, path: Path, study: Study, space: SearchSpace, objectives: Sequence[str]
+    ) -> None:
+        self.path, self.study, self.space, self.objectives = path, study, space, objectives
+
+    @property
+    def best(self) -> list[FrozenTrial]:
+        """The best trial, or with several objectives those that none beats in all."""
+        return self.study.best_trials
+
+    def config_of(self, trial: FrozenTrial) -> TrainConfig:
+        """Return the configuration of a trial, with the seed of the search."""
+        return with_values(self.space.base, self.space.values_of(trial))
+
+    def write(self) -> list[Path]:
+        """Write configurations, table and pictures, and return their files."""
+        several = len(self.objectives) > 1
+        files = []
+        for trial in self.best if several else self.best[:1]:
+            file = self.path / (f"pareto-{trial.number}.yaml" if several else "best.yaml")
+            write_atomically(file, _yaml(self.config_of(trial)))
+            files.append(file)
+        write_atomically(self.path / "trials.csv", self._table())
+        return [*files, self.path / "trials.csv", *self._draw()]
+
+    def describe(self) -> str:
+        """Return the best values, and what made them, as text for people."""
+        lines = []
+        for trial in self.best if len(self.objectives) > 1 else self.best[:1]:
+            values = zip(self.objectives, trial.values, strict=True)
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in values)
+            chosen = self.space.values_of(trial)
+            lines.append(f"trial {trial.number}: {shown}")
+            lines += [f"  {name}: {value}" for name, value in chosen.items()]
+        return "\n".join(lines)
+
+    def confirm(self, seeds: int, workers: int) -> str:
+        """Train the best configuration and the one the search started from on fresh seeds.
+
+        Args:
+            seeds: Of each.
+            workers: Runs at once.
+
+        Returns:
+            A table with means and standard deviations.
+
+        Raises:
+            OutcomeError: If a run does not finish.
+        """
+        configs = {"default": self.space.base, "best": self.config_of(self.best[0])}
+        runs: dict[str, list[TrialRun]] = {}
+        for name, config in configs.items():
+            runs[name] = []
+            for index in range(seeds):
+                seed = config.seed + _FRESH + index
+                run = TrialRun((self.path / "confirm" / f"{name}-{seed}").resolve())
+                run.prepare(replace(config, seed=seed))
+                runs[name].append(run)
+        _finish_all([run for group in runs.values() for run in group], workers)
+        task = make_task(self.space.base)
+        judge = task.judge(task.load())
+        rows = {name: [run.result() for run in group] for name, group in runs.items()}
+        return format_table(rows, {}, judge.columns)
+
+    def _table(self) -> bytes:
+        names = [parameter.name for parameter in self.space.parameters]
+        heads = ["number", "state", *self.objectives, "seconds", "reason", *names]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, heads)
+        writer.writeheader()
+        for trial in self.study.get_trials(deepcopy=False):
+            values = dict(zip(self.objectives, trial.values or [], strict=False))
+            duration = trial.duration.total_seconds() if trial.duration else ""
+            known = {"number": trial.number, "state": trial.state.name, "seconds": duration}
+            reason = {"reason": trial.user_attrs.get("reason", "")}
+            writer.writerow(known | values | reason | self.space.values_of(trial))
+        return text.getvalue().encode()
+
+    def _draw(self) -> list[Path]:
+        """History, importances and parallel coordinates of the first objective."""
+        import matplotlib as mpl
+        from optuna.visualization import matplotlib as plots
+
+        mpl.use("Agg")  # Optuna draws with pyplot, which would look for a screen
+        name = self.objectives[0]
+        target: Callable[[FrozenTrial], float] | None = None
+        if len(self.objectives) > 1:
+            target = _first_value
+        makers: dict[str, Callable[..., Any]] = {
+            "history.png": plots.plot_optimization_history,
+            "parallel.png": plots.plot_parallel_coordinate,
+            "importances.png": plots.plot_param_importances,
+        }
+        files = []
+        for file, plot in makers.items():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of Optuna, that its pictures are experimental
+                axes = plot(self.study, target=target, target_name=name)
+            files.append(_save(self.path / file, axes, max(10.0, len(self.space.parameters))))
+        return files
+
+
+def _first_value(trial: FrozenTrial) -> float:
+    return trial.values[0]
+
+
+def _yaml(config: TrainConfig) -> bytes:
+    import yaml
+
+    return yaml.safe_dump(json.loads(json.dumps(config.to_dict())), sort_keys=False).encode()
+
+
+def _save(file: Path, axes: Any, width: float) -> Path:
+    import matplotlib.pyplot as plt
+
+    figure = axes.figure
+    figure.set_size_inches(width, 5)
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    write_atomically(file, content.getvalue())
+    return file
+
+
+def _finish_all(runs: Sequence[TrialRun], workers: int) -> None:
+    waiting: list[TrialRun] = list(runs)
+    active: list[TrialRun] = []
+    try:
+        while waiting or active:
+            while waiting and len(active) < workers:
+                active.append(waiting.pop(0))
+            states = {run: run.poll() for run in active}
+            for run, state in states.items():
+                if state not in ("running", "finished"):
+                    raise OutcomeError(f"{run.path} {state}: {run.reason()}")
+            active = [run for run, state in states.items() if state == "running"]
+            time.sleep(_POLL)
+    finally:
+        for run in active:
+            run.stop()

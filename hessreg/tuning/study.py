@@ -1,0 +1,203 @@
+"""A study in a storage that several searches, here or on other machines, may share."""
+
+from __future__ import annotations
+
+import random
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from hessreg.tuning.config import TuneConfig
+from hessreg.tuning.space import SearchSpace
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.pruners import BasePruner
+    from optuna.samplers import BaseSampler
+    from optuna.storages import BaseStorage
+
+__all__ = ["StudyError", "open_study"]
+
+Direction = Literal["minimize", "maximize"]
+_DIRECTIONS: dict[str, Direction] = {"minimize": "minimize", "maximize": "maximize"}
+_LARGER_IS_BETTER = (
+    *("modes", "quality", "classes", "precision", "recall", "density", "coverage"),
+    *("accuracy", "steps"),
+)
+_QUEUED = "queued"  # attribute of a study whose first trials are known
+_OPENED = "opened-"  # name of an attribute for each search that opened the study
+_TABLES = 2.0  # seconds in which another process makes the tables
+_DATABASE_TIMEOUT = 60  # seconds to wait for another process that writes
+
+
+class StudyError(ValueError):
+    """A study cannot be opened, or is another one."""
+
+
+def open_study(
+    config: TuneConfig, path: Path, space: SearchSpace, objectives: Sequence[str], seed: int
+) -> Study:
+    """Open the study in its storage, or make it.
+
+    What searches propose does not repeat: each one that opens the study draws from a stream of its
+    own, which follows from the seed and from how many opened it before.
+
+    Args:
+        config: Of the search.
+        path: Folder for the storage, if no other is given.
+        space: What is varied.
+        objectives: Names of the metrics.
+        seed: Of the sampler.
+
+    Raises:
+        StudyError: If the storage cannot be used, or has a study of that name with other objectives
+            or another space.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    directions = _directions(config.directions, objectives)
+    try:
+        study = optuna.create_study(
+            study_name=config.study or space.base.dataset,
+            storage=_storage(config.storage, path),
+            directions=directions,
+            load_if_exists=True,
+        )
+    except _storage_errors() as error:
+        reason = " ".join(str(error).split())
+        raise StudyError(f"storage {config.storage or path}: {reason:.200}") from None
+    _require_same(study, config, space, objectives)
+    order = _order(study)
+    own = int(np.random.SeedSequence([seed, order]).generate_state(1)[0])
+    study.sampler = _SAMPLERS[config.sampler](own)
+    study.pruner = _pruner(config.pruner, space.base.eval_every)
+    if order == 0:
+        _enqueue(study, config, space, seed)
+    _wait_for_queue(study)
+    return study
+
+
+def _storage(url: str, path: Path) -> BaseStorage:
+    from optuna.storages import JournalStorage, RDBStorage
+    from optuna.storages.journal import JournalFileBackend
+    from sqlalchemy.exc import SQLAlchemyError
+
+    if url and not url.startswith("journal:"):
+        timeout = {"timeout": _DATABASE_TIMEOUT} if url.startswith("sqlite") else {}
+        options = {"connect_args": timeout}
+        try:
+            return RDBStorage(url, engine_kwargs=options)
+        except SQLAlchemyError:  # two that make the tables at once: the second finds them made
+            time.sleep(_TABLES)
+            return RDBStorage(url, engine_kwargs=options)
+    file = url.removeprefix("journal:") or str(path / "study.journal")
+    return JournalStorage(JournalFileBackend(file))
+
+
+def _storage_errors() -> tuple[type[Exception], ...]:
+    from optuna.exceptions import OptunaError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return OSError, ValueError, RuntimeError, ImportError, OptunaError, SQLAlchemyError
+
+
+def _directions(text: str, objectives: Sequence[str]) -> list[Direction]:
+    if not text:
+        return ["maximize" if name in _LARGER_IS_BETTER else "minimize" for name in objectives]
+    given = [part.strip() for part in text.split(",")]
+    if not set(given) <= _DIRECTIONS.keys() or len(given) != len(objectives):
+        raise StudyError(
+            f"directions must be minimize or maximize for each of {', '.join(objectives)},"
+            f" got {text!r:.60}"
+        )
+    return [_DIRECTIONS[name] for name in given]
+
+
+def _require_same(
+    study: Study, config: TuneConfig, space: SearchSpace, objectives: Sequence[str]
+) -> None:
+    """Refuse to mix trials that cannot be compared."""
+    directions = _directions(config.directions, objectives)
+    found = [direction.name.lower() for direction in study.directions]
+    described = {"objectives": list(objectives), "directions": directions, **space.described()}
+    stored = study.user_attrs.get("search")
+    if stored is None and not study.get_trials(deepcopy=False):
+        study.set_user_attr("search", described)
+    elif stored != described or found != directions:
+        known = stored or {}
+        changed = [key for key, value in described.items() if known.get(key) != value]
+        what = ", ".join(changed) or "directions"
+        raise StudyError(
+            f"study {study.study_name} exists with other {what}: choose another --study"
+        )
+
+
+def _order(study: Study) -> int:
+    """Return how many searches opened the study before this one."""
+    mine = f"{_OPENED}{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
+    study.set_user_attr(mine, True)
+    return sorted(name for name in study.user_attrs if name.startswith(_OPENED)).index(mine)
+
+
+def _tpe(seed: int) -> BaseSampler:
+    from optuna.samplers import TPESampler
+
+    return TPESampler(seed=seed)  # counts running trials as bad: several at once differ
+
+
+def _random(seed: int) -> BaseSampler:
+    from optuna.samplers import RandomSampler
+
+    return RandomSampler(seed=seed)
+
+
+def _cmaes(seed: int) -> BaseSampler:
+    from optuna.samplers import CmaEsSampler
+
+    return CmaEsSampler(seed=seed, warn_independent_sampling=False)
+
+
+# The points of a grid are queued: the sampler has nothing to choose.
+_SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
+    "tpe": _tpe,
+    "random": _random,
+    "cmaes": _cmaes,
+    "grid": _random,
+}
+
+
+def _pruner(name: str, first: int) -> BasePruner:
+    from optuna.pruners import HyperbandPruner, MedianPruner, NopPruner
+
+    if name == "hyperband":
+        return HyperbandPruner(min_resource=first)
+    return MedianPruner() if name == "median" else NopPruner()
+
+
+def _enqueue(study: Study, config: TuneConfig, space: SearchSpace, seed: int) -> None:
+    """Queue what is to be tried in any case: a grid, or where the search starts from."""
+    if config.sampler == "grid":
+        points = space.grid()
+        random.Random(seed).shuffle(points)  # noqa: S311
+    else:
+        start = space.base_point()
+        points = [] if start is None else [start]
+    for point in points[: config.trials]:
+        study.enqueue_trial(point)
+    study.set_user_attr(_QUEUED, True)
+
+
+def _wait_for_queue(study: Study) -> None:
+    """Let whoever opened the study first finish the queue: nobody may propose before."""
+    deadline = time.monotonic() + _DATABASE_TIMEOUT
+    while not study.user_attrs.get(_QUEUED):
+        if time.monotonic() > deadline:
+            raise StudyError(
+                f"study {study.study_name} was left unfinished: choose another --study"
+            )
+        time.sleep(0.2)

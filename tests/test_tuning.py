@@ -1,0 +1,424 @@
+"""Search for hyperparameters: the space, the study, and trials that die."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hessreg.cli import main
+from hessreg.gan import DEFAULTS, TrainConfig
+from hessreg.gan.run import Interrupted
+from hessreg.tuning import (
+    DEFAULT_SPACE,
+    SearchSpace,
+    SpaceError,
+    StudyError,
+    TuneConfig,
+    Tuner,
+    TuningError,
+    with_values,
+)
+from hessreg.tuning.trial_run import TrialRun
+
+pytest.importorskip("optuna")
+
+BASE = DEFAULTS["ring"]
+RATE = {"low": 1e-4, "high": 1e-2, "log": True}
+# A "run" whose metric is the distance of log10 of the rate to -3: no training, a real process.
+STAND_IN = """
+import json, math, pathlib, sys, time, yaml
+folder = pathlib.Path(sys.argv[1])
+config = yaml.safe_load(folder.with_suffix(".yaml").read_text())
+rate, lag = config["g"]["lr"], config["ring"]["radius"]
+if rate > 0.009:
+    sys.exit("hessreg: step 3: generator loss is not finite")
+folder.mkdir(exist_ok=True)
+value = abs(math.log10(rate) + 3)
+with (folder / "metrics.jsonl").open("a") as file:
+    for step in (100, 200, 300):
+        file.write(json.dumps({"step": step, "cpu_seconds": 0.1, "mmd": value}) + "\\n")
+        file.flush()
+        time.sleep(lag if value > 0.9 else 0)
+row = {"mmd": value, "quality": 1 - value / 9, "seed": config["seed"], "steps": 300}
+(folder / "result.json").write_text(json.dumps(row | {"modes": 8, "tv": 0.1, "cpu_seconds": 0.1}))
+"""
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Trials that take no time."""
+
+    def command(self):
+        return [sys.executable, "-c", STAND_IN, str(self.path)]
+
+    monkeypatch.setattr(TrialRun, "_command", command)
+    return command
+
+
+def space_file(tmp_path, declared):
+    file = tmp_path / "space.yaml"
+    file.write_text(yaml.safe_dump(declared, sort_keys=False))
+    return str(file)
+
+
+def search(tmp_path, declared, base=BASE, out="out", **options):
+    """A search with the defaults of a test, and the trials of its study afterwards."""
+    options = {"trials": 6, "sampler": "random", "pruner": "none", "confirm": 0} | options
+    config = TuneConfig(space=space_file(tmp_path, declared), **options)
+    tuner = Tuner(tmp_path / out, base, config)
+    outcome = tuner.run()
+    return outcome, tuner.study.trials
+
+
+def read_table(file):
+    with file.open(encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
+
+
+def states(trials):
+    return [trial.state.name for trial in trials]
+
+
+# --- the space ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dataset", DEFAULTS)
+def test_default_space_holds_for_every_data_set(dataset):
+    base = DEFAULTS[dataset]
+    names = {parameter.name for parameter in SearchSpace.read(base, DEFAULT_SPACE).parameters}
+    assert {"g.lr", "d.lr", "batch_size", "loss", "regularizer"} <= names
+
+
+def test_space_from_yaml_takes_numbers_without_a_point(tmp_path):
+    file = tmp_path / "space.yaml"
+    file.write_text("g.lr: {low: 1e-4, high: 1e-2, log: true}\nbatch_size: [32, 64]\n")
+    rate, size = SearchSpace.read(BASE, file).parameters
+    assert (rate.low, rate.high, size.values) == (1e-4, 1e-2, (32, 64))
+
+
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [
+        ([1, 2], "a space is a mapping of options to values"),
+        ({}, "a space is a mapping"),
+        ({"g.lrr": RATE}, "g.lrr is no option of a run; did you mean g.lr?"),
+        ({"g.lr": 3}, "g.lr must be a list of values, or low and high"),
+        ({"g.lr": []}, "g.lr: values must be a list"),
+        ({"g.lr": {"low": 1}}, "g.lr: high must be a finite number, got None"),
+        ({"g.lr": {"low": "x", "high": 1}}, "g.lr: low must be a finite number, got 'x'"),
+        ({"g.lr": {"low": float("nan"), "high": 1}}, "g.lr: low must be a finite number"),
+        ({"g.lr": {"low": 2.0, "high": 1.0}}, "g.lr needs low < high"),
+        ({"g.lr": {"low": 0.0, "high": 1.0, "log": True}}, "g.lr needs 0 < low < high with log"),
+        ({"g.lr": {**RATE, "log": "yes"}}, "g.lr: log must be true or false, got 'yes'"),
+        ({"g.lr": {**RATE, "step": 2}}, "g.lr: step is none of low, high, log, when"),
+        ({"g.lr": {"low": -1.0, "high": 1.0}}, "g.lr cannot be -1.0: lr must be at least 0"),
+        ({"batch_size": [64, "many"]}, "batch_size cannot be 'many'"),
+        ({"regularizer": ["r1", "r9"]}, "regularizer cannot be 'r9'"),
+        ({"g.lr": {**RATE, "when": 3}}, "g.lr: when must be a mapping"),
+        (
+            {"g.lr": {**RATE, "when": {"los": "mmd"}}},
+            "los is no option of a run; did you mean loss",
+        ),
+    ],
+)
+def test_what_a_space_cannot_be(declared, message):
+    with pytest.raises(SpaceError) as caught:
+        SearchSpace(BASE, declared)
+    assert message in str(caught.value)
+
+
+def test_missing_or_damaged_space_file_is_named(tmp_path):
+    missing, damaged = tmp_path / "no.yaml", tmp_path / "bad.yaml"
+    damaged.write_text("a: [1\nb: }")
+    for file, message in ((missing, "No such file"), (damaged, "while parsing")):
+        with pytest.raises(SpaceError, match=message) as caught:
+            SearchSpace.read(BASE, file)
+        assert str(file) in str(caught.value)
+
+
+def test_grid_leaves_out_what_does_not_matter():
+    gamma = {"values": [0.1, 1.0], "when": {"regularizer": ["r1", "r1+r2"]}}
+    declared = {"regularizer": ["none", "r1"], "r1.gamma": gamma, "batch_size": [32, 64]}
+    points = SearchSpace(BASE, declared).grid()
+    assert len(points) == 6
+    assert {"regularizer": "none", "batch_size": 32} in points
+    assert {"regularizer": "r1", "r1.gamma": 1.0, "batch_size": 64} in points
+
+
+def test_grid_too_large_is_refused():
+    declared = {name: list(range(1, 31)) for name in ("save_every", "log_every", "eval_every")}
+    with pytest.raises(SpaceError, match="more than 10000 points"):
+        SearchSpace(BASE, declared).grid()
+
+
+def test_values_of_any_kind_come_back(tmp_path, stand_in):
+    declared = {"threads": [1, 2], "tensorboard": [True, False], "projection.strength": [None, 0.5]}
+    outcome, trials = search(tmp_path, declared, sampler="grid", trials=8)
+    found = [outcome.space.values_of(trial) for trial in trials]
+    wanted = itertools.product([1, 2], [True, False], [None, 0.5])
+    assert sorted(map(str, (tuple(each.values()) for each in found))) == sorted(map(str, wanted))
+
+
+def test_with_values_changes_those_only():
+    changed = with_values(BASE, {"g.lr": 0.5, "loss": "hinge"})
+    assert (changed.g.lr, changed.loss) == (0.5, "hinge")
+    assert with_values(changed, {"g.lr": BASE.g.lr, "loss": BASE.loss}) == BASE
+
+
+# --- the search ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes"])
+def test_search_begins_with_the_default_and_finds_better(tmp_path, stand_in, sampler):
+    base = with_values(BASE, {"g.lr": 2e-4})
+    outcome, trials = search(tmp_path, {"g.lr": RATE}, base, sampler=sampler, trials=12, workers=2)
+    assert [trial.number for trial in trials] == list(range(12))
+    assert trials[0].params["g.lr"] == 2e-4
+    assert len({trial.params["g.lr"] for trial in trials}) == 12
+    assert set(states(trials)) <= {"COMPLETE", "PRUNED"}
+    assert outcome.best[0].value < trials[0].value / 2
+    seeds = {
+        yaml.safe_load((tmp_path / f"out/trials/{n:04d}.yaml").read_text())["seed"]
+        for n in range(12)
+    }
+    assert seeds == set(range(12))
+
+
+def test_grid_is_searched_point_by_point(tmp_path, stand_in):
+    declared = {"g.lr": [1e-4, 1e-3, 5e-3], "batch_size": [32, 64]}
+    outcome, trials = search(tmp_path, declared, sampler="grid", trials=100, workers=3)
+    found = {(trial.params["g.lr"], trial.params["batch_size"]) for trial in trials}
+    assert len(trials) == 6
+    assert found == set(itertools.product([1e-4, 1e-3, 5e-3], [32, 64]))
+    assert outcome.best[0].params["g.lr"] == 1e-3
+
+
+def test_outcome_is_a_configuration_a_table_and_pictures(tmp_path, stand_in):
+    outcome, trials = search(tmp_path, {"g.lr": RATE, "loss": ["hinge", "minimax"]})
+    files = {file.name for file in outcome.write()}
+    assert files == {"best.yaml", "trials.csv", "history.png", "parallel.png", "importances.png"}
+    best = TrainConfig.from_dict(yaml.safe_load((tmp_path / "out/best.yaml").read_text()))
+    assert best == with_values(BASE, outcome.best[0].params)
+    rows = read_table(tmp_path / "out/trials.csv")
+    assert [int(row["number"]) for row in rows] == list(range(6))
+    complete = [row for row in rows if row["state"] == "COMPLETE"]
+    assert min(float(row["mmd"]) for row in complete) == outcome.best[0].value
+    assert f"g.lr: {outcome.best[0].params['g.lr']}" in outcome.describe()
+    assert len(trials) == 6
+
+
+def test_several_objectives_give_a_front(tmp_path, stand_in):
+    outcome, _ = search(tmp_path, {"g.lr": RATE}, objectives="mmd,quality")
+    assert [d.name for d in outcome.study.directions] == ["MINIMIZE", "MAXIMIZE"]
+    fronts = [file.name for file in outcome.write() if file.name.startswith("pareto-")]
+    assert fronts == [f"pareto-{outcome.best[0].number}.yaml"]  # one is best in both
+
+
+def test_training_that_is_not_finite_counts_as_bad(tmp_path, stand_in):
+    declared = {"g.lr": [1e-3, 9.5e-3]}
+    outcome, trials = search(tmp_path, declared, sampler="grid")
+    pruned = next(trial for trial in trials if trial.params["g.lr"] == 9.5e-3)
+    assert pruned.state.name == "PRUNED"
+    assert "generator loss is not finite" in pruned.user_attrs["reason"]
+    assert outcome.best[0].params["g.lr"] == 1e-3
+
+
+def test_nothing_but_failures_is_an_error(tmp_path, stand_in):
+    with pytest.raises(TuningError, match="none of the trials got to its end"):
+        search(tmp_path, {"g.lr": {"low": 0.0095, "high": 0.01}}, trials=2)
+
+
+def test_values_that_contradict_each_other_cost_one_trial(tmp_path, stand_in):
+    declared = {"batch_size": [1, 64], "loss": ["hinge", "mmd"]}
+    base = with_values(BASE, {"regularizer": "none"})
+    _, trials = search(tmp_path, declared, base, sampler="grid", trials=9)
+    failed = [trial for trial in trials if trial.state.name == "FAIL"]
+    assert len(trials) == 4
+    assert [trial.params for trial in failed] == [{"batch_size": 1, "loss": "mmd"}]
+    assert "at least 2 with mmd" in failed[0].user_attrs["reason"]
+
+
+def test_hopeless_trials_are_ended(tmp_path, stand_in):
+    """A bad run waits between its evaluations, so there is time to end it at the first."""
+    rates = [1e-3, 1.1e-3, 1.2e-3, 1.3e-3, 1.4e-3, 1e-5]
+    # A pruner needs some to compare with: a seed with which the bad one comes last.
+    seed = next(s for s in itertools.count() if shuffled(rates, s)[-1] == 1e-5)
+    base = with_values(BASE, {"ring.radius": 20.0, "seed": seed})
+    _, trials = search(tmp_path, {"g.lr": rates}, base, sampler="grid", pruner="median")
+    hopeless = trials[-1]
+    assert (hopeless.params["g.lr"], hopeless.state.name) == (1e-5, "PRUNED")
+    assert hopeless.intermediate_values.keys() == {100}
+
+
+def shuffled(values, seed):
+    values = list(values)
+    random.Random(seed).shuffle(values)
+    return values
+
+
+def test_study_goes_on_and_does_not_repeat(tmp_path, stand_in):
+    _, first = search(tmp_path, {"g.lr": RATE}, trials=3)
+    _, all_trials = search(tmp_path, {"g.lr": RATE}, trials=7)
+    assert [t.params for t in all_trials[:3]] == [t.params for t in first]
+    assert len({t.params["g.lr"] for t in all_trials}) == 7
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"declared": {"g.lr": [1e-3]}}, "other space"),
+        ({"base": with_values(BASE, {"batch_size": 32})}, "other base"),
+        ({"objectives": "quality"}, "other objectives"),
+        ({"directions": "maximize"}, "other directions"),
+    ],
+)
+def test_another_search_is_not_mixed_in(tmp_path, stand_in, change, message):
+    search(tmp_path, {"g.lr": RATE}, trials=2)
+    with pytest.raises(StudyError, match=message):
+        search(tmp_path, **({"declared": {"g.lr": RATE}, "trials": 3} | change))
+
+
+@pytest.mark.parametrize("storage", ["sqlite:///{}/study.db", "journal:{}/shared.journal"])
+def test_two_searches_share_a_study(tmp_path, storage):
+    """Two commands at once, as on two machines: no trial is lost or there twice."""
+    url = storage.format(tmp_path)
+    script = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "from hessreg.tuning import Tuner, TuneConfig\n"
+        "from hessreg.tuning.trial_run import TrialRun\n"
+        "from hessreg.gan import DEFAULTS\n"
+        f"code = {STAND_IN!r}\n"
+        "TrialRun._command = lambda self: [sys.executable, '-c', code, str(self.path)]\n"
+        f"config = TuneConfig(trials=10, storage={url!r}, confirm=0, sampler='random',\n"
+        f"                    space={space_file(tmp_path, {'g.lr': RATE})!r})\n"
+        "from pathlib import Path\n"
+        "Tuner(Path(sys.argv[1]), DEFAULTS['ring'], config).run()\n"
+    )
+    searches = [
+        subprocess.Popen([sys.executable, "-c", script, str(tmp_path / name)])
+        for name in ("a", "b")
+    ]
+    assert [each.wait(timeout=300) for each in searches] == [0, 0]
+    import optuna
+
+    from hessreg.tuning.study import _storage
+
+    trials = optuna.load_study(study_name="ring", storage=_storage(url, tmp_path)).trials
+    # Both may see room for the last one.
+    assert 10 <= len(trials) <= 11
+    assert set(states(trials)) <= {"COMPLETE", "PRUNED"}
+    assert len({trial.params["g.lr"] for trial in trials}) == len(trials)
+    folders = {trial.user_attrs["folder"] for trial in trials}
+    assert len(folders) == len(trials)
+
+
+def test_trial_of_a_search_without_life_is_replaced(tmp_path, stand_in, monkeypatch):
+    config = TuneConfig(space=space_file(tmp_path, {"g.lr": RATE}), trials=3, confirm=0)
+    tuner = Tuner(tmp_path / "out", BASE, config)
+    lost = tuner.study.ask()
+    lost.set_user_attr("folder", "elsewhere")
+    lost.set_user_attr("alive", time.time() - 1e4)
+    tuner.run()
+    by_state = states(tuner.study.trials)
+    assert (by_state[0], len(by_state), by_state.count("FAIL")) == ("FAIL", 4, 1)
+
+
+def test_interrupted_search_goes_on(tmp_path, stand_in, monkeypatch):
+    base = with_values(BASE, {"ring.radius": 2.0, "g.lr": 1e-4})  # slow: alive when interrupted
+    monkeypatch.setattr("hessreg.tuning.tuner.time.sleep", interrupt)
+    with pytest.raises(Interrupted, match="continue with the same command and --out"):
+        search(tmp_path, {"g.lr": RATE}, base, trials=3)
+    monkeypatch.undo()
+    monkeypatch.setattr(TrialRun, "_command", stand_in)
+    _, trials = search(tmp_path, {"g.lr": RATE}, base, trials=3)
+    assert set(states(trials)) <= {"COMPLETE", "PRUNED"}
+    assert len(trials) == 3
+
+
+def interrupt(_seconds):
+    raise KeyboardInterrupt
+
+
+def test_folder_is_used_by_one_search(tmp_path, stand_in):
+    config = TuneConfig(space=space_file(tmp_path, {"g.lr": RATE}), confirm=0)
+    tuner = Tuner(tmp_path / "out", BASE, config)
+    script = f"from hessreg.cli import main; main(['tune', 'ring', '--out={tmp_path / 'out'}'])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "is in use by another process" in done.stderr
+    tuner.close()
+
+
+# --- real runs that die --------------------------------------------------------------------------
+
+REAL = "--steps=60 --eval_every=20 --save_every=10 --width=16 --batch_size=16 --pruner=none"
+
+
+def command(tmp_path, *more):
+    space = f"--space={space_file(tmp_path, {'g.lr': RATE})}"
+    out = f"--out={tmp_path / 'out'}"
+    fixed = [*REAL.split(), space, out, "--trials=4", "--workers=2", "--confirm=1", *more]
+    return [sys.executable, "-m", "hessreg", "tune", "ring", *fixed]
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.05)
+
+
+def trainers(tmp_path):
+    """Processes that train in the folder of a search."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdecimal():
+            try:
+                words = Path(f"/proc/{entry}/cmdline").read_bytes().decode().split("\0")
+            except OSError:
+                continue
+            if any(str(tmp_path / "out/trials") in word for word in words):
+                found.append(int(entry))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
+def test_killed_trials_and_killed_searches_lose_nothing(tmp_path):
+    first = subprocess.Popen(command(tmp_path), stdout=subprocess.DEVNULL)
+    wait_for(lambda: any((tmp_path / "out/trials").glob("*/checkpoints/step-*")))
+    os.kill(trainers(tmp_path)[0], signal.SIGKILL)
+    wait_for(lambda: any((tmp_path / "out/trials").glob("*/result.json")))
+    first.kill()
+    first.wait()
+    done = subprocess.run(command(tmp_path), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    rows = read_table(tmp_path / "out/trials.csv")
+    assert [row["state"] for row in rows] == ["COMPLETE"] * 4
+    assert len({row["g.lr"] for row in rows}) == 4
+    results = [json.loads(f.read_text()) for f in (tmp_path / "out/trials").glob("*/result.json")]
+    assert [result["steps"] for result in results] == [60] * 4
+    assert (
+        main(
+            [
+                "train",
+                "ring",
+                f"--config={tmp_path / 'out/best.yaml'}",
+                "--plain",
+                f"--out={tmp_path / 'again'}",
+            ]
+        )
+        == 0
+    )
+    assert "default" in done.stdout
+    assert "best" in done.stdout
