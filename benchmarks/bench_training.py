@@ -44,8 +44,9 @@ CASES = [Case(dataset, name) for dataset in ("digits", "ring") for name in ("non
 
 
 def trainer_of(case: Case, device: str) -> Any:
-    """The trainer of ``hessreg train`` with its defaults."""
+    """The trainer of ``hessreg train`` with its defaults, at constant rates."""
     config = replace(DEFAULTS[case.dataset], regularizer=case.regularizer, device=device)
+    config.g, config.d = (replace(each, schedule="constant") for each in (config.g, config.d))
     return build_trainer(config, load_dataset(case.dataset))
 
 

@@ -44,6 +44,20 @@ def test_squared_slopes(kind, samples):
     torch.testing.assert_close(penalty(kind(gamma=3.0), ctx), expected, rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("kind", [R1, R2])
+def test_outputs_that_are_there_are_not_made_again(kind):
+    discriminator = Quadratic(4)
+    ctx = context(discriminator)
+    expected = penalty(kind(), ctx)
+    ctx.real, ctx.fake = ctx.real.requires_grad_(), ctx.fake.requires_grad_()
+    ctx.outputs = discriminator(ctx.real), discriminator(ctx.fake)
+    ctx.discriminator = None
+    found = penalty(kind(), ctx)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=0)
+    grads = [torch.autograd.grad(each, discriminator.weight)[0] for each in (found, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-13, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(6, 4), (5, 1, 2, 2)])
 def test_wgan_gp_between_the_pairs(shape):
     discriminator = Quadratic(4)

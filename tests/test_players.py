@@ -473,6 +473,35 @@ def test_networks_are_evaluated_in_half_precision_and_penalties_in_single(precis
     assert nn.functional.cosine_similarity(*gradients, dim=0) > 0.999
 
 
+class Apart(R1):
+    """Evaluates the discriminator once more for its slopes."""
+
+    def loss_terms(self, ctx):
+        return super().loss_terms(replace(ctx, outputs=None))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"orthogonal": Orthogonal("terms", "real_fake")},
+        {"procedure": Procedure(instance_noise=InstanceNoiseConfig(std=0.1, steps=9))},
+        {"procedure": Procedure(precision="float64", accumulate=2, discriminator_steps=2)},
+    ],
+)
+def test_slopes_of_the_outputs_of_the_loss_are_those_of_others(options):
+    trainers = [small_trainer([kind(gamma=2.0)], **options) for kind in (R1, Apart)]
+    calls = [], []
+    for trainer, seen in zip(trainers, calls, strict=True):
+        trainer.discriminator.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        for _ in range(3):
+            trainer.step()
+    for a, b in zip(*map(weights, trainers), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    procedure = trainers[0].procedure
+    assert len(calls[1]) - len(calls[0]) == 3 * procedure.discriminator_steps * procedure.accumulate
+
+
 def test_steps_with_hessian_norms_are_in_single_precision():
     norms = HSN1R(norm="fro", weight=0.1, every=2)
     trainer = small_trainer([norms], procedure=Procedure(precision="bf16"))

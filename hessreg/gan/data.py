@@ -363,7 +363,7 @@ class ShuffledSampler:
         if len(self._queue) < count:
             order = torch.randperm(self.size, generator=self._generator)
             self._queue = torch.cat([self._queue, order])
-        batch, self._queue = self._queue.split([count, len(self._queue) - count])
+        batch, self._queue = self._queue[:count], self._queue[count:]
         return batch
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ __all__ = ["RunningMeans"]
 
 
 class RunningMeans:
-    """Sums of scalars by name, and how many there are; nothing waits for the device before `read`.
+    """Sums of scalars by name, and how many there are; tensors are not waited for before `read`.
 
     Example:
         >>> means = RunningMeans()
@@ -20,13 +20,13 @@ class RunningMeans:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor | float] = {}
         self._counts: dict[str, int] = {}
 
-    def add(self, **scalars: Tensor) -> None:
-        """Take note of some values."""
+    def add(self, **scalars: Tensor | float) -> None:
+        """Take note of some values, without graphs."""
         for name, value in scalars.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach()
+            self._sums[name] = self._sums.get(name, 0.0) + value
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def read(self) -> dict[str, float]:
@@ -37,7 +37,11 @@ class RunningMeans:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the sums and the counts."""
-        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+        sums = {
+            name: total if isinstance(total, Tensor) else torch.tensor(total, dtype=torch.float64)
+            for name, total in self._sums.items()
+        }
+        return {"sums": sums, "counts": dict(self._counts)}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Continue from what `state_dict` returned.

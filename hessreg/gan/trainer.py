@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from hessreg.gan.precision import LossScale, autocast
 from hessreg.gan.running_means import RunningMeans, check_integer
 from hessreg.optim import OrthogonalGradients
 from hessreg.optim._vectors import Vector, add, average, laid_out_like
-from hessreg.regularizers import Gradients, Regularizer, StepContext
+from hessreg.regularizers import R1, Gradients, Regularizer, StepContext
 
 __all__ = ["NonFiniteError", "Trainer"]
 
@@ -119,7 +120,8 @@ class Trainer:
         self.ema = copy.deepcopy(self.generator).requires_grad_(False)
         self.ema_decay = ema_decay
         networks = self.ema, self.generator
-        self._averages = list(zip(*(each.parameters() for each in networks), strict=True))
+        self._averages: list[Tensor] = list(self.ema.parameters())
+        self._averaged: list[Tensor] = list(self.generator.parameters())
         self._copies = list(zip(*(each.buffers() for each in networks), strict=True))
         self.data = data
         self.labels = labels
@@ -127,6 +129,9 @@ class Trainer:
         self._labels: Tensor | None = None
         self.regularizers = tuple(regularizers)
         is_half = self.procedure.precision == "fp16"
+        # R1 takes the slopes of the very outputs of the loss, unless their precision is reduced.
+        is_exact = self.procedure.precision in ("float32", "float64")
+        self._has_slopes = is_exact and any(isinstance(each, R1) for each in self.regularizers)
         self.players = [
             Player(name, network, config or PlayerConfig(), optimizer, is_half)
             for name, network, config, optimizer in zip(
@@ -273,11 +278,14 @@ class Trainer:
         with torch.no_grad(), self._forward():
             fake = self._exact(self.generator(noise))
         real, fake = self._blurred(real), self._blurred(fake)
+        if self._has_slopes:
+            real, fake = (samples.detach().requires_grad_() for samples in (real, fake))
         with self._forward():
             outputs = self._judging(real), self._judging(fake)
         losses = self.loss.discriminator(*map(self._exact, outputs))
         loss = sum(losses[1:], losses[0])
         context = self._context(None, loss, real, fake, noise)
+        context.outputs = outputs if self._has_slopes else None
         return _Phase(loss, losses, self._penalty(1, loss, context), context)
 
     def _generator_step(self, real: Tensor) -> None:
@@ -301,8 +309,11 @@ class Trainer:
         """Make the parts of a batch one after the other: only one has a graph at a time."""
         noise, count = self._draw_noise(len(real)), self.procedure.accumulate
         labels = None if self._labels is None else self._share(self._labels)
+        parts = [(real, noise)]
+        if count > 1:
+            parts = list(zip(real.tensor_split(count), noise.tensor_split(count), strict=True))
         start = 0
-        for rows in zip(real.tensor_split(count), noise.tensor_split(count), strict=True):
+        for rows in parts:
             end = start + len(rows[0])
             self._judging = self.judging(None if labels is None else labels[start:end])
             phase = make(*rows)
@@ -321,11 +332,12 @@ class Trainer:
             grads = regularizer.precondition(network, grads, phase.context)
         grads = player.regularized(parameters, grads)
         loss, penalty = self.shard.means(phase.loss, phase.penalty)
-        norm = nn.utils.get_total_norm([grad for grad in grads if grad is not None])
+        norms = torch._foreach_norm([grad for grad in grads if grad is not None])
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         if not player.accepts(norm):
             return
-        self._check(side, loss=loss, penalty=penalty, grad_norm=norm, grads=grads)
-        self._measure(f"_{_NAMES[side][0]}", loss=loss, penalty=penalty, grad_norm=norm)
+        scalars = self._checked(side, loss=loss, penalty=penalty, grad_norm=norm, grads=grads)
+        self._measure(f"_{_NAMES[side][0]}", **scalars)
         player.forget_gradients()  # those that are frozen or unused stay without a gradient
         for parameter, grad in zip(parameters, player.clipped(grads, norm), strict=True):
             parameter.grad = None if grad is None else laid_out_like(parameter, grad)
@@ -363,7 +375,7 @@ class Trainer:
     def _losses(self, phase: _Phase) -> list[Tensor]:
         """What to differentiate: the loss and the penalty, together or apart."""
         if self.orthogonal is None:
-            return [phase.loss + phase.penalty]
+            return [phase.loss + phase.penalty if phase.penalty.requires_grad else phase.loss]
         return self.orthogonal.losses(phase.loss, phase.parts, phase.penalty, phase.rival)
 
     def _step(self, side: int, network: nn.Module, num_losses: int) -> None:
@@ -385,15 +397,17 @@ class Trainer:
         try:
             terms = [regularizer.loss_terms(context)[side] for regularizer in self.regularizers]
         except NonFiniteCurvatureError as error:
-            self._check(side, loss=self.shard.mean(loss.detach()))
+            self._checked(side, loss=self.shard.mean(loss.detach()))
             raise self._failure(side, f"penalty: {error}") from None
-        return sum((term for term in terms if term is not None), torch.zeros_like(loss))
+        found = [term for term in terms if term is not None]
+        return sum(found[1:], found[0]) if found else torch.zeros_like(loss)
 
-    def _check(self, side: int, grads: Gradients = (), **scalars: Tensor) -> None:
-        """Refuse to train on anything that is not finite; waits for the device once."""
-        if torch.stack(list(scalars.values())).isfinite().all():
-            return
-        bad = next(name for name, value in scalars.items() if not value.isfinite())
+    def _checked(self, side: int, grads: Gradients = (), **scalars: Tensor) -> dict[str, float]:
+        """Return numbers, and refuse to train on any that is not finite; waits for the device."""
+        values = dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True))
+        bad = next((name for name, value in values.items() if not math.isfinite(value)), None)
+        if bad is None:
+            return values
         if bad == "grad_norm":
             bad = _first_non_finite((self.generator, self.discriminator)[side], grads)
         raise self._failure(side, f"{bad} is not finite")
@@ -401,7 +415,7 @@ class Trainer:
     def _failure(self, side: int, what: str) -> NonFiniteError:
         return NonFiniteError(f"step {self.steps_done + 1}: {_NAMES[side]} {what}")
 
-    def _measure(self, suffix: str, **scalars: Tensor) -> None:
+    def _measure(self, suffix: str, **scalars: Tensor | float) -> None:
         self._means.add(**{name + suffix: value for name, value in scalars.items()})
 
     def _draw_real(self, count: int) -> Tensor:
@@ -454,8 +468,7 @@ class Trainer:
         # A short memory at the start forgets the initial weights.
         decay = min(self.ema_decay, (1 + self.steps_done) / (10 + self.steps_done))
         with torch.no_grad():
-            for average, parameter in self._averages:
-                average.lerp_(parameter, 1.0 - decay)
+            torch._foreach_lerp_(self._averages, self._averaged, 1.0 - decay)
             for copied, buffer in self._copies:
                 copied.copy_(buffer)
 

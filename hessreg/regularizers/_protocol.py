@@ -29,6 +29,8 @@ class StepContext:
         fake: the generated batch, if there is one.
         noise: what the generator made the generated batch from, if it is known.
         shard: which rows of the batches these are, where several processes share them.
+        outputs: of the discriminator for ``real`` and ``fake``, where both require gradients: their
+            slopes need no second evaluation then.
     """
 
     step: int
@@ -40,6 +42,7 @@ class StepContext:
     fake: Tensor | None = None
     noise: Tensor | None = None
     shard: Shard = WHOLE
+    outputs: tuple[Tensor, Tensor] | None = None
 
 
 @runtime_checkable

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hessreg.curvature._checks import check_not_negative
 from hessreg.regularizers._protocol import BaseRegularizer, StepContext
@@ -45,13 +45,17 @@ class GradientPenalty(BaseRegularizer):
         """
         if ctx.discriminator_loss is None:
             return None, None
-        penalty = self.penalty(_slopes(ctx.discriminator, self.points(ctx)))
+        penalty = self.penalty(self._slopes(ctx))
         self._penalty = penalty.detach()
         return None, penalty
 
     def metrics(self) -> dict[str, float]:
         """The penalty in the last step."""
         return {} if self._penalty is None else {self.name: self._penalty.item()}
+
+    def _slopes(self, ctx: StepContext) -> Tensor:
+        x = self.points(ctx).detach().requires_grad_(True)
+        return _slopes(ctx.discriminator(x), x)
 
     def _samples(self, ctx: StepContext, name: str) -> Tensor:
         samples: Tensor | None = getattr(ctx, name)
@@ -63,9 +67,8 @@ class GradientPenalty(BaseRegularizer):
         return samples.detach()
 
 
-def _slopes(discriminator: nn.Module, x: Tensor) -> Tensor:
-    x = x.detach().requires_grad_(True)
-    (slopes,) = torch.autograd.grad(discriminator(x).sum(), x, create_graph=True)
+def _slopes(outputs: Tensor, x: Tensor) -> Tensor:
+    (slopes,) = torch.autograd.grad(outputs.sum(), x, create_graph=True)
     return slopes.flatten(1)
 
 
@@ -89,6 +92,7 @@ class R1(GradientPenalty):
     """
 
     name = "r1"
+    _batch: Literal["real", "fake"] = "real"
 
     def __init__(self, gamma: float = 1.0) -> None:
         super().__init__()
@@ -96,12 +100,18 @@ class R1(GradientPenalty):
         self.gamma = gamma
 
     def points(self, ctx: StepContext) -> Tensor:
-        """The batch of data."""
-        return self._samples(ctx, "real")
+        """The batch of data, or the generated one."""
+        return self._samples(ctx, self._batch)
 
     def penalty(self, slopes: Tensor) -> Tensor:
         """gamma/2 E |slope|^2."""
         return 0.5 * self.gamma * slopes.square().sum(1).mean()
+
+    def _slopes(self, ctx: StepContext) -> Tensor:
+        if ctx.outputs is None or ctx.real is None or ctx.fake is None:
+            return super()._slopes(ctx)
+        at = ("real", "fake").index(self._batch)
+        return _slopes(ctx.outputs[at], (ctx.real, ctx.fake)[at])
 
 
 class R2(R1):
@@ -118,10 +128,7 @@ class R2(R1):
     """
 
     name = "r2"
-
-    def points(self, ctx: StepContext) -> Tensor:
-        """The generated batch."""
-        return self._samples(ctx, "fake")
+    _batch = "fake"
 
 
 class _UnitSlope(GradientPenalty):
