@@ -66,7 +66,7 @@ the making of the operator included; the error is the median over random starts,
 `hessreg power_iteration` starts where PyHessian starts, so it makes the same error. In "Asked for,
 and measured" a rival's fastest way is compared with the fastest of ours that errs no more.
 
-**Training.** A step of `hessreg train`, its rates constant, against a hand-written loop with the same
+**Training.** A step of `hessreg train` at constant rates against a hand-written loop with the same
 networks, noise, batches, fused Adam and averaged generator, whose weights are checked to be the
 same. `by hand` checks and sums its losses; `by hand, norms` logs the norms of gradients and the
 penalties, too, as the trainer does.
