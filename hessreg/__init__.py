@@ -1,5 +1,10 @@
 """Second-order and kernel regularisers for adversarial training in PyTorch."""
 
+from hessreg import _interrupt
+
+if _interrupt.is_command():  # before what takes long to import
+    _interrupt.end_at_once()
+
 from hessreg._backend import backend, build_info
 from hessreg.kernels import (
     median_bandwidth,

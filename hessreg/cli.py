@@ -20,12 +20,15 @@ from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 import hessreg
+from hessreg._interrupt import INTERRUPTED
+from hessreg._spelling import suggestion
 from hessreg.curvature import LinearOperator
 from hessreg.curvature import NonFiniteError as NonFiniteCurvatureError
 from hessreg.curvature._checks import check_at_least, check_not_negative
@@ -35,9 +38,10 @@ from hessreg.gan.checkpoint import CheckpointError
 from hessreg.gan.compare import Comparison, ComparisonError
 from hessreg.gan.config import DEFAULTS, TrainConfig
 from hessreg.gan.curvature_targets import NETWORKS, load_factory, load_run
+from hessreg.gan.distributed import current_shard, is_shared, joined, together
 from hessreg.gan.options import parse_sigma
 from hessreg.gan.progress import make_progress, say
-from hessreg.gan.run import Run
+from hessreg.gan.run import Interrupted, Run, StorageError
 from hessreg.gan.run_folder import RunFolderError
 from hessreg.gan.sample_files import load_samples
 from hessreg.gan.spectrum import (
@@ -51,6 +55,7 @@ from hessreg.gan.trainer import NonFiniteError
 from hessreg.kernels import TwoSampleTest, median_bandwidth, mmd2, mmd2_test
 from hessreg.ops.gaussian import _ESTIMATORS
 from hessreg.optim import OppositeGradientsError
+from hessreg.self_test import self_tests, tested_devices
 from hessreg.style.config import StyleConfig
 from hessreg.style.images import ImageError
 from hessreg.style.run import StyleRun, draw_at_once
@@ -60,9 +65,21 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+
+class _SelfTestError(Exception):
+    """An operator computes something else than its reference."""
+
+
 _ROWS = 512  # of the data of a run
 _COMPARED = "none,r1,hsn1r,gaussian"
-_FAILURES = ComparisonError, NonFiniteError, NonFiniteCurvatureError, OppositeGradientsError
+_FAILURES = (
+    ComparisonError,
+    NonFiniteError,
+    NonFiniteCurvatureError,
+    OppositeGradientsError,
+    StorageError,
+    _SelfTestError,
+)
 _PACKAGES = ("numpy", "scikit-learn", "safetensors", "matplotlib", "tensorboard", "rich")
 
 
@@ -75,22 +92,43 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    with joined():
+        return _main(list(sys.argv[1:] if args is None else args))
+
+
+def _main(args: list[str]) -> int:
+    signals = _Interrupts()
     try:
-        with _terminate_as_interrupt():
-            _run(list(sys.argv[1:] if args is None else args))
-    except KeyboardInterrupt as error:  # an Interrupted run among them
-        return _fail(str(error) or "interrupted", 130)
-    except ModuleNotFoundError as error:
-        return _fail(f"this command needs {error.name}: pip install 'hessreg[gan]'", 2)
-    except (_InputError, CheckpointError, RunFolderError, ImageError, OSError) as error:
-        return _fail(str(error), 2)
-    except _FAILURES as error:
-        return _fail(str(error), 1)
+        with signals:
+            _run(args)
+    except Interrupted as error:
+        return _fail(str(error), INTERRUPTED, error)
+    except KeyboardInterrupt as error:
+        return _fail("interrupted", INTERRUPTED, error)
+    except Exception as error:
+        # Some libraries turn an interruption into an error of theirs.
+        if signals.received and not is_shared(error):
+            return _fail("interrupted", INTERRUPTED, error)
+        return _explain(error)
     return 0
 
 
+def _explain(error: Exception) -> int:
+    """Say in one line what went wrong, and return the exit code."""
+    try:
+        raise error
+    except ModuleNotFoundError as error:
+        return _fail(f"this command needs {error.name}: pip install 'hessreg[gan]'", 2, error)
+    except (_InputError, CheckpointError, RunFolderError, ImageError, OSError) as error:
+        return _fail(str(error), 2, error)
+    except _FAILURES as error:
+        return _fail(str(error), 1, error)
+
+
 def _run(args: list[str]) -> None:
-    command, options = _parse(args)
+    with together(current_shard()):
+        command, options = _parse(args)
+        _check_processes(command)
     commands = {
         "train": _train,
         "resume": _resume,
@@ -104,17 +142,42 @@ def _run(args: list[str]) -> None:
     commands[command](options)
 
 
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM ends a command in the way Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+def _check_processes(command: str) -> None:
+    size = current_shard().size
+    if size > 1 and command not in ("train", "resume"):
+        raise _InputError(f"{command} is for one process, got {size}: start it without torchrun")
+
+
+class _Interrupts:
+    """SIGTERM ends a command in the way Ctrl-C does: by a KeyboardInterrupt in the main thread."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._previous: dict[int, Any] = {}
+        self._report = sys.unraisablehook
+
+    def __enter__(self) -> _Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            sys.unraisablehook = self._raise_again
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        sys.unraisablehook = self._report
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        raise KeyboardInterrupt
+
+    def _raise_again(self, unraisable: Any) -> None:
+        """Where an exception cannot rise, as in a destructor, it would only be printed."""
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        else:
+            self._report(unraisable)
 
 
 class _InputError(Exception):
@@ -132,9 +195,14 @@ def _input() -> Iterator[None]:
         raise _InputError(str(error)) from None
 
 
-def _fail(message: str, code: int) -> int:
-    # One write with its end, or the lines of two processes run together.
-    sys.stderr.write(f"hessreg: {' '.join(message.split())}\n")
+def _fail(message: str, code: int, error: BaseException) -> int:
+    shard = current_shard()
+    is_alone = shard.size > 1 and not is_shared(error)
+    if shard.rank == 0 or is_alone:
+        # One write with its end, or the lines of two processes run together.
+        sys.stderr.write(f"hessreg: {' '.join(message.split())}\n")
+    if is_alone:
+        raise SystemExit(code)  # without waiting for the others, which do not know
     return code
 
 
@@ -153,8 +221,7 @@ def _parser() -> ArgumentParser:
     purpose = "paint a photograph in the style of another"
     commands.add_subcommand("style", _style_parser(), help=purpose)
     commands.add_subcommand("mmd", _mmd_parser(), help="maximum mean discrepancy of two samples")
-    doctor = ArgumentParser(exit_on_error=False, description="Show versions and devices.")
-    commands.add_subcommand("doctor", doctor, help="show versions and devices")
+    commands.add_subcommand("doctor", _doctor_parser(), help="versions, devices and self-tests")
     return parser
 
 
@@ -304,6 +371,23 @@ def _resume_parser() -> ArgumentParser:
     return parser
 
 
+def _doctor_parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    purpose = "Show versions and devices, and test every operator where it runs."
+    return ArgumentParser(exit_on_error=False, description=purpose)
+
+
+_PARSERS: dict[str, Callable[[], ArgumentParser]] = {
+    "resume": _resume_parser,
+    "spectrum": _spectrum_parser,
+    "dynamics": _dynamics_parser,
+    "style": _style_parser,
+    "mmd": _mmd_parser,
+    "doctor": _doctor_parser,
+}
+
+
 def _parse(args: list[str]) -> tuple[str, dict[str, Any]]:
     from jsonargparse import ArgumentError
 
@@ -319,7 +403,7 @@ def _parse(args: list[str]) -> tuple[str, dict[str, Any]]:
         # Of an unknown name in a file, jsonargparse says only the command.
         nameless = str(error) == repr(args[0]) if args else False
         message = _unknown_name(args) if nameless else str(error)
-        raise _InputError(_readable(message)) from None
+        raise _InputError(_readable(message) + suggestion(message, _names(args))) from None
     chosen = options[options.command]
     per_dataset = options.command in ("train", "compare")
     return options.command, dict(vars(chosen[chosen.dataset] if per_dataset else chosen))
@@ -330,16 +414,35 @@ def _underscored(arg: str) -> str:
     return re.sub(r"^--[\w.-]+", lambda name: "--" + name[0][2:].replace("-", "_"), arg)
 
 
+def _innermost_parser(args: list[str]) -> ArgumentParser:
+    """That of a command and its data set; a LookupError if there is none."""
+    per_dataset = {"train": _train_parser, "compare": _compare_parser}
+    if args[0] not in per_dataset:
+        return _PARSERS[args[0]]()
+    if args[1] not in DEFAULTS:
+        raise LookupError(args[1])
+    return per_dataset[args[0]](args[1])
+
+
+def _names(args: list[str]) -> list[str]:
+    """Every option that a command has."""
+    try:
+        options = _innermost_parser(args).get_defaults().as_dict()
+    except LookupError:
+        return []
+    return ["config", "print_config", *_flat(options)]
+
+
 def _unknown_name(args: list[str]) -> str:
     """What the innermost parser says, which names the unknown key."""
     from jsonargparse import ArgumentError
 
-    parsers = {"train": _train_parser, "compare": _compare_parser}
+    per_dataset = args[0] in ("train", "compare")
     try:
-        parsers[args[0]](args[1]).parse_args(args[2:])
+        _innermost_parser(args).parse_args(args[2 if per_dataset else 1 :])
     except (ArgumentError, ValueError, TypeError) as error:
         return str(error)
-    except (LookupError, AttributeError):
+    except LookupError:
         pass
     return "--config: unknown name"
 
@@ -368,7 +471,8 @@ def _name(config: TrainConfig) -> str:
 
 def _train(options: dict[str, Any]) -> None:
     with _input():
-        config = _train_config(options)
+        with together(current_shard()):
+            config = _train_config(options)
         progress = make_progress(config.title, options["plain"])
         run = Run.create(_out(options, _name(config)), config)
     say(run.train(progress))
@@ -530,6 +634,13 @@ def _doctor(options: dict[str, Any]) -> None:
     say(f"cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     for index in range(torch.cuda.device_count()):
         say(f"cuda:{index}: {torch.cuda.get_device_name(index)}")
+    tests = []
+    for device in tested_devices():
+        for test in self_tests(device):
+            say(str(test))
+            tests.append(test)
+    if failed := [f"{test.operator} on {test.device}" for test in tests if test.failure]:
+        raise _SelfTestError(f"{len(failed)} of {len(tests)} self-tests fail: {', '.join(failed)}")
 
 
 def _version(package: str) -> str:

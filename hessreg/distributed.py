@@ -10,6 +10,8 @@ differentiate the same things in the same order.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,17 +38,24 @@ class Shard:
     size: int = 1
     group: dist.ProcessGroup | None = None
 
-    def check_divides(self, name: str, rows: int) -> None:
-        """Refuse rows that are not as many for every process.
+    def check_divides(self, name: str, rows: int, parts: int = 1) -> None:
+        """Refuse rows that are not as many for every process in every part.
 
         Raises:
             ValueError: If they are not.
         """
-        if rows % self.size:
-            raise ValueError(f"{name} must be a multiple of the {self.size} processes, got {rows}")
+        if self.size > 1 and rows % (parts * self.size):
+            each = f", {parts} parts in each" if parts > 1 else ""
+            wanted = f"a multiple of the {self.size} processes{each}"
+            raise ValueError(f"{name} must be {wanted}, got {rows}")
 
-    def take(self, batch: Tensor) -> Tensor:
-        """Return the rows of a whole batch ``[n, ...]`` that this process has."""
+    def take(self, batch: Tensor, parts: int = 1) -> Tensor:
+        """Return the rows of a whole batch ``[n, ...]`` that this process has.
+
+        Args:
+            batch: The rows of all processes.
+            parts: The batch is used in so many parts one after the other, each of them shared.
+        """
         return batch
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -65,6 +74,11 @@ class Shard:
         """Return the standard deviation (by n) of all numbers in the whole batch."""
         return rows.std(correction=0)
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, the rows of this process are the whole batch: the others do something else."""
+        yield
+
 
 WHOLE = Shard()
 
@@ -79,30 +93,33 @@ class ProcessShard(Shard):
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._is_alone = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProcessShard:
         """Itself: networks that hold it can be copied, a group of processes cannot."""
         return self
 
-    def take(self, batch: Tensor) -> Tensor:
-        """Return a contiguous part of the batch.
+    def take(self, batch: Tensor, parts: int = 1) -> Tensor:
+        """Return contiguous rows of every part.
 
         Raises:
             ValueError: If the rows are not as many for every process.
         """
-        self.check_divides("batch_size", len(batch))
-        count = len(batch) // self.size
-        return batch[self.rank * count : (self.rank + 1) * count]
+        self.check_divides("batch_size", len(batch), parts)
+        shares = batch.view(parts, self.size, -1, *batch.shape[1:])
+        return shares[:, self.rank].flatten(0, 1)
 
     def gather(self, rows: Tensor) -> Tensor:
         """Return the rows of all processes, one after the other."""
+        if self._is_alone:
+            return rows
         before, after = self.rank, self.size - self.rank - 1
         zeros = torch.zeros_like(rows)
         return self._sum(torch.cat([zeros] * before + [rows] + [zeros] * after))
 
     def mean(self, value: Tensor) -> Tensor:
         """Return the sum over the processes by their number."""
-        return self._sum(value) / self.size
+        return value if self._is_alone else self._sum(value) / self.size
 
     def means(self, *scalars: Tensor) -> tuple[Tensor, ...]:
         """Return the means after one all-reduce."""
@@ -112,6 +129,15 @@ class ProcessShard(Shard):
         """Return it from two means over the processes."""
         mean = self.mean(rows.mean())
         return self.mean((rows - mean).square().mean()).sqrt()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Move nothing inside."""
+        self._is_alone = True
+        try:
+            yield
+        finally:
+            self._is_alone = False
 
     def _sum(self, value: Tensor) -> Tensor:
         total: Tensor = _Sum.apply(value, self.group)
@@ -126,21 +152,12 @@ class _Sum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, value: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
         total = value.contiguous().clone()
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.group = inputs[1]
-
-    @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
         return _Sum.apply(cotangent, ctx.group), None
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], value: Tensor, group: dist.ProcessGroup
-    ) -> tuple[Tensor, Any]:
-        return _Sum.apply(value, group), in_dims[0]

@@ -619,6 +619,22 @@ def test_bad_options_are_refused(make, error, message):
         make()
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_fused_optimisers_step_along_gradients_of_other_strides(mode):
+    weights = []
+    for fused in (False, True):
+        w = nn.Parameter(torch.arange(6.0).view(2, 3))
+        adam = torch.optim.Adam([w], lr=0.1, fused=fused)
+        optimizer = OrthogonalGradients(adam, mode=mode)
+        target = torch.tensor([[1.0, -20.0], [30.0, -1.0], [2.0, 50.0]])
+        losses = [(w.T * target).sum(), (w.T * target.flip(0)).sum()]
+        assert torch.autograd.grad(losses[0], w, retain_graph=True)[0].stride() != w.stride()
+        optimizer.backward(losses[: 2 if mode in ("terms", "game") else 1])
+        optimizer.step()
+        weights.append(w.detach())
+    torch.testing.assert_close(*weights)
+
+
 def test_shared_parameters_are_refused():
     p = nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="optimizers must not share parameters"):

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from hessreg.distributed import WHOLE, Shard
 from hessreg.gan.config import TrainConfig
 from hessreg.gan.correction import HessianCorrectedGradients
 from hessreg.gan.data import Dataset
+from hessreg.gan.distributed import check_device
 from hessreg.gan.losses import AdversarialLoss, make_loss
 from hessreg.gan.networks import Discriminator, Generator
 from hessreg.gan.options import parse_sigma
@@ -44,8 +46,10 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def build_trainer(config: TrainConfig, dataset: Dataset) -> Trainer:
+def build_trainer(config: TrainConfig, dataset: Dataset, shard: Shard = WHOLE) -> Trainer:
     """Return a trainer with new networks; seeds torch's global random state."""
+    device = resolve_device(config.device)
+    check_device(device, shard)
     torch.manual_seed(config.seed)
     loss = _build_loss(config)
     style: dict[str, Any] = {
@@ -58,7 +62,7 @@ def build_trainer(config: TrainConfig, dataset: Dataset) -> Trainer:
     return Trainer(
         Generator(latent_dim=config.latent_dim, **style),
         Discriminator(**style, outputs=loss.outputs),
-        dataset.train_samples.to(resolve_device(config.device)),
+        dataset.train_samples.to(device),
         [*_build_regularizers(config), *_build_correction(config)],
         batch_size=config.batch_size,
         g=players[0],
@@ -68,6 +72,7 @@ def build_trainer(config: TrainConfig, dataset: Dataset) -> Trainer:
         seed=config.seed,
         loss=loss,
         orthogonal=_build_orthogonal(config),
+        shard=shard,
     )
 
 

@@ -17,7 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["CheckpointError", "load_state", "naming", "save_state", "write_atomically"]
+__all__ = [
+    "CheckpointError",
+    "load_state",
+    "naming",
+    "num_bytes",
+    "save_state",
+    "write_atomically",
+]
 
 _TENSOR = "__tensor__"
 
@@ -52,6 +59,19 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
+def num_bytes(value: Any) -> int:
+    """Return the bytes of all tensors in nested dictionaries and lists.
+
+    Example:
+        >>> num_bytes({"a": [torch.zeros(3), 1], "b": torch.zeros(2, dtype=torch.uint8)})
+        14
+    """
+    if isinstance(value, Tensor):
+        return value.nbytes
+    inner = value.values() if isinstance(value, dict) else value
+    return sum(map(num_bytes, inner)) if isinstance(value, dict | list | tuple) else 0
+
+
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """Move the tensors of nested dictionaries and lists to ``tensors``, leaving references."""
     if isinstance(value, Tensor):
@@ -79,7 +99,7 @@ def _digest(plain: str, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256(plain.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,11 +33,12 @@ def load_digits() -> Dataset:
     They are always split into the same 1437 training and 360 test images ``[n, 1, 8, 8]``.
     Nothing is downloaded.
     """
-    from sklearn import datasets
-
-    digits = datasets.load_digits()
-    images = torch.from_numpy(digits.images).to(torch.float32).div(8.0).sub(1.0).unsqueeze(1)
-    labels = torch.from_numpy(digits.target).to(torch.int64)
+    spec = importlib.util.find_spec("sklearn")  # importing it takes a second
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("No module named 'sklearn'", name="scikit-learn")
+    file = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    table = torch.from_numpy(np.loadtxt(file, delimiter=",", dtype=np.float32))
+    images, labels = table[:, :-1].view(-1, 1, 8, 8).div(8.0).sub(1.0), table[:, -1].long()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     test, train = order[:_TEST_SIZE], order[_TEST_SIZE:]
     return Dataset("digits", images[train], labels[train], images[test], labels[test])

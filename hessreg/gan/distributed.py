@@ -1,6 +1,7 @@
 """Training by several processes that torchrun started, as if it were one.
 
-Process 0 alone reads and writes files. What is decided, and what fails, is decided and fails in all.
+Process 0 alone reads and writes files. What it decides, and what fails anywhere, is decided and
+fails in all.
 """
 
 from __future__ import annotations
@@ -8,9 +9,9 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from hessreg.gan.losses import AdversarialLoss
 __all__ = [
     "GatheredLoss",
     "SynchronizedBatchNorm",
+    "agree",
     "check_device",
     "current_shard",
     "first_decides",
@@ -49,16 +51,22 @@ def joined() -> Iterator[Shard]:
     # NCCL moves what is on GPUs, gloo the small messages beside it without waiting for them.
     has_nccl = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo", timeout=_TIMEOUT)
-    yield current_shard()
+    shard = current_shard()
+    with open(os.devnull, "w") as nowhere, _speaking(shard, nowhere):
+        yield shard
     dist.barrier()  # torchrun stops the others as soon as one that failed has ended
     dist.destroy_process_group()
 
 
+def _speaking(shard: Shard, nowhere: TextIO) -> AbstractContextManager[object]:
+    """Process 0 speaks for all."""
+    return redirect_stdout(nowhere) if shard.rank else nullcontext()
+
+
 def current_shard() -> Shard:
     """Return this process's share among those of torch's default group; all if there is none."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        return ProcessShard(dist.group.WORLD)
-    return WHOLE
+    group = dist.group.WORLD if dist.is_initialized() else None
+    return WHOLE if group is None or dist.get_world_size() < 2 else ProcessShard(group)
 
 
 def _local_rank() -> int:
@@ -97,7 +105,7 @@ def together(shard: Shard) -> Iterator[None]:
 
 def _sendable(error: BaseException | None) -> BaseException | None:
     try:
-        pickle.loads(pickle.dumps(error))
+        pickle.loads(pickle.dumps(error))  # noqa: S301 (made here)
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
@@ -109,9 +117,21 @@ def mark_shared(error: BaseException) -> BaseException:
     return error
 
 
-def is_shared(error: BaseException) -> bool:
-    """Return whether all processes have this error, so that one may speak for them."""
-    return bool(error.__dict__.get("shared"))
+def is_shared(error: BaseException | None) -> bool:
+    """Return whether all processes have this error, or the one that it was made of."""
+    while error is not None and "shared" not in error.__dict__:
+        error = error.__context__
+    return error is not None
+
+
+def agree(shard: Shard, seconds: float, stop: bool) -> tuple[float, bool]:
+    """Return process 0's seconds, and whether any process is to stop."""
+    if shard.size == 1:
+        return seconds, stop
+    message = torch.tensor([0.0 if shard.rank else seconds, stop], dtype=torch.float64)
+    dist.all_reduce(message, group=shard.group)
+    agreed, stops = message.tolist()
+    return agreed, stops > 0
 
 
 def first_decides(shard: Shard, decide: Callable[[], _Value]) -> _Value:
@@ -184,9 +204,9 @@ class SynchronizedBatchNorm(_BatchNorm):
     def _update(self, mean: Tensor, var: Tensor, rows: int) -> None:
         if self.running_mean is None or self.running_var is None:
             return
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.data.add_(1)
-        share = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+        batches = self.get_buffer("num_batches_tracked")
+        batches.data.add_(1)
+        share = 1 / int(batches) if self.momentum is None else self.momentum
         count = rows * self._shard.size
         # As in the native layer, past autograd's check: another graph may hold the old statistics.
         self.running_mean.data.lerp_(mean, share)

@@ -18,7 +18,7 @@ __all__ = ["OPTIMIZERS", "check_optimizer", "make_optimizer", "optimizer_state",
 _LEFT_OUT = "Optimizer", "LBFGS", "SparseAdam", "Muon"  # closures, sparse gradients, matrices only
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     name.lower(): kind
-    for name, kind in sorted(vars(torch.optim).items())
+    for name, kind in sorted(vars(torch.optim).items(), key=lambda item: item[0].lower())
     if isinstance(kind, type) and issubclass(kind, Optimizer) and name not in _LEFT_OUT
 }
 _FUSED = "adam", "adamw", "sgd"  # one kernel for all parameters, on every device

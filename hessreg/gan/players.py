@@ -84,7 +84,7 @@ class Procedure:
 
     def _check_batch(self, size: int, count: int, shard: Shard) -> None:
         require(1 <= size <= count, "batch_size", f"in [1, {count}] for {count} samples", size)
-        shard.check_divides("batch_size", size)
+        shard.check_divides("batch_size", size, self.accumulate)
         rows = size // shard.size
         wanted = f"at most the {rows} rows of a batch"
         require(self.accumulate <= rows, "accumulate", wanted, self.accumulate)
@@ -92,7 +92,7 @@ class Procedure:
             maximum = self.growth.maximum
             wanted = f"in [{size}, {count}], from the first batch to all samples"
             require(size <= maximum <= count, "growth.maximum", wanted, maximum)
-            shard.check_divides("growth.maximum", maximum)
+            shard.check_divides("growth.maximum", maximum, self.accumulate)
 
 
 def weighted(values: Sequence[Tensor], factor: float) -> list[Tensor]:
@@ -124,6 +124,7 @@ class Player:
     ) -> None:
         config.check(name)
         self.network = network
+        self.parameters = list(network.parameters())  # to go through the modules takes long
         self._name = name
         self.config = config
         self.optimizer = optimizer or _make_optimizer(name, network, config)
@@ -147,6 +148,11 @@ class Player:
         factor = self.schedule(step, done or 0.0)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
+
+    def forget_gradients(self) -> None:
+        """Leave every parameter without a gradient."""
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def metrics(self) -> dict[str, float]:
         """Return the rate and the scale of the loss of the last step, where they change."""

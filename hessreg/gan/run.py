@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import math
 import platform
 import signal
@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -19,8 +20,9 @@ import torch
 
 from hessreg.gan import pictures
 from hessreg.gan.building import build_trainer
-from hessreg.gan.checkpoint import CheckpointError
+from hessreg.gan.checkpoint import CheckpointError, num_bytes
 from hessreg.gan.config import TrainConfig
+from hessreg.gan.distributed import agree, current_shard, first_decides, mark_shared, together
 from hessreg.gan.event_log import EventLog
 from hessreg.gan.progress import ProgressReport, make_progress
 from hessreg.gan.run_folder import RunFolder
@@ -30,7 +32,7 @@ from hessreg.regularizers import (
     GaussianKernel,
 )
 
-__all__ = ["Interrupted", "Run", "fitting"]
+__all__ = ["Interrupted", "Run", "StorageError", "fitting"]
 
 _KERNEL_POINTS = 128  # of each kind in the heat map
 _PACKAGES = "matplotlib", "PIL", "safetensors", "sklearn", "yaml"
@@ -47,7 +49,8 @@ _NOT_A_STATE = (
 def _check_packages(config: TrainConfig) -> None:
     """Fail before anything is made or trained, not when the package is first used."""
     for name in (*_PACKAGES, *(["tensorboard"] if config.tensorboard else [])):
-        importlib.import_module(name)
+        if importlib.util.find_spec(name) is None:  # importing them all takes seconds
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 @contextmanager
@@ -64,12 +67,19 @@ def fitting(checkpoint: Path) -> Iterator[None]:
         raise CheckpointError(f"{checkpoint} does not fit the configuration: {reason}") from None
 
 
+class StorageError(RuntimeError):
+    """Something could not be written in the middle of a run."""
+
+
 class Interrupted(KeyboardInterrupt):
     """SIGINT or SIGTERM arrived and the state was saved."""
 
 
 class Run:
     """A training run. Use `create` or `resume`, then `train`.
+
+    Several processes train together if there is a default group of `torch.distributed`: all of them
+    make the same calls, and process 0 alone reads and writes the folder.
 
     Args:
         folder: Where everything is written.
@@ -79,34 +89,51 @@ class Run:
     def __init__(self, folder: RunFolder, config: TrainConfig) -> None:
         _check_packages(config)
         torch.set_num_threads(config.threads)
+        self.shard = current_shard()
         self.folder = folder
         self.config = config
         self.task = make_task(config)
         self.dataset = self.task.load()
-        self.trainer = build_trainer(config, self.dataset)
+        self.trainer = build_trainer(config, self.dataset, self.shard)
         self.judge = self.task.judge(self.dataset)
         self.cpu_seconds = 0.0
+        self.best: dict[str, Any] = {}  # the step and the judge's value of the best evaluation
 
     @classmethod
     def create(cls, path: Path, config: TrainConfig) -> Run:
         """Start a run in a new folder.
 
         Raises:
-            RunFolderError: If the folder has content or cannot be written.
+            RunFolderError: If the folder has content or cannot be written, or the disk is full.
             ValueError: If the device is missing or the batch is larger than the data set.
         """
-        run = cls(RunFolder(path), config)
-        run.folder.create(config)
-        try:
-            run._save()
-        except BaseException:
-            run.folder.discard()
-            raise
+        with together(current_shard()):
+            run = cls(RunFolder(path), config)
+        with run._in_first() as is_first:
+            if is_first:
+                run._create_folder()
         return run
+
+    def _create_folder(self) -> None:
+        self.folder.check_space(self._checkpoint_bytes())
+        self.folder.create(self.config)
+        try:
+            self._write_checkpoint()
+        except BaseException:
+            self.folder.discard()
+            raise
+
+    @contextmanager
+    def _in_first(self) -> Iterator[bool]:
+        """Whether this is process 0, which does alone what is inside; all fail if it does."""
+        with together(self.shard), self.shard.alone():
+            yield self.shard.rank == 0
 
     @classmethod
     def resume(cls, path: Path, steps: int = 0, seconds: float = 0.0) -> Run:
         """Continue the run in a folder from its newest checkpoint.
+
+        A run that was killed before its first one starts anew.
 
         Args:
             path: The folder.
@@ -118,17 +145,18 @@ class Run:
             RunFolderError: If this is not a run folder, or another process uses it.
             CheckpointError: If there is no readable checkpoint that fits the configuration.
         """
-        folder = RunFolder(path)
-        config = folder.read_config()
+        folder, shard = RunFolder(path), current_shard()
+        config = first_decides(shard, folder.read_config)
         if steps or seconds:
             config = replace(config, steps=steps, seconds=seconds)
-        folder.lock()
+        first_decides(shard, folder.lock)
         try:
-            run = cls(folder, config)
+            with together(shard):
+                run = cls(folder, config)
             run._load()
             if steps or seconds:
                 run._check_limits()
-            folder.write_config(config)
+            first_decides(shard, partial(folder.write_config, config))
         except BaseException:
             folder.unlock()
             raise
@@ -158,32 +186,46 @@ class Run:
 
         Raises:
             Interrupted: If SIGINT or SIGTERM arrived; the state of the last step is saved.
+            StorageError: If something cannot be written, as on a full disk; names the last good
+                checkpoint.
             NonFiniteError: If something was not finite; names the last good checkpoint.
             RunFolderError: If another process uses the folder.
         """
-        self.folder.lock()
+        first_decides(self.shard, self.folder.lock)
         try:
             return self._train(progress)
+        except OSError as error:
+            if self.shard.rank:
+                raise
+            last = self.folder.last_checkpoint()
+            raise StorageError(
+                f"{error}; the last good checkpoint is {last}; continue with: hessreg resume"
+                f" {self.folder.path}"
+            ) from None
         finally:
             self.close()
 
     def _train(self, progress: ProgressReport | None) -> str:
         path, events_from = self.folder.path, self.trainer.steps_done
+        is_first = self.shard.rank == 0
+        logs = self.config.tensorboard and is_first
         with (
-            progress or make_progress(self.config.title) as report,
-            EventLog(path / "tensorboard", events_from, self.config.tensorboard) as events,
-            StopSignals() as signals,
+            progress or make_progress(self.config.title, plain=not is_first) as report,
+            EventLog(path / "tensorboard", events_from, logs) as events,
+            StopSignals(self.shard.size > 1) as signals,
         ):
-            while not self._finished() and not signals.received:
-                self._step()
+            while not self._finished() and not signals.stop:
+                self._step(signals)
                 self._record(report, events)
                 if self.trainer.steps_done % self.config.save_every == 0:
                     self._save()
             self._save()
         if not self._finished():
             stopped = f"stopped at step {self.trainer.steps_done}"
-            raise Interrupted(f"{stopped}; continue with: hessreg resume {path}")
-        return self._finish()
+            message = f"{stopped}; continue with: hessreg resume {path}"
+            raise mark_shared(Interrupted(message))
+        with self._in_first() as is_first:
+            return self._finish() if is_first else ""
 
     def _finished(self) -> bool:
         return self._fraction() >= 1.0
@@ -195,19 +237,24 @@ class Run:
         )
         return min(1.0, max(done / limit for done, limit in limits if limit))
 
-    def _step(self) -> None:
+    def _step(self, signals: StopSignals) -> None:
         start = time.process_time()
         with self._naming_the_checkpoint():
             self.trainer.step(self._fraction())
         self.cpu_seconds += time.process_time() - start
+        if self.shard.size > 1:
+            self.cpu_seconds, signals.stop = agree(self.shard, self.cpu_seconds, signals.received)
 
     @contextmanager
     def _naming_the_checkpoint(self) -> Iterator[None]:
         try:
             yield
         except NonFiniteError as error:
+            if self.shard.rank:
+                raise mark_shared(error) from None
             last = self.folder.last_checkpoint()
-            raise NonFiniteError(f"{error}; the last good checkpoint is {last}") from None
+            named = NonFiniteError(f"{error}; the last good checkpoint is {last}")
+            raise mark_shared(named) from None
 
     def _record(self, report: ProgressReport, events: EventLog) -> None:
         step = self.trainer.steps_done
@@ -215,11 +262,17 @@ class Run:
         if not evaluate and step % self.config.log_every:
             return
         row = {"step": step, "cpu_seconds": round(self.cpu_seconds, 3)} | self.trainer.metrics()
+        with self._in_first() as is_first:
+            if is_first:
+                self._write_row(row, evaluate, events)
+                report.update(row, self._fraction())
+
+    def _write_row(self, row: dict[str, float], evaluate: bool, events: EventLog) -> None:
         if evaluate:
             row |= self._evaluate()
+            self._keep_best(row[self.judge.headline])
         self.folder.append_metrics(row)
         events.add(row)
-        report.update(row, self._fraction())
 
     def _samples(self) -> torch.Tensor:
         count = self.judge.num_samples
@@ -236,20 +289,54 @@ class Run:
         self.task.draw(self.folder.path / "samples.png", samples)
         return self.judge.evaluate(samples)
 
+    def _keep_best(self, value: float) -> None:
+        """Keep the state, and the picture, that the judge found better than all before."""
+        if value < self.best.get("value", math.inf):
+            self.best = {"step": self.trainer.steps_done, "value": value}
+            self.folder.save_best(self._state())
+
     def _save(self) -> None:
+        with self._in_first() as is_first:
+            if is_first:
+                self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
+        self.folder.save_checkpoint(self.trainer.steps_done, self._state())
+
+    def _state(self) -> dict[str, Any]:
         with self._naming_the_checkpoint():
             self.trainer.check_weights()
         state = {"trainer": self.trainer.state_dict(), "cpu_seconds": self.cpu_seconds}
-        self.folder.save_checkpoint(self.trainer.steps_done, state)
+        return {**state, "best": self.best}
+
+    def _checkpoint_bytes(self) -> int:
+        """Of a checkpoint, with two moments for every parameter."""
+        trainer = self.trainer
+        state = trainer.state_dict()
+        moments = num_bytes(
+            [list(n.parameters()) for n in (trainer.generator, trainer.discriminator)]
+        )
+        queue = 8 * len(trainer.data)  # of indices of samples
+        return num_bytes({**state, "optimizers": []}) + 2 * moments + queue
 
     def _load(self) -> None:
-        state = self.folder.load_checkpoint()
-        with fitting(self.folder.last_checkpoint()):
+        path, state = first_decides(self.shard, self._read_checkpoint)
+        with together(self.shard), fitting(path):
             self.cpu_seconds = float(state["cpu_seconds"])
             if not 0 <= self.cpu_seconds < math.inf:
                 raise ValueError(f"cpu_seconds is {self.cpu_seconds}")
+            self.best = dict(state["best"])
+            if self.best and not (math.isfinite(self.best["value"]) and self.best["step"] >= 0):
+                raise ValueError(f"the best evaluation is {self.best}")
             self.trainer.load_state_dict(state["trainer"])
-        self.folder.truncate_metrics(self.trainer.steps_done)
+        first_decides(self.shard, partial(self.folder.truncate_metrics, self.trainer.steps_done))
+
+    def _read_checkpoint(self) -> tuple[Path, dict[str, Any]]:
+        self.folder.check_space(self._checkpoint_bytes())
+        if self.folder.was_never_saved():
+            self._write_checkpoint()
+        state = self.folder.load_checkpoint()
+        return self.folder.last_checkpoint(), state
 
     def _finish(self) -> str:
         values = self._evaluate()
@@ -262,6 +349,7 @@ class Run:
             "steps": self.trainer.steps_done,
             "cpu_seconds": round(self.cpu_seconds, 2),
             **values,
+            "best": self._best_result(),
             "device": str(self.trainer.data.device),
             "threads": self.config.threads,
             "torch": torch.__version__,
@@ -274,6 +362,14 @@ class Run:
             f" after {result['steps']} steps, {self.cpu_seconds:.0f} CPU-s;"
             f" {self.judge.describe(values)}; {pictures_beside} beside it"
         )
+
+    def _best_result(self) -> dict[str, Any]:
+        """The best evaluation, whose checkpoint and samples are kept."""
+        if not self.best:
+            return {}
+        checkpoint = self.folder.best.relative_to(self.folder.path).as_posix()
+        best = {"step": self.best["step"], self.judge.headline: self.best["value"]}
+        return {**best, "checkpoint": checkpoint, "samples": "best.png"}
 
     def _draw(self) -> str:
         """Write the pictures that need a finished run, and return their names."""
@@ -307,10 +403,16 @@ class Run:
 
 
 class StopSignals:
-    """Turns the first SIGINT or SIGTERM into a flag; a second one acts as usual."""
+    """Turns the first SIGINT or SIGTERM into a flag; a second one acts as usual.
 
-    def __init__(self) -> None:
-        self.received = False
+    Args:
+        several: Whether processes have to agree first before they `stop`. The second signal may be
+            torchrun's, which has got the first one too, and counts for nothing.
+    """
+
+    def __init__(self, several: bool = False) -> None:
+        self.received = self.stop = False
+        self._several = several
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -332,4 +434,6 @@ class StopSignals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = True
-        signal.signal(number, self._previous[number])
+        if not self._several:
+            self.stop = True
+            signal.signal(number, self._previous[number])

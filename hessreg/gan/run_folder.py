@@ -26,6 +26,8 @@ from hessreg.gan.config import TrainConfig
 __all__ = ["RunFolder", "RunFolderError"]
 
 _KEEP = 2
+_LEFTOVER = ".*.tmp"
+_PICTURES = 4 << 20  # bytes for pictures, metrics and events
 
 
 class RunFolderError(ValueError):
@@ -35,9 +37,9 @@ class RunFolderError(ValueError):
 class RunFolder:
     """Paths and files of one run.
 
-    ``config.yaml``, ``metrics.jsonl``, ``result.json``, ``samples.png``, ``curves.png``,
-    ``kernel.png`` (of a Gaussian kernel), ``tensorboard/`` and ``checkpoints/step-*.safetensors``
-    (the last two are kept).
+    ``config.yaml``, ``metrics.jsonl``, ``result.json``, ``samples.png``, ``best.png``,
+    ``curves.png``, ``kernel.png`` (of a Gaussian kernel), ``tensorboard/`` and in ``checkpoints/``
+    the last two ``step-*.safetensors`` and ``best.safetensors``.
 
     Args:
         path: The folder.
@@ -46,6 +48,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self.best = self.checkpoints / "best.safetensors"
         self.metrics_file = path / "metrics.jsonl"
         self._existed = False
         self._unlock: weakref.finalize[..., RunFolder] | None = None
@@ -53,26 +56,47 @@ class RunFolder:
     def create(self, config: TrainConfig) -> None:
         """Make the folder, which must be new or empty, lock it and write the configuration.
 
+        What a process that was killed here left before the configuration counts as empty.
+
         Raises:
             RunFolderError: If the folder has content already or cannot be written. Nothing is left
                 of a folder that was made.
         """
         try:
-            if self.path.exists() and any(self.path.iterdir()):
+            if self.path.exists() and not all(map(_is_first, self.path.iterdir())):
                 raise RunFolderError(
                     f"{self.path} is not empty: choose another folder, or continue its run with:"
                     f" hessreg resume {self.path}"
                 )
             self._existed = self.path.exists()
-            self.checkpoints.mkdir(parents=True)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunFolderError(f"cannot write to {self.path}: {error.strerror}") from None
         try:
             self.lock()
+            self._remove_leftovers()
             self.write_config(config)
         except BaseException:
             self.discard()
             raise
+
+    def check_space(self, num_bytes: int) -> None:
+        """Refuse to start what the disk cannot hold.
+
+        Args:
+            num_bytes: Size of a checkpoint: so many for the kept ones, the best and a new one.
+
+        Raises:
+            RunFolderError: If there is less.
+        """
+        there = sum(file.stat().st_size for file in self.checkpoints.glob("*.safetensors"))
+        wanted = max(num_bytes, (_KEEP + 2) * num_bytes - there) + _PICTURES
+        available = shutil.disk_usage(_existing(self.path)).free
+        if available < wanted:
+            raise RunFolderError(
+                f"the disk of {self.path} is full: {wanted} bytes wanted for checkpoints and"
+                f" pictures, {available} available"
+            )
 
     def discard(self) -> None:
         """Remove what `create` made."""
@@ -138,6 +162,15 @@ class RunFolder:
         for old in self._checkpoint_files()[:-_KEEP]:
             old.unlink()
 
+    def save_best(self, state: dict[str, Any]) -> None:
+        """Write the best state, which later ones do not push out, and keep its picture."""
+        save_state(self.best, state)
+        write_atomically(self.path / "best.png", (self.path / "samples.png").read_bytes())
+
+    def was_never_saved(self) -> bool:
+        """Whether the process that made the folder was killed before the first checkpoint."""
+        return not (self._checkpoint_files() or self.best.exists() or self.metrics_file.exists())
+
     def last_checkpoint(self) -> Path:
         """Return the newest checkpoint.
 
@@ -162,9 +195,12 @@ class RunFolder:
             older = self._checkpoint_files()[:-1]
             hint = f"; delete it to continue from {older[-1]}" if older else ""
             raise CheckpointError(f"{error}{hint}") from None
-        for leftover in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp")):
-            leftover.unlink()
+        self._remove_leftovers()
         return state
+
+    def _remove_leftovers(self) -> None:
+        for leftover in (*self.path.glob(_LEFTOVER), *self.checkpoints.glob(_LEFTOVER)):
+            leftover.unlink()
 
     def append_metrics(self, row: dict[str, float]) -> None:
         """Append one line to ``metrics.jsonl``, so that no later checkpoint can outlive it."""
@@ -210,3 +246,13 @@ class RunFolder:
 
     def _checkpoint_files(self) -> list[Path]:
         return sorted(self.checkpoints.glob("step-*.safetensors"))
+
+
+def _is_first(path: Path) -> bool:
+    """Whether a file may be in a folder before its configuration."""
+    return path.name in (".lock", "checkpoints") or path.match(_LEFTOVER)
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that there is."""
+    return next((each for each in (path, *path.absolute().parents) if each.exists()), Path())

@@ -26,7 +26,7 @@ from hessreg.gan.players import Player, Procedure, weighted
 from hessreg.gan.precision import LossScale, autocast
 from hessreg.gan.running_means import RunningMeans, check_integer
 from hessreg.optim import OrthogonalGradients
-from hessreg.optim._vectors import Vector, add, average
+from hessreg.optim._vectors import Vector, add, average, laid_out_like
 from hessreg.regularizers import Gradients, Regularizer, StepContext
 
 __all__ = ["NonFiniteError", "Trainer"]
@@ -114,6 +114,9 @@ class Trainer:
             synchronize_norms(network, shard)
         self.ema = copy.deepcopy(self.generator).requires_grad_(False)
         self.ema_decay = ema_decay
+        networks = self.ema, self.generator
+        self._averages = list(zip(*(each.parameters() for each in networks), strict=True))
+        self._copies = list(zip(*(each.buffers() for each in networks), strict=True))
         self.data = data
         self.regularizers = tuple(regularizers)
         is_half = self.procedure.precision == "fp16"
@@ -261,7 +264,8 @@ class Trainer:
             outputs = self.discriminator(real), self.discriminator(fake)
         losses = self.loss.discriminator(*map(self._exact, outputs))
         loss = sum(losses[1:], losses[0])
-        return self._phase(1, loss, losses, self._context(None, loss, real, fake, noise))
+        context = self._context(None, loss, real, fake, noise)
+        return _Phase(loss, losses, self._penalty(1, loss, context), context)
 
     def _generator_step(self, real: Tensor) -> None:
         self._apply(self.generator, self._phases(self._generator_phase, real))
@@ -277,7 +281,8 @@ class Trainer:
         if self.orthogonal is not None and self.orthogonal.mode == "game":
             # Its part on real samples does not matter.
             rival = self.loss.discriminator(compared, judged)[-1]
-        return self._phase(0, loss, [loss], self._context(loss, None, real, fake, noise), rival)
+        context = self._context(loss, None, real, fake, noise)
+        return _Phase(loss, [loss], self._penalty(0, loss, context), context, rival)
 
     def _phases(self, make: Callable[[Tensor, Tensor], _Phase], real: Tensor) -> Iterator[_Phase]:
         """Make the parts of a batch one after the other: only one has a graph at a time."""
@@ -287,23 +292,11 @@ class Trainer:
             phase.share = len(rows[0]) / len(real)
             yield phase
 
-    def _phase(
-        self,
-        side: int,
-        loss: Tensor,
-        parts: Sequence[Tensor],
-        context: StepContext,
-        rival: Tensor | None = None,
-    ) -> _Phase:
-        if self.shard.size == 1:  # several ask each other once, when they have everything
-            self._check(side, loss=loss)
-        return _Phase(loss, parts, self._penalty(side, loss, context), context, rival)
-
     def _apply(self, network: nn.Module, phases: Iterator[_Phase]) -> None:
         """Differentiate the loss and the regularisers' terms, and step the network's optimiser."""
         side = 0 if network is self.generator else 1
         player = self.players[side]
-        parameters = [p for p in network.parameters() if p.requires_grad]
+        parameters = [p for p in player.parameters if p.requires_grad]
         grads, phase, num_losses = self._differentiate(side, parameters, phases)
         for regularizer in self.regularizers:
             g_grads, d_grads = (grads, None) if side == 0 else (None, grads)
@@ -316,9 +309,9 @@ class Trainer:
             return
         self._check(side, loss=loss, penalty=penalty, grad_norm=norm, grads=grads)
         self._measure(f"_{_NAMES[side][0]}", loss=loss, penalty=penalty, grad_norm=norm)
-        network.zero_grad()  # those that are frozen or unused stay without a gradient
+        player.forget_gradients()  # those that are frozen or unused stay without a gradient
         for parameter, grad in zip(parameters, player.clipped(grads, norm), strict=True):
-            parameter.grad = grad
+            parameter.grad = None if grad is None else laid_out_like(parameter, grad)
         self._step(side, network, num_losses)
 
     def _differentiate(
@@ -339,7 +332,7 @@ class Trainer:
                 found = add(found, [list(grads)])
             else:
                 if number == 1:
-                    player.network.zero_grad()
+                    player.forget_gradients()
                 self._projecting[player.network].backward(losses, accumulate=number < count)
             values = weighted([phase.loss.detach(), phase.penalty.detach()], phase.share)
             means = [a + b for a, b in zip(means, values, strict=True)] if means else values
@@ -395,15 +388,17 @@ class Trainer:
         self._means.add(**{name + suffix: value for name, value in scalars.items()})
 
     def _draw_real(self, count: int) -> Tensor:
-        return self.data[self.shard.take(self.sampler.take(count))].to(self.dtype)
+        rows = self.shard.take(self.sampler.take(count), self.procedure.accumulate)
+        return self.data[rows].to(self.dtype)
 
     def _draw_noise(self, count: int) -> Tensor:
-        return self._draw(count, self.generator.latent_dim).to(self.data.device, self.dtype)
+        noise = self._draw(count, self.generator.latent_dim, parts=self.procedure.accumulate)
+        return noise.to(self.data.device, self.dtype)
 
-    def _draw(self, count: int, *shape: int) -> Tensor:
+    def _draw(self, count: int, *shape: int, parts: int = 1) -> Tensor:
         """Normal numbers for ``count`` rows, on the CPU: the same on every device."""
         noise = torch.randn(count * self.shard.size, *shape, generator=self.noise)
-        return self.shard.take(noise)
+        return self.shard.take(noise, parts)
 
     def _blurred(self, samples: Tensor) -> Tensor:
         """What the discriminator sees of samples: with noise, for a while."""
@@ -434,12 +429,10 @@ class Trainer:
     def _update_ema(self) -> None:
         # A short memory at the start forgets the initial weights.
         decay = min(self.ema_decay, (1 + self.steps_done) / (10 + self.steps_done))
-        parameters = zip(self.ema.parameters(), self.generator.parameters(), strict=True)
-        buffers = zip(self.ema.buffers(), self.generator.buffers(), strict=True)
         with torch.no_grad():
-            for average, parameter in parameters:
+            for average, parameter in self._averages:
                 average.lerp_(parameter, 1.0 - decay)
-            for copied, buffer in buffers:
+            for copied, buffer in self._copies:
                 copied.copy_(buffer)
 
 

@@ -71,6 +71,12 @@ def _fill_order(results: Sequence[Any], layout: Sequence[Any]) -> list[Any]:
     return flat
 
 
+def constant_while_compiling(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compiler.assume_constant_result`` without importing the compiler: a second."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def is_tracked(tensors: Sequence[Tensor]) -> bool:
     """Whether anything differentiates or batches this call: it needs more than the kernel."""
     return _is_transformed() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hessreg.ops._registry import Arguments, Operator, is_tracked
+from hessreg.ops._registry import Arguments, Operator, constant_while_compiling, is_tracked
 
 _LARGEST = torch.finfo(torch.float64).max
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -698,7 +698,7 @@ def _equal(gamma: Tensor) -> Tensor:
 
 
 # A graph that is compiled keeps the setting of that time: torch cannot trace the question.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_while_compiling
 def _allow_tf32() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 

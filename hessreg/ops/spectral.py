@@ -22,7 +22,13 @@ import torch
 from torch import Tensor
 
 from hessreg import _backend
-from hessreg.ops._registry import Arguments, Operator, is_tracked, reverse_of
+from hessreg.ops._registry import (
+    Arguments,
+    Operator,
+    constant_while_compiling,
+    is_tracked,
+    reverse_of,
+)
 
 _COMPUTED = (torch.float32, torch.float64)
 _DTYPES = (torch.float16, torch.bfloat16, *_COMPUTED)
@@ -762,7 +768,7 @@ def _start(a: Tensor, generator: torch.Generator | None) -> Tensor:
     return drawn.to(device=a.device, dtype=a.dtype)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_while_compiling
 def _default_start(n: int, device: torch.device) -> Tensor:
     return _drawn_once(n, device)
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Vector", "add", "average", "check_losses", "differentiate"]
+__all__ = ["Vector", "add", "average", "check_losses", "differentiate", "laid_out_like"]
 
 Vector = list[Tensor | None]
 
@@ -78,6 +78,17 @@ def _average_alike(
 
 def _or_zeros(gradient: Tensor | None, parameter: Tensor) -> Tensor:
     return torch.zeros_like(parameter) if gradient is None else gradient
+
+
+def laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with the parameter's strides, as ``loss.backward()`` leaves it.
+
+    What ``torch.autograd.grad`` returns may have others, of a convolution's second derivative for
+    one, and torch's fused Adam steps along the numbers in the order of memory, without a word.
+    """
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 def check_losses(losses: Any, count: int | None, what: str) -> list[Tensor]:

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from hessreg.ops import gram_matrix, pcgrad, project_orthogonal_
 from hessreg.optim._angles import Angles, angles_of_pair, angles_of_terms, cosine_matrix
-from hessreg.optim._vectors import Vector, add, average, check_losses, differentiate
+from hessreg.optim._vectors import (
+    Vector,
+    add,
+    average,
+    check_losses,
+    differentiate,
+    laid_out_like,
+)
 
 __all__ = ["MODES", "OppositeGradientsError", "OrthogonalGradients"]
 
@@ -191,7 +198,7 @@ class OrthogonalGradients:
             self._pending = average(self._pending, self._parameters(), self.process_group)
         self._sums, self._pending = add(self._sums, self._pending), []
         for parameter, gradient in zip(self._parameters(), self._combine(), strict=True):
-            parameter.grad = gradient
+            parameter.grad = None if gradient is None else laid_out_like(parameter, gradient)
         self._remember_written()
 
     @torch.no_grad()
