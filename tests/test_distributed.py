@@ -27,6 +27,7 @@ from hessreg.gan import (
     HessianCorrectedGradients,
     NonFiniteError,
     Orthogonal,
+    PlayerConfig,
     Run,
     ShuffledSampler,
     TrainConfig,
@@ -53,6 +54,7 @@ from hessreg.regularizers import (
     WGANGP,
     GaussianKernel,
     HessianPenalty,
+    IterativeGradientPenalty,
     Regularizer,
 )
 from tests.processes import in_two_processes
@@ -85,6 +87,10 @@ def kernel(**options):
     return lambda: [GaussianKernel(generator_weight=0.5, discriminator_weight=0.5, **options)]
 
 
+def follower(**options):
+    return lambda: [IterativeGradientPenalty(**options)]
+
+
 def hsc(loss="nonsaturating", **options):
     options = {"num_steps": 4, "every": 2, "eps": 1.0, "mu": 1.0} | options
     return lambda: [HessianCorrectedGradients("both", loss=make_loss(loss), **options)]
@@ -104,6 +110,9 @@ CASES = {
     "r1": Case(lambda: [R1()]),
     "r2": Case(lambda: [R2()]),
     "wgan_gp": Case(lambda: [WGANGP()], loss="wasserstein"),
+    "iterative": Case(follower(jitter=0.5, num_points=2), loss="wasserstein"),
+    "iterative energy": Case(follower(distance="energy"), loss="wasserstein"),
+    "iterative critic": Case(follower(distance="critic"), loss="wasserstein"),
     "dragan": Case(lambda: [DRAGAN()]),
     "relativistic": Case(lambda: [R1(), R2()], loss="relativistic"),
     "hinge": Case(loss="hinge"),
@@ -231,7 +240,7 @@ def test_two_processes_train_as_one(trained_by_two, name):
 
 # --- states
 
-RESUMED = "hsn1r", "orthogonal previous", "hsc", "dcgan", "gaussian learned", "wgan_gp"
+RESUMED = "hsn1r", "orthogonal previous", "hsc", "dcgan", "gaussian learned", "iterative"
 
 
 def _resumed(rank, size, store, results):

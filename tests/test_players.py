@@ -832,9 +832,9 @@ def test_factories_that_make_no_optimizer_are_refused(name, message):
         ("--d.optimizer adm", "d.optimizer must be"),
         ("--d.schedule step", "d.schedule"),
         ("--growth.factor 2 --growth.maximum 5000", "growth.maximum must be in [64, 1437]"),
-        ("--accumulate 2", "accumulate must be 1 with HSN1R"),
+        ("--regularizer hsn1r --accumulate 2", "accumulate must be 1 with HSN1R"),
         ("--d.optimizer no_such:thing", "cannot import no_such"),
-        ("--ttur d2 --d.lr 1e-3", "g.lr must be equal to d.lr with ttur d2"),
+        ("--ttur d2 --d.lr 3e-3", "g.lr must be equal to d.lr with ttur d2"),
     ],
 )
 def test_the_command_line_refuses_in_one_line(capsys, tmp_path, flags, message):

@@ -1,4 +1,4 @@
-"""The defaults draw well: minutes of training, so all of it is slow."""
+"""The defaults draw well, after a minute of training."""
 
 from dataclasses import replace
 
@@ -7,7 +7,6 @@ import torch
 
 from hessreg.gan import DEFAULTS, make_task
 from hessreg.gan.building import build_trainer
-from hessreg.gan.methods import with_method
 from hessreg.gan.options import RingConfig
 
 pytestmark = pytest.mark.slow
@@ -34,11 +33,6 @@ def test_all_modes_of_the_ring_are_drawn_and_sharp(mixture):
     assert found["modes"] == ring.modes
     assert found["quality"] > 0.8
     assert found["tv"] < 0.05
-
-
-def test_without_a_regulariser_modes_of_the_ring_are_lost():
-    config = with_method(replace(DEFAULTS["ring"], steps=3000, seed=5), "none")
-    assert train(config)["modes"] < 8
 
 
 def test_digits_are_drawn():
