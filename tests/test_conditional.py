@@ -20,7 +20,7 @@ from hessreg.gan import (
     load_dataset,
 )
 from hessreg.gan.building import build_trainer
-from hessreg.gan.options import HSCConfig, HSN1RConfig, InfoGANConfig, PlayerConfig
+from hessreg.gan.options import HSCConfig, HSN1RConfig, InfoGANConfig, IterativeConfig, PlayerConfig
 from hessreg.regularizers import R1, StepContext
 
 SHAPES = {"mlp": (2,), "dcgan": (1, 8, 8), "resnet": (3, 16, 16)}
@@ -108,7 +108,9 @@ def test_generated_samples_have_the_classes_of_the_real_batch():
         assert context.discriminator.labels.tolist() == wanted.tolist()
 
 
-METHODS = ["none", "r1", "r2", "wgan_gp", "dragan", "hsn1r", "gaussian", "hessian_penalty"]
+METHODS = [
+    *("none", "r1", "r2", "wgan_gp", "iterative", "dragan", "hsn1r", "gaussian", "hessian_penalty"),
+]
 
 
 @pytest.mark.parametrize("conditional", ["concat", "projection"])
@@ -121,11 +123,12 @@ def test_every_regulariser_works_with_classes(digits, method, conditional):
         batch_size=6,
         width=8,
         hsn1r=HSN1RConfig(every=1),
+        iterative=IterativeConfig(num_points=2),
         correction="hsc",
         hsc=HSCConfig(network="both", every=1, rows=3, num_steps=2),
     )
     trainer = build_trainer(config, digits)
-    trainer.step()
+    trainer.step(done=0.5)
     assert all(torch.isfinite(torch.tensor(list(trainer.metrics().values()))))
 
 
@@ -143,8 +146,8 @@ def test_every_loss_works_with_classes(digits, loss, orthogonal):
     )
     trainer = build_trainer(config, digits)
     before = [p.clone() for p in trainer.discriminator.embedding.parameters()]
-    trainer.step()
-    trainer.step()
+    trainer.step(done=0.5)
+    trainer.step(done=0.5)
     assert not torch.equal(before[0], trainer.discriminator.embedding.weight)
 
 
@@ -164,7 +167,7 @@ def test_generated_classes_are_recognised(digits, conditional):
     config = replace(DEFAULTS["digits"], conditional=conditional, regularizer="r1", steps=1500)
     trainer = build_trainer(config, digits)
     for _ in range(config.steps):
-        trainer.step()
+        trainer.step(done=0.5)
     labels = torch.arange(500) % 10
     images = trainer.ema.sample(500, torch.Generator().manual_seed(0), labels)
     accuracy = (ImageJudge(digits).classify(images) == labels).double().mean()

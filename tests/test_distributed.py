@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -75,6 +75,7 @@ class Case:
     architecture: str = "mlp"
     orthogonal: Orthogonal | None = None
     width: int = 8
+    conditional: Literal["none", "concat", "projection"] = "none"
     player: dict[str, Any] = field(default_factory=dict)
     procedure: Procedure = field(default_factory=Procedure)
 
@@ -125,6 +126,12 @@ CASES = {
     "hsc": Case(hsc()),
     "hsc rows": Case(hsc(rows=4)),
     "hsc of mmd": Case(hsc("mmd", rows=4), loss="mmd"),
+    "hsc rows of classes": Case(hsc(rows=4), conditional="concat"),
+    "iterative": Case(lambda: [IterativeGradientPenalty(jitter=0.5, num_points=2)]),
+    "iterative of classes": Case(
+        lambda: [IterativeGradientPenalty(distance="critic", num_points=2)],
+        conditional="projection",
+    ),
     "dcgan": Case(architecture="dcgan"),
     "r1 of dcgan": Case(lambda: [R1(), WGANGP(), HessianPenalty()], architecture="dcgan"),
     "orthogonal real_fake": Case(lambda: [R1()], orthogonal=Orthogonal("terms", pair="real_fake")),
@@ -160,9 +167,11 @@ def make_trainer(case: Case, shard: Shard = WHOLE) -> Trainer:
         images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
         torch.manual_seed(0)
         loss = make_loss(case.loss)
+        classes = 0 if case.conditional == "none" else 3
+        options = {"conditional": case.conditional, "num_classes": classes}
         networks = (
-            Generator(case.architecture, 4, case.width),
-            Discriminator(case.architecture, case.width, outputs=loss.outputs),
+            Generator(case.architecture, 4, case.width, num_classes=classes),
+            Discriminator(case.architecture, case.width, outputs=loss.outputs, **options),
         )
     return Trainer(
         *(network.double() for network in networks),
@@ -174,6 +183,7 @@ def make_trainer(case: Case, shard: Shard = WHOLE) -> Trainer:
         procedure=case.procedure,
         loss=loss,
         orthogonal=case.orthogonal,
+        labels=torch.arange(40) % 3 if classes else None,
         shard=shard,
     )
 
@@ -471,6 +481,10 @@ def test_a_batch_that_does_not_divide_is_refused():
 
     with pytest.raises(ValueError, match="batch_size must be a multiple of the 3 processes, got 8"):
         make_trainer(Case(), Three())
+    case = Case(hsc(rows=3))
+    Three.size = 2
+    with pytest.raises(ValueError, match=r"hsc\.rows must be a multiple of the 2 processes, got 3"):
+        make_trainer(case, Three())
 
 
 # --- torchrun

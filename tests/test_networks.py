@@ -331,6 +331,10 @@ def test_what_are_no_networks_is_one_line(module, message, capsys):
         (["--architecture", "orthogonal_mlp"], "is for images (1, 28, 28)"),
         (["--architecture", "a:b", "--g.dropout", "0.1"], "g.dropout must be 0 with networks from"),
         (["--architecture", "a:b", "--infogan.codes", "4"], "infogan.codes must be 0"),
+        (
+            ["--architecture=a:b", "--regularizer=gaussian", "--gaussian.space=features"],
+            "gaussian.space must be samples with networks from a:b",
+        ),
         (["--g.dropout", "1"], "dropout must be in [0, 1)"),
         (["--infogan.codes", "1"], "codes must be 0 or in [2, 1000]"),
         (["--latent", "cauchy"], "latent"),

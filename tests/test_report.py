@@ -18,7 +18,7 @@ from hessreg.gan import DEFAULTS, Dataset, Generator, Run, TrainConfig
 from hessreg.gan.checkpoint import load_state
 from hessreg.gan.html import Series, element, line_chart
 from hessreg.gan.metrics import density, frechet_distance
-from hessreg.gan.report import command_of
+from hessreg.gan.report import command_of, write_report
 from hessreg.gan.run_folder import RunFolder
 from hessreg.gan.walk import interpolate_noise, latent_walk
 from tests import browser
@@ -335,6 +335,29 @@ def test_spectra_are_those_of_the_command_and_change_nothing(tmp_path):
     assert torch.equal(first["global_random"], second["global_random"])
 
 
+def old_networks(latent_dim, shape, num_classes, outputs):
+    """Of the user's own, with weights that are no leaves, which cannot be copied."""
+    generator = torch.nn.Linear(latent_dim, 2)
+    first, last = torch.nn.Linear(2, 4), torch.nn.Linear(4, 1)
+    return generator, torch.nn.Sequential(
+        torch.nn.utils.spectral_norm(first), torch.nn.SiLU(), torch.nn.utils.spectral_norm(last)
+    )
+
+
+def test_spectra_of_networks_that_cannot_be_copied(tmp_path):
+    options = [f"--architecture={__name__}:old_networks", "--spectrum_every=2"]
+    folder = trained(tmp_path / "run", *options, dataset="ring")
+    assert len(RunFolder(folder).read_spectra()) == 6
+
+
+def test_spectra_with_fewer_samples_than_the_batch_of_a_run(tmp_path):
+    np.save(tmp_path / "points.npy", np.random.default_rng(0).normal(size=(60, 3)))
+    options = ["--batch_size=64", "--g.batch_size=8", "--d.batch_size=8", "--spectrum_every=3"]
+    options += [f"--data={tmp_path / 'points.npy'}", "--loss=relativistic"]
+    folder = trained(tmp_path / "run", *options, dataset="arrays")
+    assert len(RunFolder(folder).read_spectra()) == 4
+
+
 def test_spectra_after_the_checkpoint_are_measured_again(tmp_path):
     whole = trained(tmp_path / "whole", "--spectrum_every=2", "--save_every=4")
     broken = shutil.copytree(whole, tmp_path / "broken")
@@ -461,6 +484,36 @@ def test_a_run_logs_fid_and_kid(tmp_path, capsys):
     assert not (tmp_path / "ring").exists()
 
 
+def test_fid_waits_for_no_other_process(monkeypatch):
+    class Metric:
+        def __init__(self, features, sync_on_compute=True, **options):
+            assert not sync_on_compute  # torchmetrics would wait for processes that never come
+
+        def update(self, samples, real):
+            pass
+
+        def compute(self):
+            return torch.ones(1)
+
+    class Pair(Metric):
+        def compute(self):
+            return torch.ones(2)
+
+    name = "torchmetrics.image"
+    for module in (
+        types.ModuleType("torchmetrics"),
+        types.ModuleType(name),
+        types.SimpleNamespace(__name__=f"{name}.fid", FrechetInceptionDistance=Metric),
+        types.SimpleNamespace(__name__=f"{name}.kid", KernelInceptionDistance=Pair),
+    ):
+        monkeypatch.setitem(importlib.sys.modules, module.__name__, module)
+    from hessreg.gan.fid import FeatureDistances
+
+    real, classes = torch.randn(20, 1, 8, 8), torch.zeros(20).long()
+    distances = FeatureDistances(features(), Dataset("noise", real, classes, real, classes))
+    assert distances.evaluate(real) == {"fid": 1.0, "kid": 1.0, "kid_std": 1.0}
+
+
 def test_bad_features_are_refused(tmp_path, capsys, monkeypatch):
     new = ["train", "digits", *SMALL, "--steps=1", f"--out={tmp_path / 'run'}"]
     wanted = "features must be judge, module:factory or empty, got 'inception'"
@@ -470,6 +523,25 @@ def test_bad_features_are_refused(tmp_path, capsys, monkeypatch):
     error = refused(capsys, *new, "--fid.features=judge")
     assert "pip install 'hessreg[metrics]'" in error
     assert not (tmp_path / "run").exists()
+
+
+# Data sets from files
+
+
+def test_runs_on_different_files_are_not_compared(tmp_path):
+    random = np.random.default_rng(0)
+    for name in ("a", "b"):
+        np.save(tmp_path / f"{name}.npy", random.normal(size=(60, 3)))
+        data = f"--data={tmp_path / name}.npy"
+        trained(tmp_path / name, data, dataset="arrays")
+    out = tmp_path / "page.html"
+    write_report([tmp_path / "a", tmp_path / "b"], out)
+    assert out.read_text().count('aria-label="Final metrics"') == 2
+    (tmp_path / "a.npy").unlink()
+    write_report([tmp_path / "a"], out)
+    page = out.read_text()
+    assert "nothing is known for scale" in page
+    assert "PCA-Frechet" in page
 
 
 # Weights & Biases

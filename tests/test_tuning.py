@@ -334,6 +334,16 @@ def test_trial_of_a_search_without_life_is_replaced(tmp_path, stand_in, monkeypa
     assert (by_state[0], len(by_state), by_state.count("FAIL")) == ("FAIL", 4, 1)
 
 
+def test_trial_that_was_never_written_down_is_replaced(tmp_path, stand_in):
+    config = TuneConfig(space=space_file(tmp_path, {"g.lr": RATE}), trials=2, confirm=0)
+    tuner = Tuner(tmp_path / "out", BASE, config)
+    killed = tuner.study.ask()
+    killed.set_user_attr("folder", str((tmp_path / "out" / "trials" / "0000").resolve()))
+    tuner.run()
+    assert states(tuner.study.trials)[0] == "FAIL"
+    assert len(tuner.study.trials) == 3
+
+
 def test_interrupted_search_goes_on(tmp_path, stand_in, monkeypatch):
     base = with_values(BASE, {"ring.radius": 2.0, "g.lr": 1e-4})  # slow: alive when interrupted
     monkeypatch.setattr("hessreg.tuning.tuner.time.sleep", interrupt)

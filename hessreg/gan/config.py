@@ -235,6 +235,8 @@ class TrainConfig:
         for side, options in (("g", self.g), ("d", self.d)):
             fits = not own or options.dropout == 0
             require(fits, f"{side}.dropout", f"0 with networks from {name}", options.dropout)
+        fits = not own or "gaussian" not in self.regularizer or self.gaussian.space == "samples"
+        require(fits, "gaussian.space", f"samples with networks from {name}", self.gaussian.space)
         codes = self.infogan.codes
         require(not (own and codes), "infogan.codes", f"0 with networks from {name}", codes)
 

@@ -14,6 +14,7 @@ from hessreg.curvature import HessianOperator, NonFiniteError
 from hessreg.curvature.parameters import FlatParameters
 from hessreg.gan.distributed import gathered
 from hessreg.gan.losses import AdversarialLoss, NonSaturating
+from hessreg.gan.networks import Conditioned
 from hessreg.optim import HessianPreconditioner
 from hessreg.regularizers import BaseRegularizer, Gradients, StepContext
 
@@ -32,7 +33,7 @@ class HessianCorrectedGradients(BaseRegularizer):
 
     Args:
         network: Whose gradients to correct.
-        rows: Of the batch, for the Hessian; 0 for all.
+        rows: Of the batch, for the Hessian; 0 for all. Several processes must divide them.
         loss: What the networks play for; the non-saturating loss by default.
         **options: Of `HessianPreconditioner`.
     """
@@ -46,7 +47,7 @@ class HessianCorrectedGradients(BaseRegularizer):
     ) -> None:
         chosen = _NETWORKS if network == "both" else (network,)
         self._adversarial = loss or NonSaturating()
-        self._rows = rows or None
+        self.rows = rows
         self._preconditioners = {
             name: HessianPreconditioner(
                 label=f"the {name}'s gradient", max_residual=math.inf, **options
@@ -103,19 +104,30 @@ class HessianCorrectedGradients(BaseRegularizer):
             preconditioner.load_state_dict(state[name])
 
     def _loss(self, name: str, ctx: StepContext) -> Callable[[], Tensor]:
-        adversarial = gathered(self._adversarial, ctx.shard)
+        adversarial, judging = gathered(self._adversarial, ctx.shard), self._judging(ctx)
         needs_real = name == "discriminator" or adversarial.compares
         real = self._sampled("real", ctx) if needs_real else torch.empty(0)
         if name == "discriminator":
             fake = self._sampled("fake", ctx)
-            return partial(adversarial.of_discriminator, ctx.discriminator, real, fake)
+            return partial(adversarial.of_discriminator, judging, real, fake)
         noise = self._sampled("noise", ctx)
-        return lambda: adversarial.of_generator(ctx.discriminator, real, ctx.generator(noise))
+        return lambda: adversarial.of_generator(judging, real, ctx.generator(noise))
+
+    def _judging(self, ctx: StepContext) -> nn.Module:
+        """The discriminator, told the classes of the rows that are taken."""
+        if not isinstance(ctx.discriminator, Conditioned):
+            return ctx.discriminator
+        labels = self._taken(ctx.discriminator.labels, ctx)
+        return Conditioned(ctx.discriminator.discriminator, labels)
 
     def _sampled(self, name: str, ctx: StepContext) -> Tensor:
         batch: Tensor | None = getattr(ctx, name)
         if batch is None:
             raise ValueError(f"the Hessian correction needs a batch in ctx.{name}, got None")
-        if self._rows is None:
-            return batch.detach()
-        return ctx.shard.take(ctx.shard.gather(batch.detach())[: self._rows])
+        return self._taken(batch.detach(), ctx)
+
+    def _taken(self, batch: Tensor, ctx: StepContext) -> Tensor:
+        """This process's share of the first rows of the whole batch."""
+        if not self.rows:
+            return batch
+        return ctx.shard.take(ctx.shard.gather(batch)[: self.rows])

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from hessreg.gan.checkpoint import write_atomically
 from hessreg.gan.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def _start_wandb(path: Path, config: TrainConfig) -> Any:
     """
     file = path / "wandb-id"
     if not file.exists():
-        file.write_text(uuid.uuid4().hex[:12])
+        write_atomically(file, uuid.uuid4().hex[:12].encode())
     return importlib.import_module("wandb").init(
         project=config.wandb,
         name=path.name,

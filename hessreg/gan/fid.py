@@ -23,6 +23,7 @@ COLUMNS = {"fid": ("FID", ".3f"), "kid": ("KID", ".4g"), "kid_std": ("KID sd", "
 _BATCH = 256
 _REAL = 10_000
 _SUBSETS, _SUBSET_SIZE = 50, 1000
+_ALONE: dict[str, Any] = {"sync_on_compute": False}  # other processes do not take part
 
 
 def feature_network(features: str, judge: Judge) -> nn.Module:
@@ -114,9 +115,10 @@ class FeatureDistances:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")  # that KID keeps the features in memory
             torch.manual_seed(0)
-            fid = self._compute(FrechetInceptionDistance(identity), fake)
+            fid = self._compute(FrechetInceptionDistance(identity, **_ALONE), fake)
             kid = self._compute(
-                KernelInceptionDistance(identity, subsets=_SUBSETS, subset_size=size), fake
+                KernelInceptionDistance(identity, subsets=_SUBSETS, subset_size=size, **_ALONE),
+                fake,
             )
         return {"fid": float(fid), "kid": float(kid[0]), "kid_std": float(kid[1])}
 

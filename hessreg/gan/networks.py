@@ -237,7 +237,8 @@ class Conditioned(nn.Module):
 
     Args:
         discriminator: Takes samples and labels.
-        labels: Of the rows of the batch, ``[n]``; fewer samples are its first ones.
+        labels: Of the rows of the batch, ``[n]``; fewer samples are its first ones, more are
+            several for each row: the whole batch once, then again.
     """
 
     def __init__(self, discriminator: nn.Module, labels: Tensor) -> None:
@@ -246,7 +247,7 @@ class Conditioned(nn.Module):
 
     def forward(self, samples: Tensor) -> Tensor:
         """Return the discriminator's outputs for samples of these classes."""
-        return self.discriminator(samples, self.labels[: len(samples)])
+        return self.discriminator(samples, self._labels_of(samples))
 
     def features(self, samples: Tensor) -> Tensor:
         """Return its last hidden layer."""
@@ -257,7 +258,13 @@ class Conditioned(nn.Module):
         return self._call("codes", samples)
 
     def _call(self, method: str, samples: Tensor) -> Tensor:
-        return getattr(self.discriminator, method)(samples, self.labels[: len(samples)])
+        return getattr(self.discriminator, method)(samples, self._labels_of(samples))
+
+    def _labels_of(self, samples: Tensor) -> Tensor:
+        turns = -(-len(samples) // len(self.labels))
+        return (
+            self.labels.repeat(turns)[: len(samples)] if turns > 1 else self.labels[: len(samples)]
+        )
 
 
 class WrappedGenerator(Generator):

@@ -75,6 +75,9 @@ class Procedure:
             wanted = f"1 with {type(each).__name__}, which takes the Hessian on a whole batch"
             is_whole = isinstance(each, HSN1R | HessianCorrectedGradients)
             require(not is_whole, "accumulate", wanted, self.accumulate)
+        for each in regularizers:
+            if isinstance(each, HessianCorrectedGradients):
+                shard.check_divides("hsc.rows", each.rows)
         if orthogonal is not None and orthogonal.mode == "previous":
             wanted = "1 with orthogonal previous, which steps both networks at once"
             steps = self.discriminator_steps

@@ -16,7 +16,8 @@ from hessreg.gan.compare import format_cell
 from hessreg.gan.config import DEFAULTS, TrainConfig, flatten
 from hessreg.gan.fid import COLUMNS
 from hessreg.gan.html import Html, Series, element, line_chart, page, picture, table
-from hessreg.gan.metrics import Judge
+from hessreg.gan.metrics import ImageJudge, Judge, PrincipalJudge
+from hessreg.gan.mixtures import MixtureJudge
 from hessreg.gan.run_folder import RunFolder, RunFolderError
 from hessreg.gan.tasks import make_task
 
@@ -39,6 +40,7 @@ _TITLES = {"fdd": "FDD", "modes": "modes", "quality": "quality", "mmd": "MMD", "
     for key, title in _OF_A_NETWORK.items()
     for side, name in _SIDES.items()
 }
+_JUDGES = ImageJudge, PrincipalJudge, MixtureJudge
 _NONE = "-"
 _NOT_DRAWN = {"step", "cpu_seconds", "kid_std"}
 _PICTURES = {
@@ -234,8 +236,9 @@ def _results(groups: Sequence[_Group]) -> Iterable[Html]:
     yield element("h2", "Results")
     by_data: dict[str, list[_Group]] = {}
     for group in groups:
-        own = getattr(group.config, group.config.dataset, None)
-        by_data.setdefault(f"{group.config.dataset} {own}", []).append(group)
+        config = group.config
+        own = getattr(config, config.dataset, None)
+        by_data.setdefault(f"{config.dataset} {config.data} {own}", []).append(group)
     for alike in by_data.values():
         if len(by_data) > 1:
             yield element("h3", alike[0].config.dataset)
@@ -247,7 +250,9 @@ def _result_table(groups: Sequence[_Group]) -> Iterable[Html]:
         judge = _judge(groups[0].config)
         columns, references = dict(judge.columns), judge.reference_rows()
     except (ValueError, OSError) as error:
-        columns, references = {}, {}
+        known = {k: v for kind in _JUDGES for k, v in kind.columns.items()}
+        columns = {key: shown for key, shown in known.items() if _any_has(groups, key)}
+        references = {}
         yield element("p", f"The data set cannot be read, so nothing is known for scale: {error}")
     columns |= {key: shown for key, shown in COLUMNS.items() if _any_has(groups, key)} | _COST
     rows = [

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hessreg.curvature import SpectralDensity, spectral_density
 from hessreg.gan.config import TrainConfig
@@ -17,7 +18,7 @@ from hessreg.gan.trainer import Trainer
 
 __all__ = ["measure_spectra"]
 
-_ROWS = 256  # or the next multiple of the batch size below, or one batch
+_ROWS = 256  # or the next multiple of the batch size below, or one batch, or all data
 _STEPS, _PROBES = 30, 2
 _STRIDE = 4  # of the default grid, which is fine for this many steps
 
@@ -37,7 +38,8 @@ def measure_spectra(folder: RunFolder, config: TrainConfig, trainer: Trainer) ->
     """
     values: dict[str, float] = {}
     target = _target(folder, config, trainer)
-    with torch.random.fork_rng():
+    networks = trainer.generator, trainer.discriminator
+    with torch.random.fork_rng(), _unchanged(*networks):
         for network in NETWORKS:
             start = time.process_time()
             density = _measure(target, network)
@@ -51,12 +53,21 @@ def measure_spectra(folder: RunFolder, config: TrainConfig, trainer: Trainer) ->
 
 
 def _target(folder: RunFolder, config: TrainConfig, trainer: Trainer) -> RunTarget:
-    frozen = copy.copy(trainer)  # a forward pass changes what batch normalisation remembers
-    frozen.generator = copy.deepcopy(trainer.generator)
-    frozen.discriminator = copy.deepcopy(trainer.discriminator)
-    size = config.batch_size
+    size = min(config.batch_size, len(trainer.data))
     rows = size * max(1, min(_ROWS, len(trainer.data)) // size)
-    return RunTarget(folder.path, config, frozen, rows, config.seed)
+    return RunTarget(folder.path, config, trainer, rows, config.seed)
+
+
+@contextmanager
+def _unchanged(*networks: nn.Module) -> Iterator[None]:
+    """Put back what evaluations change: batch normalisation and spectral norms remember them."""
+    buffers = [buffer for network in networks for buffer in network.buffers()]
+    kept = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, before in zip(buffers, kept, strict=True):
+            buffer.data.copy_(before)
 
 
 def _measure(target: RunTarget, network: str) -> SpectralDensity:

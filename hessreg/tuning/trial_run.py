@@ -36,6 +36,11 @@ class TrialRun:
         self._process: subprocess.Popen[bytes] | None = None
         self._rows_seen = 0
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether it is written down what is to be trained."""
+        return self.path.with_suffix(".yaml").exists()
+
     def prepare(self, config: TrainConfig) -> None:
         """Write down what is to be trained."""
         import yaml

@@ -99,7 +99,11 @@ class Tuner:
 
         for frozen in self._trials("RUNNING"):
             run = self._run_of(frozen.number)
-            if frozen.user_attrs.get("folder") == str(run.path):
+            if frozen.user_attrs.get("folder") != str(run.path):
+                continue
+            if not run.is_prepared:  # killed before there was anything to go on with
+                self._mark_lost(frozen)
+            else:
                 self._running[frozen.number] = Trial(self.study, frozen._trial_id), run
 
     def _is_more(self) -> bool:
@@ -183,7 +187,7 @@ class Tuner:
 
         Trial(self.study, frozen._trial_id).set_user_attr("lost", True)
         self.study.tell(frozen.number, state=TrialState.FAIL, skip_if_finished=True)
-        self._say(frozen.number, "given up: its search shows no life; it is replaced")
+        self._say(frozen.number, "given up with its search; it is replaced")
 
     def _trials(self, *states: str) -> list[FrozenTrial]:
         from optuna.trial import TrialState
