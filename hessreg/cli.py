@@ -204,7 +204,8 @@ def _names(args: list[str]) -> list[str]:
         options = _innermost_parser(args).get_defaults().as_dict()
     except LookupError:
         return []
-    return ["config", "print_config", *flatten(options)]
+    files = ["print_config"] if "config" in options else []
+    return [*files, *flatten(options)]
 
 
 def _unknown_name(args: list[str]) -> str:
