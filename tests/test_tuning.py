@@ -122,7 +122,7 @@ def test_space_from_yaml_takes_numbers_without_a_point(tmp_path):
         ({"g.lr": {"low": 0.0, "high": 1.0, "log": True}}, "g.lr needs 0 < low < high with log"),
         ({"g.lr": {**RATE, "log": "yes"}}, "g.lr: log must be true or false, got 'yes'"),
         ({"g.lr": {**RATE, "step": 2}}, "g.lr: step is none of low, high, log, when"),
-        ({"g.lr": {"low": -1.0, "high": 1.0}}, "g.lr cannot be -1.0: lr must be at least 0"),
+        ({"g.lr": {"low": -1.0, "high": 1.0}}, "g.lr cannot be -1.0: g.lr must be at least 0"),
         ({"batch_size": [64, "many"]}, "batch_size cannot be 'many'"),
         ({"regularizer": ["r1", "r9"]}, "regularizer cannot be 'r9'"),
         ({"g.lr": {**RATE, "when": 3}}, "g.lr: when must be a mapping"),
