@@ -165,7 +165,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 LONG = "9" * 400
 TRAIN = {
-    "": "train,resume,compare,spectrum,dynamics",
+    "": "train,resume,compare,tune,eval",
     "paint": "invalid choice: 'paint'",
     "--steps 3": "argument command: invalid choice: '3'",
     "train": "dataset",
