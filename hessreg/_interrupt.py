@@ -1,7 +1,8 @@
-"""Ctrl-C and SIGTERM while a command starts: one line and exit code 130, whatever is imported.
+"""Ctrl-C and SIGTERM: one line and exit code 130, whatever is imported while a command starts.
 
-An exception would not do: it surfaces wherever Python happens to be, also where modules turn it
-into an error of theirs or swallow it. There is nothing to clean up yet, so the process just ends.
+There an exception would not do: it surfaces wherever Python happens to be, also where modules turn
+it into an error of theirs or swallow it. There is nothing to clean up yet, so the process just
+ends. Once the command runs, `Interrupts` raises KeyboardInterrupt.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
-__all__ = ["INTERRUPTED", "end_at_once", "is_command"]
+__all__ = ["INTERRUPTED", "Interrupts", "end_at_once", "is_command"]
 
 INTERRUPTED = 130  # the exit code
 
@@ -24,7 +27,7 @@ def is_command() -> bool:
 
 
 def end_at_once() -> None:
-    """Let the signals end the process; `hessreg.cli.main` has its own way once it is there."""
+    """Let the signals end the process; `Interrupts` take over once a command runs."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
 
@@ -32,3 +35,35 @@ def end_at_once() -> None:
 def _end(number: int, frame: FrameType | None) -> None:
     os.write(2, b"hessreg: interrupted\n")
     os._exit(INTERRUPTED)
+
+
+class Interrupts:
+    """SIGTERM ends a command in the way Ctrl-C does: by a KeyboardInterrupt in the main thread."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._previous: dict[int, Any] = {}
+        self._report = sys.unraisablehook
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            sys.unraisablehook = self._raise_again
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        sys.unraisablehook = self._report
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        raise KeyboardInterrupt
+
+    def _raise_again(self, unraisable: Any) -> None:
+        """Where an exception cannot rise, as in a destructor, it would only be printed."""
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        else:
+            self._report(unraisable)

@@ -254,13 +254,14 @@ def test_what_cannot_be_reported_is_refused_in_one_line(runs, tmp_path, capsys):
 def test_the_command_of_a_run_makes_its_configuration(changes, monkeypatch):
     import shlex
 
-    from hessreg import cli
     from hessreg._train import _merged
+    from hessreg.commands import train as command
+    from hessreg.commands._options import train_config
 
     defaults = DEFAULTS[changes["dataset"]].to_dict() | {"seconds": 0.0}
     config = TrainConfig.from_dict(_merged(defaults, changes))
     made = []
-    monkeypatch.setattr(cli, "_train", lambda options: made.append(cli._train_config(options)))
+    monkeypatch.setattr(command, "run", lambda options: made.append(train_config(options)))
     assert main(shlex.split(command_of(config))[1:]) == 0
     assert made == [config]
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from hessreg import cli
 from hessreg.cli import main
+from hessreg.commands import mmd
 from hessreg.dynamics.lab import Lab
 from hessreg.gan import metrics, run
 from hessreg.gan.checkpoint import load_state, save_state
@@ -165,7 +165,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 LONG = "9" * 400
 TRAIN = {
-    "": "train,resume,compare,spectrum,dynamics",
+    "": "train,resume,compare,tune,eval",
     "paint": "invalid choice: 'paint'",
     "--steps 3": "argument command: invalid choice: '3'",
     "train": "dataset",
@@ -430,7 +430,7 @@ INTERRUPTED = {
     "spectrum run --rows 8": (RunFolder, "read_config"),
     "spectrum run --rows 9": (torch, "randperm"),
     "mmd good.npy two.npz --key a": (np, "load"),
-    "mmd good.npy good.npy --permutations 99": (cli, "mmd2_test"),
+    "mmd good.npy good.npy --permutations 99": (mmd, "mmd2_test"),
     "dynamics --games bilinear --out new": (Lab, "run"),
     "style sample:china sample:flower -o new.png": (StyleRun, "__init__"),
     "doctor": (torch, "linspace"),
@@ -463,6 +463,6 @@ def test_an_error_that_a_library_makes_of_an_interruption_is_one(monkeypatch, ca
         except KeyboardInterrupt:
             raise ImportError("KeyboardInterrupt: <EMPTY MESSAGE>") from None
 
-    monkeypatch.setattr("hessreg.cli.load_samples", import_by_a_library)
+    monkeypatch.setattr(mmd, "load_samples", import_by_a_library)
     assert main(["mmd", "a.npy", "b.npy"]) == 130
     assert capsys.readouterr().err == "hessreg: interrupted\n"

@@ -1,0 +1,48 @@
+"""``hessreg tune``: search for hyperparameters."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from hessreg.commands._errors import bad_input, failing
+from hessreg.commands._options import config_parser, out_folder, train_config
+from hessreg.gan.progress import say
+from hessreg.tuning.config import TuneConfig
+from hessreg.tuning.outcome import OutcomeError
+from hessreg.tuning.tuner import Tuner, TuningError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+__all__ = ["make_parser", "run"]
+
+_TUNED_EVERY = 500  # steps between values that a pruner sees
+
+
+def make_parser(dataset: str) -> ArgumentParser:
+    """Return the parser of the command."""
+    purpose = f"Search for hyperparameters on {dataset}; every trial is a run of its own."
+    parser = config_parser(dataset, purpose, set())
+    parser.set_defaults(eval_every=_TUNED_EVERY, tensorboard=False)
+    parser.add_class_arguments(TuneConfig)
+    return parser
+
+
+def run(options: dict[str, Any]) -> None:
+    """Do what the options say."""
+    with bad_input():
+        base = train_config(options)
+        config = TuneConfig(**{f.name: options[f.name] for f in fields(TuneConfig)})
+        tuner = Tuner(out_folder(options, f"{base.dataset}-tune"), base, config)
+    with failing(OutcomeError, TuningError):
+        _search(tuner, config)
+
+
+def _search(tuner: Tuner, config: TuneConfig) -> None:
+    outcome = tuner.run()
+    files = outcome.write()
+    say(outcome.describe())
+    if config.confirm and len(outcome.objectives) == 1:
+        say(outcome.confirm(config.confirm, config.workers))
+    say(f"written: {', '.join(map(str, files))}")
