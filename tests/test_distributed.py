@@ -42,7 +42,7 @@ from hessreg.gan.distributed import (
     together,
 )
 from hessreg.gan.losses import make_loss
-from hessreg.gan.options import GrowthConfig, InstanceNoiseConfig, PlayerConfig
+from hessreg.gan.options import GrowthConfig, InstanceNoiseConfig
 from hessreg.gan.players import Procedure
 from hessreg.gan.run_folder import RunFolderError
 from hessreg.optim import MODES
@@ -127,7 +127,6 @@ CASES = {
     "hsc rows": Case(hsc(rows=4)),
     "hsc of mmd": Case(hsc("mmd", rows=4), loss="mmd"),
     "hsc rows of classes": Case(hsc(rows=4), conditional="concat"),
-    "iterative": Case(lambda: [IterativeGradientPenalty(jitter=0.5, num_points=2)]),
     "iterative of classes": Case(
         lambda: [IterativeGradientPenalty(distance="critic", num_points=2)],
         conditional="projection",

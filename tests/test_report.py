@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import json
 import re
 import shutil
@@ -553,6 +554,7 @@ class FakeWandb(types.ModuleType):
 
     def __init__(self) -> None:
         super().__init__("wandb")
+        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
         self.started: list[dict] = []
         self.rows: list[tuple[int, dict]] = []
         self.ends: list[int] = []

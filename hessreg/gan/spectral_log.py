@@ -39,7 +39,8 @@ def measure_spectra(folder: RunFolder, config: TrainConfig, trainer: Trainer) ->
     values: dict[str, float] = {}
     target = _target(folder, config, trainer)
     networks = trainer.generator, trainer.discriminator
-    with torch.random.fork_rng(), _unchanged(*networks):
+    device = trainer.data.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), _unchanged(*networks):
         for network in NETWORKS:
             start = time.process_time()
             density = _measure(target, network)

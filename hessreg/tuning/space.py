@@ -194,7 +194,7 @@ class SearchSpace:
     def described(self) -> dict[str, Any]:
         """Return what trials must have in common to be compared, as plain values."""
         base = self.base.to_dict()
-        runs = {name: base[name] for name in base if name not in ("device", "threads")}
+        runs = {name: base[name] for name in base if name not in ("device", "threads", "data")}
         return json.loads(json.dumps({"space": self._declared, "base": runs}, default=str))
 
     def suggest(self, trial: Trial) -> dict[str, Any]:
