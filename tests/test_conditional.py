@@ -239,7 +239,7 @@ def test_infogan_needs_codes():
 def test_a_conditional_run_goes_on_bit_for_bit(tmp_path, options, capsys):
     from hessreg.gan import Run
 
-    common = ["--tensorboard", "false", "--batch_size", "8", "--width", "8", "--plain"]
+    common = ["--tensorboard=false", "--batch_size=8", "--width=8", "--schedule_steps=6", "--plain"]
     command = ["train", "digits", *options, *common]
     assert cli.main([*command, "--steps", "6", "--out", str(tmp_path / "whole")]) == 0
     assert cli.main([*command, "--steps", "3", "--out", str(tmp_path / "parts")]) == 0
