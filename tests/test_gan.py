@@ -208,7 +208,7 @@ def test_networks_for_points():
     assert discriminator(points).shape == (3,)
 
 
-@pytest.mark.parametrize("dataset", DEFAULTS.keys() - FROM_FILES)
+@pytest.mark.parametrize("dataset", sorted(DEFAULTS.keys() - FROM_FILES))
 def test_networks_fit_their_data_set(dataset):
     config = replace(DEFAULTS[dataset], regularizer="none", batch_size=4, width=8)
     trainer = build_trainer(config, load_dataset(dataset))
