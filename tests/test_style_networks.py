@@ -149,7 +149,7 @@ def test_first_and_second_derivative_agree_with_finite_differences():
     ("make", "message"),
     [
         (lambda: ContentNetwork(width=0), "width must be at least 1, got 0"),
-        (lambda: ContentNetwork(activation="relu"), "unknown activation 'relu'"),
+        (lambda: ContentNetwork(activation="swish"), "unknown activation 'swish'"),
         (lambda: StyleNetwork(style_size=0), "style_size must be at least 1, got 0"),
         (lambda: SynthesisNetwork(num_blocks=-1), "num_blocks must be at least 0, got -1"),
         (lambda: small_network()(torch.rand(3, 8, 8)), r"\[n, 3, h, w\], got \[3, 8, 8\]"),

@@ -351,7 +351,8 @@ def command_of(config: TrainConfig) -> str:
     """Return the command that trains what a configuration says.
 
     Example:
-        >>> command_of(TrainConfig(regularizer="none", steps=5))
+        >>> from dataclasses import replace
+        >>> command_of(replace(DEFAULTS["digits"], regularizer="none", seconds=0.0, steps=5))
         'hessreg train digits --regularizer=none --steps=5'
     """
     default = flatten(DEFAULTS[config.dataset].to_dict() | {"seconds": 0.0})

@@ -130,7 +130,8 @@ class Tuner:
     def _collect(self) -> None:
         for number, (trial, run) in list(self._running.items()):
             state = run.poll()
-            pruned = state == "running" and self._is_hopeless(trial, run)
+            # Those of a run that finished meanwhile are what others are compared with.
+            pruned = self._is_hopeless(trial, run) and state == "running"
             if state == "running" and not pruned:
                 continue
             del self._running[number]
