@@ -2,15 +2,17 @@
 
 There an exception would not do: it surfaces wherever Python happens to be, also where modules turn
 it into an error of theirs or swallow it. There is nothing to clean up yet, so the process just
-ends. Once the command runs, `Interrupts` raises KeyboardInterrupt.
+ends. Once the command runs, `Interrupts` raises KeyboardInterrupt, but not within an import.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,6 +20,8 @@ from typing import Any
 __all__ = ["INTERRUPTED", "Interrupts", "end_at_once", "is_command"]
 
 INTERRUPTED = 130  # the exit code
+_PATIENCE = 5.0  # seconds that an import may take after the signal
+_PAUSE = 0.02
 
 
 def is_command() -> bool:
@@ -42,6 +46,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.received = False
+        self._first = math.inf
         self._previous: dict[int, Any] = {}
         self._report = sys.unraisablehook
 
@@ -58,6 +63,12 @@ class Interrupts:
         sys.unraisablehook = self._report
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._first = min(self._first, time.monotonic())
+        if _is_import(frame) and time.monotonic() < self._first + _PATIENCE:
+            again = threading.Timer(_PAUSE, _send, [threading.get_ident(), number])
+            again.daemon = True
+            again.start()
+            return
         self.received = True
         raise KeyboardInterrupt
 
@@ -67,3 +78,19 @@ class Interrupts:
             signal.raise_signal(signal.SIGINT)
         else:
             self._report(unraisable)
+
+
+def _send(thread: int, number: int) -> None:
+    """Wake the thread, too, whatever it waits for."""
+    if sys.platform == "win32":
+        signal.raise_signal(number)
+    else:
+        signal.pthread_kill(thread, number)
+
+
+def _is_import(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False

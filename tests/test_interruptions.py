@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import resource
 import shutil
@@ -228,6 +229,37 @@ def test_an_interrupted_start_is_one_line(tmp_path, name, seconds, number):
     assert error.startswith("hessreg: ")
     assert error.count("\n") == 1
     assert "Traceback" not in out
+
+
+_SLOW_MODULE = """
+import os, signal, time
+os.kill(os.getpid(), signal.SIGINT)
+end = time.monotonic() + {seconds}
+while time.monotonic() < end:
+    pass
+print("imported")
+"""
+_IMPORT = """
+import time
+from hessreg import _interrupt
+_interrupt._PATIENCE = 0.3
+with _interrupt.Interrupts():
+    try:
+        import slow_module
+        time.sleep(30)
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "wanted"), [(0.1, "imported\ninterrupted\n"), (30, "interrupted\n")]
+)
+def test_an_import_is_interrupted_only_if_it_takes_long(tmp_path, seconds, wanted):
+    (tmp_path / "slow_module.py").write_text(_SLOW_MODULE.format(seconds=seconds))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])}
+    process = start(_IMPORT, command=[sys.executable, "-W", "error", "-c"], env=environment)
+    assert process.communicate(timeout=25) == (wanted, "")
 
 
 def test_a_command_of_an_installed_package_is_recognised(monkeypatch):
