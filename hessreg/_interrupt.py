@@ -76,7 +76,7 @@ class Interrupts:
         """Where an exception cannot rise, as in a destructor, it would only be printed."""
         if isinstance(unraisable.exc_value, KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-        else:
+        elif not (self.received and isinstance(unraisable.exc_value, ResourceWarning)):
             self._report(unraisable)
 
 

@@ -262,6 +262,24 @@ def test_an_import_is_interrupted_only_if_it_takes_long(tmp_path, seconds, wante
     assert process.communicate(timeout=25) == (wanted, "")
 
 
+_OPEN_FILE = """
+import os, signal
+from hessreg._interrupt import Interrupts
+with Interrupts():
+    open(os.devnull)
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except KeyboardInterrupt:
+        open(os.devnull)
+"""
+
+
+def test_what_an_interruption_leaves_open_is_not_reported():
+    process = start(_OPEN_FILE, command=[sys.executable, "-W", "error", "-c"])
+    _, error = process.communicate(timeout=25)
+    assert error.count("ResourceWarning: unclosed file") == 1  # the first
+
+
 def test_a_command_of_an_installed_package_is_recognised(monkeypatch):
     from hessreg._interrupt import is_command
 
