@@ -255,6 +255,10 @@ NAMES = {
 }
 COMPARE = {
     "compare digits --methods none,foo": "one loss and one projection, got 'foo'",
+    "compare ring --methods r1@r1.gama=1": "an option such as r1.gamma, got 'r1.gama'",
+    "compare ring --methods r1@r1.gamma": "of a method must be option=value, got 'r1.gamma'",
+    "compare ring --methods r1@seed=1": "of none of dataset, data, seed, seconds, steps, got 'seed",
+    "compare ring --methods r1@r1.gamma=x": "r1.gamma must be",
     "compare digits --methods r1,r1": "methods must be different, and at least one, got 'r1, r1'",
     "compare digits --methods hinge+minimax": "at most one loss and one projection, got 'hinge+m",
     "compare digits --methods previous": "at most one loss and one projection, got 'prev",

@@ -20,7 +20,9 @@ import torch
 from hessreg.gan import pictures
 from hessreg.gan.checkpoint import write_atomically
 from hessreg.gan.config import TrainConfig
+from hessreg.gan.convergence import Convergence
 from hessreg.gan.data import subset
+from hessreg.gan.intervals import confidence_interval
 from hessreg.gan.methods import with_method
 from hessreg.gan.metrics import Judge
 from hessreg.gan.run import Interrupted, Run
@@ -48,8 +50,8 @@ class Comparison:
     ``path/name-seed``.
 
     Args:
-        path: Folder for the runs, ``comparison.png``, ``curves.png``, ``comparison.csv`` and
-            ``comparison.json``.
+        path: Folder for the runs, ``comparison.png``, ``curves.png``, ``comparison.csv``,
+            ``comparison.json`` and, of several seeds, ``convergence.png`` and ``convergence.csv``.
         methods: As `with_method` takes them.
         config: Everything else.
         seeds: Of the runs of each method.
@@ -69,7 +71,7 @@ class Comparison:
         self.jobs = jobs
         several = len(seeds) > 1
         self._folders = {
-            method: {seed: path / (f"{method}-{seed}" if several else method) for seed in seeds}
+            method: {seed: path / _folder_name(method, seed if several else None) for seed in seeds}
             for method in methods
         }
 
@@ -139,7 +141,26 @@ class Comparison:
         first = {method: next(iter(each.values())) for method, each in self._folders.items()}
         _write_pictures(self.path, first, rows, judge)
         table = format_table(rows, references, judge.columns)
-        return "\n".join([table, "", _verdict(self.path, rows, judge)])
+        return "\n".join([table, "", *self._convergence(judge), _verdict(self.path, rows, judge)])
+
+    def _convergence(self, judge: Judge) -> list[str]:
+        """Lines with the headline's metric in the course of training, of several seeds."""
+        if len(next(iter(self._folders.values()))) == 1:
+            return []
+        runs = {
+            method: [RunFolder(folder).read_metrics() for folder in by_seed.values()]
+            for method, by_seed in self._folders.items()
+        }
+        heading = judge.columns[judge.headline]
+        found = Convergence.of(runs, judge.headline, *heading, self.config.eval_every)
+        found.save(self.path)
+        said = f"{heading[0]} on the way, with 95 % intervals ({self.path / 'convergence.png'}):"
+        return [said, *_aligned(found.table()), ""]
+
+
+def _folder_name(method: str, seed: int | None) -> str:
+    name = method.replace("/", "_")
+    return name if seed is None else f"{name}-{seed}"
 
 
 def _prepare(path: Path, config: TrainConfig) -> None:
@@ -224,12 +245,16 @@ def _write_pictures(path: Path, folders: Mapping[str, Path], rows: Rows, judge: 
 
 def _verdict(path: Path, rows: Rows, judge: Judge) -> str:
     heading, form = judge.columns[judge.headline]
-    means = {name: _mean(of_seeds, judge.headline) for name, of_seeds in rows.items()}
-    ranking = " < ".join(
-        f"{name} ({means[name]:{form}})" for name in sorted(means, key=lambda name: means[name])
-    )
+    found = {
+        name: confidence_interval([row[judge.headline] for row in of_seeds])
+        for name, of_seeds in rows.items()
+    }
     count = len(next(iter(rows.values())))
-    over = "one seed" if count == 1 else f"mean over {count} seeds"
+    ranking = " < ".join(
+        f"{name} ({each.mean:{form}})" if count == 1 else f"{name} ({each.text(form)})"
+        for name, each in sorted(found.items(), key=lambda item: item[1].mean)
+    )
+    over = "one seed" if count == 1 else f"mean over {count} seeds with its 95 % interval"
     shown = "" if count == 1 else " of the first seed"
     return (
         f"Lowest {heading}, {over}: {ranking}\n"
@@ -252,19 +277,20 @@ def format_table(
     head = ["", *(heading for heading, _ in columns.values()), "steps", "CPU s"]
     singles = {name: [row] for name, row in references.items()}
     body = [_cells(name, group, columns) for name, group in (rows | singles).items()]
-    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-    lines = [
-        "  ".join(
-            [
-                line[0].ljust(widths[0]),
-                *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)),
-            ]
-        )
-        for line in [head, *body]
-    ]
+    lines = _aligned([head, *body])
     if references:
         lines.insert(1 + len(rows), "-" * len(lines[0]))
     return "\n".join(lines)
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Names to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    pairs = [list(zip(line, widths, strict=True)) for line in table]
+    return [
+        "  ".join([line[0][0].ljust(line[0][1]), *(cell.rjust(width) for cell, width in line[1:])])
+        for line in pairs
+    ]
 
 
 def _cells(name: str, runs: Sequence[Row], columns: Mapping[str, tuple[str, str]]) -> list[str]:

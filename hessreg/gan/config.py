@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from hessreg.gan.options import (
     WGANGPConfig,
 )
 
-__all__ = ["DEFAULTS", "FROM_FILES", "REGULARIZERS", "TrainConfig", "flatten"]
+__all__ = ["DEFAULTS", "FROM_FILES", "REGULARIZERS", "TrainConfig", "flatten", "with_values"]
 
 REGULARIZERS = (
     *("r1", "r2", "wgan_gp", "iterative", "dragan"),
@@ -287,7 +288,12 @@ class TrainConfig:
         groups: dict[str, Any] = {
             f.name: f.default_factory for f in fields(cls) if f.default_factory is not MISSING
         }
-        plain = {k: _build(groups[k], v) if k in groups else v for k, v in _mapping(values).items()}
+        plain = dict(_mapping(values))
+        for name in groups.keys() & plain.keys():
+            try:
+                plain[name] = _build(groups[name], plain[name])
+            except ValueError as error:
+                raise ValueError(f"{name}.{error}") from None
         return _build(cls, plain)
 
 
@@ -318,6 +324,34 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         inner = flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else None
         flat.update({prefix + name: value} if inner is None else inner)
     return flat
+
+
+def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
+    """Return a configuration with other values of some fields.
+
+    Args:
+        config: Everything else.
+        values: By name, with dots: ``{"g.lr": 1e-3}``.
+
+    Raises:
+        ValueError: If a name is unknown or a value cannot be used.
+
+    Example:
+        >>> with_values(TrainConfig(), {"batch_size": 32, "r1.gamma": 0.5}).r1.gamma
+        0.5
+    """
+    nested = config.to_dict()
+    known = flatten(nested)
+    for name, value in values.items():
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"an option such as {near[0]}" if near else "a name of an option"
+        require(name in known, "setting", hint, name)
+        *groups, last = name.split(".")
+        inner = nested
+        for group in groups:
+            inner = inner[group]
+        inner[last] = value
+    return TrainConfig.from_dict(nested)
 
 
 _DIGITS = TrainConfig(

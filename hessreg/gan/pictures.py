@@ -14,6 +14,7 @@ from torch.nn.functional import interpolate, pad
 
 from hessreg.gan.checkpoint import write_atomically
 from hessreg.gan.data import Dataset, ScaledSamples
+from hessreg.gan.intervals import Curve
 from hessreg.gan.mixtures import Mixture, load_mixture
 from hessreg.kernels import gaussian_kernel, mmd2
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 LabelledPoints = tuple[Tensor, Tensor]
 
 __all__ = [
+    "save_bands",
     "save_curves",
     "save_densities",
     "save_grid",
@@ -351,6 +353,31 @@ def save_curves(
         axes.legend(fontsize="small")
         if title not in ("losses", _ANGLES):
             _set_scale(axes)
+    _save_figure(path, figure)
+
+
+def save_bands(path: Path, panels: Mapping[str, Mapping[str, Curve]], quantity: str) -> None:
+    """Plot means within their intervals, side by side.
+
+    Args:
+        path: The PNG file.
+        panels: Curves by name, by what they are against.
+        quantity: Its name.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4 * len(panels), 4.6), layout="constrained")
+    row = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axes, (title, curves) in zip(row, panels.items(), strict=True):
+        for number, (name, curve) in enumerate(curves.items()):
+            mean = np.array([each.mean for each in curve.intervals])
+            margin = np.array([each.margin for each in curve.intervals])
+            style: dict[str, Any] = {"color": f"C{number}", "linewidth": 1}
+            axes.plot(curve.x, mean, label=name, marker=".", **style)
+            axes.fill_between(curve.x, mean - margin, mean + margin, alpha=0.2, **style)
+        axes.set(xlabel=title, title=f"{quantity}: mean and 95 % interval")
+        axes.set_yscale("log", nonpositive="clip")
+    row[0].legend(fontsize="small")
     _save_figure(path, figure)
 
 

@@ -2,7 +2,7 @@
 
 from hessreg.tuning.config import TuneConfig
 from hessreg.tuning.outcome import Outcome, OutcomeError
-from hessreg.tuning.space import DEFAULT_SPACE, Choice, Range, SearchSpace, SpaceError, with_values
+from hessreg.tuning.space import DEFAULT_SPACE, Choice, Range, SearchSpace, SpaceError
 from hessreg.tuning.study import StudyError
 from hessreg.tuning.tuner import Tuner, TuningError
 
@@ -18,5 +18,4 @@ __all__ = [
     "TuneConfig",
     "Tuner",
     "TuningError",
-    "with_values",
 ]

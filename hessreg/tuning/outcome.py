@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from hessreg.gan.checkpoint import write_atomically
 from hessreg.gan.compare import format_table
-from hessreg.gan.config import TrainConfig
+from hessreg.gan.config import TrainConfig, with_values
 from hessreg.gan.tasks import make_task
-from hessreg.tuning.space import SearchSpace, with_values
+from hessreg.tuning.space import SearchSpace
 from hessreg.tuning.trial_run import TrialRun
 
 if TYPE_CHECKING:

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hessreg.gan.config import TrainConfig, flatten
+from hessreg.gan.config import TrainConfig, flatten, with_values
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
-__all__ = ["DEFAULT_SPACE", "Choice", "Range", "SearchSpace", "SpaceError", "with_values"]
+__all__ = ["DEFAULT_SPACE", "Choice", "Range", "SearchSpace", "SpaceError"]
 
 DEFAULT_SPACE = Path(__file__).with_name("default_space.yaml")
 _RANGE_KEYS = ("low", "high", "log", "when")
@@ -27,30 +27,6 @@ _MAX_GRID = 10_000
 
 class SpaceError(ValueError):
     """A search space cannot be read or used."""
-
-
-def with_values(config: TrainConfig, values: Mapping[str, Any]) -> TrainConfig:
-    """Return a configuration with other values of some fields.
-
-    Args:
-        config: Everything else.
-        values: By name, with dots: ``{"g.lr": 1e-3}``.
-
-    Raises:
-        ValueError: If a name is unknown or a value cannot be used.
-
-    Example:
-        >>> with_values(TrainConfig(), {"batch_size": 32, "r1.gamma": 0.5}).r1.gamma
-        0.5
-    """
-    nested = config.to_dict()
-    for name, value in values.items():
-        *groups, last = name.split(".")
-        inner = nested
-        for group in groups:
-            inner = inner[group]
-        inner[last] = value
-    return TrainConfig.from_dict(nested)
 
 
 @dataclass(frozen=True)

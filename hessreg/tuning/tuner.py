@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hessreg.gan.config import TrainConfig
+from hessreg.gan.config import TrainConfig, with_values
 from hessreg.gan.progress import say
 from hessreg.gan.run import Interrupted
 from hessreg.gan.run_folder import RunFolder
 from hessreg.gan.tasks import make_task
 from hessreg.tuning.config import TuneConfig
 from hessreg.tuning.outcome import Outcome
-from hessreg.tuning.space import DEFAULT_SPACE, SearchSpace, with_values
+from hessreg.tuning.space import DEFAULT_SPACE, SearchSpace
 from hessreg.tuning.study import open_study
 from hessreg.tuning.trial_run import TrialRun
 
