@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -259,6 +260,36 @@ def test_a_picture_has_a_column_for_each_class(tmp_path, options, columns, capsy
     assert cli.main(["train", "digits", *options, *short]) == 0
     with Image.open(tmp_path / "run" / "samples.png") as image:
         assert image.width == columns * (6 * 8 + 4)
+
+
+def test_metrics_draw_classes_in_their_shares_and_pictures_each_in_turn(tmp_path, monkeypatch):
+    from hessreg.gan.evaluation import TrainedGenerator
+
+    labels = torch.arange(500).div(400, rounding_mode="floor")  # 80 and 20 %
+    points = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
+    np.savez(tmp_path / "data.npz", x=points.numpy(), y=labels.numpy())
+    asked = []
+    sample = Generator.sample
+
+    def recorded(self, count, generator, labels=None):
+        asked.append(labels)
+        return sample(self, count, generator, labels)
+
+    monkeypatch.setattr(Generator, "sample", recorded)
+    out = str(tmp_path / "run")
+    options = ["--conditional", "concat", "--steps", "1", "--tensorboard", "false", "--out", out]
+    data = str(tmp_path / "data.npz")
+    assert (
+        cli.main(
+            ["train", "arrays", "--data", data, "--arrays.key=x", "--arrays.labels_key=y", *options]
+        )
+        == 0
+    )
+    TrainedGenerator.load(tmp_path / "run").evaluate(seed=3, permutations=0, features="")
+    *of_run, of_eval = asked
+    assert all(labels is None for labels in of_run[::2])  # pictures
+    for drawn in [*of_run[1::2], of_eval]:
+        assert abs(float((drawn == 1).double().mean()) - 0.2) < 0.08
 
 
 def test_the_spectrum_of_a_conditional_run(tmp_path, capsys):

@@ -468,6 +468,26 @@ def test_fid_is_our_frechet_distance():
     assert abs(same["kid"]) < 4 * same["kid_std"] < found["kid"]
 
 
+def test_a_feature_network_of_ones_own_is_the_same_each_time_and_draws_nothing_from_training():
+    from hessreg.gan.fid import feature_network
+
+    state = torch.get_rng_state()
+    first, second = (feature_network(f"{__name__}:features", judge=None) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first[1].weight, second[1].weight)
+
+
+def test_a_comparison_shows_fid_of_runs_alone():
+    from hessreg.gan.compare import format_table
+    from hessreg.gan.fid import COLUMNS
+
+    runs = {"r1": [{"fid": 2.0, "kid": 0.5, "kid_std": 0.1, "steps": 3, "cpu_seconds": 1.0}]}
+    lines = format_table(runs, {"training images": {}}, COLUMNS).splitlines()
+    assert lines[0].split() == ["FID", "KID", "KID", "sd", "steps", "CPU", "s"]
+    assert lines[1].split() == ["r1", "2.000", "0.5", "0.1", "3", "1.0"]
+    assert lines[3].split() == ["training", "images"]
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_run_logs_fid_and_kid(tmp_path, capsys):
     torchmetrics()

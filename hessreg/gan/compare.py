@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from hessreg.gan.checkpoint import write_atomically
 from hessreg.gan.config import TrainConfig
 from hessreg.gan.convergence import Convergence
 from hessreg.gan.data import subset
+from hessreg.gan.fid import COLUMNS
 from hessreg.gan.intervals import confidence_interval
 from hessreg.gan.methods import with_method
 from hessreg.gan.metrics import Judge
@@ -135,12 +136,15 @@ class Comparison:
         dataset = task.load()
         judge = task.judge(dataset)
         references = judge.reference_rows()
-        _write_tables(self.path, rows, references, judge)
+        measured = [row for of_seeds in rows.values() for row in of_seeds]
+        further = {k: v for k, v in COLUMNS.items() if all(k in row for row in measured)}
+        columns = {**judge.columns, **further}
+        _write_tables(self.path, rows, references, columns)
         shown = torch.arange(min(_SHOWN, len(dataset.train_samples)))
         task.draw(self.path / "training.png", subset(dataset.train_samples, shown))
         first = {method: next(iter(each.values())) for method, each in self._folders.items()}
         _write_pictures(self.path, first, rows, judge)
-        table = format_table(rows, references, judge.columns)
+        table = format_table(rows, references, columns)
         return "\n".join([table, "", *self._convergence(judge), _verdict(self.path, rows, judge)])
 
     def _convergence(self, judge: Judge) -> list[str]:
@@ -219,12 +223,14 @@ def _train_all(path: Path, folders: Sequence[Path], jobs: int) -> None:
         raise ComparisonError(f"{', '.join(failed)} did not finish; see {path}")
 
 
-def _write_tables(path: Path, rows: Rows, references: dict[str, Row], judge: Judge) -> None:
+def _write_tables(
+    path: Path, rows: Rows, references: dict[str, Row], columns: Iterable[str]
+) -> None:
     runs = [{"name": name, **row} for name, of_seeds in rows.items() for row in of_seeds]
     named = runs + [{"name": name, **row} for name, row in references.items()]
     write_atomically(path / "comparison.json", json.dumps(named, indent=2).encode())
     table = io.StringIO()
-    names = ["name", "seed", *judge.columns, "steps", "cpu_seconds"]
+    names = ["name", "seed", *columns, "steps", "cpu_seconds"]
     writer = csv.DictWriter(table, names, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(named)
@@ -294,11 +300,11 @@ def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _cells(name: str, runs: Sequence[Row], columns: Mapping[str, tuple[str, str]]) -> list[str]:
-    shown = {key: form for key, (_, form) in columns.items()}
-    cost = {"steps": ".0f", "cpu_seconds": ".1f"}
-    if "steps" not in runs[0]:
-        return [name, *(format_cell(runs, key, form) for key, form in shown.items()), "", ""]
-    return [name, *(format_cell(runs, key, form) for key, form in (shown | cost).items())]
+    """Of references some are empty."""
+    forms = {key: form for key, (_, form) in columns.items()}
+    forms |= {"steps": ".0f", "cpu_seconds": ".1f"}
+    shown = [format_cell(runs, k, form) if k in runs[0] else "" for k, form in forms.items()]
+    return [name, *shown]
 
 
 def format_cell(runs: Sequence[Row], key: str, form: str) -> str:

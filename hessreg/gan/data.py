@@ -183,6 +183,10 @@ class Dataset:
     test_samples: Samples
     test_labels: Tensor
 
+    def draw_labels(self, count: int, random: torch.Generator) -> Tensor:
+        """Return classes ``[count]`` in the shares that they have of the training samples."""
+        return self.train_labels[torch.randint(len(self.train_labels), (count,), generator=random)]
+
     @property
     def num_classes(self) -> int:
         """Number of classes; 1 if there are no labels."""

@@ -73,15 +73,23 @@ class TrainedGenerator:
         """What it is, for people."""
         return f"{self.config.dataset}, {self.config.title}, after {self.steps} steps"
 
-    def sample(self, count: int, seed: int) -> Tensor:
+    def sample(self, count: int, seed: int, labels: Tensor | None = None) -> Tensor:
         """Return samples ``[count, ...]`` on the CPU.
+
+        Args:
+            count: Number of samples.
+            seed: Of the noise.
+            labels: Classes ``[count]``; by default each in turn.
 
         Raises:
             ValueError: If some are not finite.
         """
         random = torch.Generator().manual_seed(seed)
-        sizes = [min(_BATCH, count - start) for start in range(0, count, _BATCH)]
-        samples = torch.cat([self.generator.sample(size, random).cpu().float() for size in sizes])
+        parts = [
+            self.generator.sample(len(rows), random, None if labels is None else labels[rows])
+            for rows in torch.arange(count).split(_BATCH)
+        ]
+        samples = torch.cat(parts).cpu().float()
         if not samples.isfinite().all():
             raise ValueError("generated samples are not finite")
         return samples
@@ -101,7 +109,11 @@ class TrainedGenerator:
             have one distribution; ``fid`` and ``kid``.
         """
         judge = self.judge
-        samples = self.sample(judge.num_samples, seed)
+        labels = None
+        if self.config.conditional != "none":
+            random = torch.Generator().manual_seed(seed)
+            labels = self.dataset.draw_labels(judge.num_samples, random)
+        samples = self.sample(judge.num_samples, seed, labels)
         values: dict[str, Any] = judge.evaluate(samples)
         if permutations:
             values |= self._test(samples, permutations, seed)

@@ -44,7 +44,10 @@ def feature_network(features: str, judge: Judge) -> nn.Module:
         require(isinstance(network, nn.Module), "fid.features", wanted, features)
         return cast(nn.Module, network)
     require(is_factory(features), "fid.features", "judge or module:factory", features)
-    made = call_safely(find_factory(features), features)
+    factory = find_factory(features)
+    with torch.random.fork_rng(devices=[]):  # training draws the same numbers with and without it
+        torch.manual_seed(0)
+        made = call_safely(factory, features)
     if not isinstance(made, nn.Module):
         raise FactoryError(f"{features} must return a torch module, got {type(made).__name__}")
     return made

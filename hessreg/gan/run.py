@@ -319,10 +319,10 @@ class Run:
         self.folder.append_metrics(row)
         events.add(row)
 
-    def _samples(self) -> torch.Tensor:
+    def _samples(self, labels: torch.Tensor | None = None) -> torch.Tensor:
         count = self.judge.num_samples
         generator = torch.Generator().manual_seed(self.config.seed)
-        samples = self.trainer.ema.sample(count, generator).cpu().float()
+        samples = self.trainer.ema.sample(count, generator, labels).cpu().float()
         if not samples.isfinite().all():
             step = self.trainer.steps_done
             raise NonFiniteError(f"step {step}: generated samples are not finite")
@@ -330,8 +330,11 @@ class Run:
 
     def _evaluate(self) -> dict[str, float]:
         with self._naming_the_checkpoint():
-            samples = self._samples()
-        self.task.draw(self.folder.path / "samples.png", samples)
+            samples = shown = self._samples()
+            if self.trainer.labels is not None:  # pictures have each class in turn
+                random = torch.Generator().manual_seed(self.config.seed)
+                samples = self._samples(self.dataset.draw_labels(self.judge.num_samples, random))
+        self.task.draw(self.folder.path / "samples.png", shown)
         self.task.draw_walk(self.folder.path / "interpolation.png", self._walk())
         extra = {} if self.distances is None else self.distances.evaluate(samples)
         return self.judge.evaluate(samples) | extra
