@@ -164,7 +164,7 @@ def test_steps_equal_hand_written_ones():
 
     for _ in range(3):
         for _ in range(2):
-            real = by_hand.data[next(by_hand.sampler)]
+            real = by_hand.data[next(by_hand.batches.sampler)]
             fake = g(torch.randn(8, 4, generator=noise)).detach()
             step(d, sum(loss.discriminator(d(real), d(fake))))
         outputs = d(g(torch.randn(8, 4, generator=noise)))
@@ -617,7 +617,7 @@ def test_an_accumulated_mmd_is_the_mean_of_the_parts():
         loss=loss, outputs=16, dtype=torch.float64, procedure=Procedure(accumulate=2)
     )
     twin = small_trainer(outputs=16, dtype=torch.float64)
-    real = twin.data[next(twin.sampler)]
+    real = twin.data[next(twin.batches.sampler)]
     noise = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)).double()
     with torch.no_grad():
         outputs = twin.discriminator(real), twin.discriminator(twin.generator(noise))
