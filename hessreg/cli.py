@@ -1,13 +1,16 @@
 """The command ``hessreg``; what each command does is in `hessreg.commands`.
 
 Exit codes: 0 done, 1 training failed or a curvature is not finite, 2 bad input, 130 interrupted
-with the state saved. Every failure is one line on standard error.
+with the state saved. Every failure is one line on standard error, after its traceback if the
+environment has ``HESSREG_TRACEBACK=1``.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -29,7 +32,7 @@ from hessreg.gan.distributed import (
     joined,
     together,
 )
-from hessreg.gan.run import Interrupted, StorageError
+from hessreg.gan.run import Interrupted, StorageError, TrainingError
 from hessreg.gan.run_folder import RunFolderError
 from hessreg.gan.trainer import NonFiniteError
 from hessreg.optim import OppositeGradientsError
@@ -47,6 +50,7 @@ _FAILURES = (
     NonFiniteCurvatureError,
     OppositeGradientsError,
     StorageError,
+    TrainingError,
 )
 _PROVIDERS = {
     "cmaes": "'hessreg[tune]'",
@@ -118,6 +122,8 @@ def _check_processes(command: str) -> None:
 def _fail(message: str, code: int, error: BaseException) -> int:
     shard = current_shard()
     is_alone = shard.size > 1 and not is_shared(error)
+    if os.environ.get("HESSREG_TRACEBACK", "0") not in ("", "0"):
+        traceback.print_exception(error)
     if shard.rank == 0 or is_alone:
         # One write with its end, or the lines of two processes run together.
         sys.stderr.write(f"hessreg: {' '.join(message.split())}\n")

@@ -58,6 +58,10 @@ class Shard:
         """
         return batch
 
+    def spread(self, rows: Tensor) -> Tensor:
+        """Return the whole batch with this process's rows, and zeros for those of the others."""
+        return rows
+
     def gather(self, rows: Tensor) -> Tensor:
         """Return the whole batch of which these are this process's rows, differentiable in them."""
         return rows
@@ -109,13 +113,15 @@ class ProcessShard(Shard):
         shares = batch.reshape(parts, self.size, -1, *batch.shape[1:])
         return shares[:, self.rank].flatten(0, 1)
 
-    def gather(self, rows: Tensor) -> Tensor:
-        """Return the rows of all processes, one after the other."""
-        if self._is_alone:
-            return rows
+    def spread(self, rows: Tensor) -> Tensor:
+        """Return the rows between zeros for those of the processes before and after."""
         before, after = self.rank, self.size - self.rank - 1
         zeros = torch.zeros_like(rows)
-        return self._sum(torch.cat([zeros] * before + [rows] + [zeros] * after))
+        return torch.cat([zeros] * before + [rows] + [zeros] * after)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Return the rows of all processes, one after the other."""
+        return rows if self._is_alone else self._sum(self.spread(rows))
 
     def mean(self, value: Tensor) -> Tensor:
         """Return the sum over the processes by their number."""

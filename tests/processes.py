@@ -1,4 +1,4 @@
-"""Two processes that talk to each other, for tests of several."""
+"""Processes that talk to each other, for tests of several."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-NUM_PROCESSES = 2
-
 
 def in_two_processes(worker: Callable[..., None], store: Path) -> dict[int, Any]:
+    """What two processes find, as `in_processes`."""
+    return in_processes(2, worker, store)
+
+
+def in_processes(count: int, worker: Callable[..., None], store: Path) -> dict[int, Any]:
     """What ``worker(rank, size, store, results)`` put into ``results`` as (rank, found), by rank.
 
     ``store`` is a file for ``torch.distributed.init_process_group``, which the worker calls.
@@ -18,8 +21,7 @@ def in_two_processes(worker: Callable[..., None], store: Path) -> dict[int, Any]
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     workers = [
-        context.Process(target=worker, args=(rank, NUM_PROCESSES, store, results))
-        for rank in range(NUM_PROCESSES)
+        context.Process(target=worker, args=(rank, count, store, results)) for rank in range(count)
     ]
     for process in workers:
         process.start()

@@ -73,7 +73,7 @@ def test_unconditional_networks_and_noise_have_nothing_more():
     assert [name for name, _ in Discriminator().named_children()] == ["layers"]
     trainer = Trainer(Generator(), Discriminator(), torch.randn(70, 1, 8, 8))
     trainer.step()
-    assert trainer._judging is trainer.discriminator
+    assert trainer.judging(torch.zeros(70)) is trainer.discriminator
 
 
 class Recorded(R1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -57,7 +58,7 @@ from hessreg.regularizers import (
     IterativeGradientPenalty,
     Regularizer,
 )
-from tests.processes import in_two_processes
+from tests.processes import in_processes, in_two_processes
 
 for package in ("matplotlib", "PIL", "safetensors", "sklearn", "yaml"):
     pytest.importorskip(package)
@@ -76,6 +77,7 @@ class Case:
     orthogonal: Orthogonal | None = None
     width: int = 8
     conditional: Literal["none", "concat", "projection"] = "none"
+    dropout: float = 0.0
     player: dict[str, Any] = field(default_factory=dict)
     procedure: Procedure = field(default_factory=Procedure)
 
@@ -132,6 +134,7 @@ CASES = {
         conditional="projection",
     ),
     "dcgan": Case(architecture="dcgan"),
+    "r1 of dropout": Case(lambda: [R1()], dropout=0.3),
     "r1 of dcgan": Case(lambda: [R1(), WGANGP(), HessianPenalty()], architecture="dcgan"),
     "orthogonal real_fake": Case(lambda: [R1()], orthogonal=Orthogonal("terms", pair="real_fake")),
 }
@@ -161,22 +164,23 @@ CASES |= {
 CASES |= {f"orthogonal {mode}": Case(lambda: [R1()], orthogonal=Orthogonal(mode)) for mode in MODES}
 
 
-def make_trainer(case: Case, shard: Shard = WHOLE) -> Trainer:
+def make_trainer(case: Case, shard: Shard = WHOLE, batch_size: int = 8) -> Trainer:
     with torch.random.fork_rng():
         images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
         torch.manual_seed(0)
         loss = make_loss(case.loss)
         classes = 0 if case.conditional == "none" else 3
-        options = {"conditional": case.conditional, "num_classes": classes}
+        options = {"num_classes": classes, "dropout": case.dropout}
+        judging = {"conditional": case.conditional, "outputs": loss.outputs}
         networks = (
-            Generator(case.architecture, 4, case.width, num_classes=classes),
-            Discriminator(case.architecture, case.width, outputs=loss.outputs, **options),
+            Generator(case.architecture, 4, case.width, **options),
+            Discriminator(case.architecture, case.width, **judging, **options),
         )
     return Trainer(
         *(network.double() for network in networks),
         images.double(),
         case.regularizers(),
-        batch_size=8,
+        batch_size=batch_size,
         g=PlayerConfig(lr=1e-3, **case.player),
         d=PlayerConfig(lr=1e-3, **case.player),
         procedure=case.procedure,
@@ -189,6 +193,7 @@ def make_trainer(case: Case, shard: Shard = WHOLE) -> Trainer:
 
 def train(trainer: Trainer, steps: int) -> tuple[Tensor, dict[str, float]]:
     """All weights and buffers after some steps, and the metrics."""
+    torch.manual_seed(0)
     for _ in range(steps):
         trainer.step()
     networks = (trainer.generator, trainer.discriminator, trainer.ema)
@@ -245,6 +250,32 @@ def test_two_processes_train_as_one(trained_by_two, name):
     assert logged == logged_by_second
     # An angle is the arc cosine of a number near 1.
     assert logged == pytest.approx(metrics, rel=1e-6, abs=1e-7)
+
+
+BY_THREE = ("hsn1r", "mmd", "gaussian", "r1 of dcgan", "r1 of dropout", "accumulate")
+BY_THREE += ("hsc", "orthogonal previous")
+
+
+def _shares_of_three(rank, size, store, results):
+    warnings.simplefilter("ignore")
+    shard = join(rank, size, store)
+    made = {name: make_trainer(CASES[name], shard, batch_size=12) for name in BY_THREE}
+    results.put((rank, {name: train(each, 2)[0].numpy() for name, each in made.items()}))
+    leave()
+
+
+@pytest.fixture(scope="module")
+def trained_by_three(tmp_path_factory):
+    """The weights that each of three processes has, by rank and case."""
+    return in_processes(3, _shares_of_three, tmp_path_factory.mktemp("processes") / "store")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BY_THREE)
+def test_three_processes_train_as_one(trained_by_three, name):
+    weights, _ = train(make_trainer(CASES[name], batch_size=12), 2)
+    for found in trained_by_three.values():
+        torch.testing.assert_close(torch.from_numpy(found[name]), weights, rtol=0, atol=1e-9)
 
 
 # --- states
@@ -319,14 +350,30 @@ def normalized(shard: Shard, momentum: float | None) -> list[Tensor]:
     return [*outputs, *layer.state_dict().values()]
 
 
-def left_out(shard: Shard) -> Tensor:
-    """What dropout makes of a batch, twice."""
-    layer = nn.Sequential(nn.Dropout(0.3))
-    synchronize_layers(layer, shard)
+RANDOM = {
+    "dropout": (nn.Dropout, (8, 5)),
+    "dropout 1d": (nn.Dropout1d, (8, 3, 5)),
+    "dropout 2d": (nn.Dropout2d, (8, 3, 2, 2)),
+    "dropout 3d": (nn.Dropout3d, (8, 3, 1, 2, 2)),
+    "alpha dropout": (nn.AlphaDropout, (8, 5)),
+    "feature alpha dropout": (nn.FeatureAlphaDropout, (8, 3, 5)),
+    "rrelu": (nn.RReLU, (8, 5)),
+}
+
+
+def drawn(shard: Shard, name: str) -> list[Tensor]:
+    """What a random layer, used twice, makes of a batch, its derivative, and without training."""
+    kind, shape = RANDOM[name]
+    layer = kind(0.3)
+    layers = nn.Sequential(layer, nn.Tanh(), layer)
+    synchronize_layers(layers, shard)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        x = torch.linspace(1, 2, 40, dtype=DOUBLE).view(8, 5)
-        return torch.stack([shard.gather(layer(shard.take(x))) for _ in range(2)])
+        x = torch.linspace(-2, -1, 8 * math.prod(shape[1:]), dtype=DOUBLE).view(shape)
+        x.requires_grad_()
+        y = shard.gather(layers(shard.take(x)))
+        (slope,) = torch.autograd.grad(y.square().sum(), x)
+    return [y.detach(), shard.mean(slope), shard.gather(layers.eval()(shard.take(x))).detach()]
 
 
 def what_both_get(shard: Shard) -> list[str]:
@@ -397,7 +444,7 @@ def _others(rank, size, store, results):
     found = {
         "third": [t.numpy() for t in third_derivatives(shard)],
         "norms": [[t.numpy() for t in normalized(shard, m)] for m in (0.1, None)],
-        "dropout": left_out(shard).numpy(),
+        "drawn": {name: [t.numpy() for t in drawn(shard, name)] for name in RANDOM},
         "failures": what_both_get(shard),
         "nan": [message_of_nan(shard, name) for name in NOT_FINITE],
         "run": what_a_run_leaves(shard, store.parent / f"run {rank}"),
@@ -427,11 +474,13 @@ def test_batch_normalisation_has_the_statistics_of_the_whole_batch(others, momen
             torch.testing.assert_close(torch.from_numpy(each), wanted, rtol=1e-12, atol=1e-13)
 
 
-def test_dropout_has_the_mask_of_the_whole_batch(others):
-    wanted = left_out(WHOLE)
-    assert (wanted == 0).any()
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_layers_draw_for_the_whole_batch(others, name):
+    wanted = drawn(WHOLE, name)
+    assert not torch.equal(wanted[0], wanted[2])
     for found in others[1].values():
-        torch.testing.assert_close(torch.from_numpy(found["dropout"]), wanted)
+        for ours, theirs in zip(found["drawn"][name], wanted, strict=True):
+            torch.testing.assert_close(torch.from_numpy(ours), theirs)
 
 
 def test_what_fails_in_one_process_fails_in_both_and_the_first_decides(others):

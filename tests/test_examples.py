@@ -53,7 +53,7 @@ def trained_by_the_trainer():
     regularizers = [HSN1R(weight=1e-4, every=16, num_steps=3, seed=0), R1(gamma=1.0)]
     player = PlayerConfig(lr=5e-4)
     trainer = Trainer(*networks, torch.cat(batches), regularizers, g=player, d=player, seed=0)
-    trainer.sampler = InOrder()
+    trainer.batches.sampler = InOrder()
     for _ in range(STEPS):
         trainer.step()
     return networks

@@ -356,7 +356,7 @@ def test_step_equals_a_hand_written_one(architecture):
     d_opt = torch.optim.Adam(d.parameters(), lr=5e-4, betas=(0.5, 0.999), fused=True)
     loss = NonSaturating()
     for _ in range(3):
-        real = images[next(by_hand.sampler)].requires_grad_(True)
+        real = images[next(by_hand.batches.sampler)].requires_grad_(True)
         fake = g(torch.randn(8, 4, generator=noise)).detach()
         logits = d(real)
         (slope,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
@@ -541,7 +541,7 @@ class ByHand:
         return self.g(torch.randn(8, 4, generator=self.noise))
 
     def discriminator_terms(self):
-        real = self.trainer.data[next(self.trainer.sampler)]
+        real = self.trainer.data[next(self.trainer.batches.sampler)]
         logits = self.d(real), self.d(self.generate().detach())
         return self.losses(NonSaturating().discriminator(*logits))
 
@@ -711,7 +711,7 @@ def test_corrected_training_of_normalised_networks_leaves_no_trace_of_the_curvat
         trainer.step()
     buffers = [dict(t.discriminator.named_buffers()) for t in (plain, corrected)]
     assert equal(*buffers)
-    assert equal(plain.noise.get_state(), corrected.noise.get_state())
+    assert equal(plain.batches.noise.get_state(), corrected.batches.noise.get_state())
 
 
 def test_a_correction_of_few_products_is_made_whatever_its_residual():

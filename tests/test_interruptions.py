@@ -18,6 +18,7 @@ import torch
 from hessreg.cli import main
 from hessreg.gan.checkpoint import load_state
 from hessreg.gan.run_folder import RunFolder
+from hessreg.regularizers import R1
 
 for package in ("jsonargparse", "matplotlib", "PIL", "rich", "safetensors", "sklearn", "yaml"):
     pytest.importorskip(package)
@@ -415,3 +416,86 @@ def test_the_best_checkpoint_stays_and_can_be_used(tmp_path):
     assert files.last_checkpoint().name == "step-000000120.safetensors"
     args = ["--rows=8", "--steps=4", "--probes=1", "--k=1", f"--out={tmp_path / 'spectrum'}"]
     assert main(["spectrum", str(files.best), *args]) == 0
+
+
+# Errors in the middle of a run
+
+FAILING = """
+import torch
+from torch import nn
+
+class Judge(nn.Linear):
+    def __init__(self, error=None):
+        super().__init__(2, 1)
+        self.error, self.calls = error, 0
+    def forward(self, x):
+        self.calls += 1
+        if self.error and self.calls > 30:  # three for each step, one for what a run tries first
+            raise self.error
+        return super().forward(x).squeeze(1)
+
+def value(latent_dim, shape, num_classes, outputs):
+    return nn.Linear(latent_dim, 2), Judge(ValueError("bad\\nsamples"))
+def key(latent_dim, shape, num_classes, outputs):
+    return nn.Linear(latent_dim, 2), Judge(KeyError("unknown"))
+
+class Stuck(torch.optim.SGD):
+    def step(self, closure=None):
+        self.done = getattr(self, "done", 0) + 1
+        if self.done > 9:
+            raise TypeError("no step")
+        super().step(closure)
+def stuck(params, lr): return Stuck(params, lr)
+"""
+FAILURES = {
+    "--architecture=failing:value": "ValueError: bad samples",
+    "--architecture=failing:key": "KeyError: 'unknown'",
+    "--architecture=failing:value --spectrum_every=9": "TargetError: generator: bad samples",
+    "--g.optimizer=failing:stuck": "TypeError: no step",
+}
+
+
+@pytest.fixture
+def failing(tmp_path, monkeypatch):
+    (tmp_path / "failing.py").write_text(FAILING)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("options", FAILURES)
+def test_an_error_in_the_middle_of_a_run_is_one_line(failing, capsys, options):
+    train = ["train", "ring", "--regularizer=none", "--steps=20", "--save_every=4", *SMALL]
+    assert main([*train, *options.split(), f"--out={failing}"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"hessreg: after step 9: {FAILURES[options]}")
+    assert error.count("\n") == 1
+    last = RunFolder(failing).last_checkpoint()
+    assert last.name == "step-000000008.safetensors"
+    assert f"the last good checkpoint is {last}; continue with: hessreg resume {failing}" in error
+    assert load_state(last)["trainer"]["steps_done"] == 8
+
+
+def test_a_resumed_run_that_fails_says_so_and_can_be_resumed_once_it_is_mended(
+    failing, capsys, monkeypatch
+):
+    train = ["train", "ring", "--regularizer=r1", "--steps=4", "--save_every=2", *SMALL]
+    assert main([*train, f"--out={failing}"]) == 0
+    capsys.readouterr()
+    with monkeypatch.context() as broken:
+        broken.setattr(R1, "penalty", lambda self, slopes: slopes @ slopes)
+        assert main(["resume", str(failing), "--steps=6"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("hessreg: after step 4: RuntimeError: mat1 and mat2 shapes")
+    assert error.count("\n") == 1
+    assert main(["resume", str(failing)]) == 0
+    assert RunFolder(failing).read_result()["steps"] == 6
+
+
+@pytest.mark.parametrize(("wish", "is_shown"), [("1", True), ("0", False)])
+def test_the_traceback_of_a_failure_can_be_seen(failing, capsys, monkeypatch, wish, is_shown):
+    monkeypatch.setenv("HESSREG_TRACEBACK", wish)
+    train = ["train", "ring", "--regularizer=none", "--steps=20", *SMALL]
+    assert main([*train, "--architecture=failing:value", f"--out={failing}"]) == 1
+    error = capsys.readouterr().err
+    assert ("raise self.error\nValueError: bad\nsamples\n" in error) == is_shown
+    assert error.splitlines()[-1].startswith("hessreg: after step 9: ValueError: bad samples;")

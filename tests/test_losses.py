@@ -142,8 +142,8 @@ def test_trainer_steps_along_both_gradients(name):
     """The first step of Adam is the sign of the gradient, which is taken by hand here."""
     each, by_hand = trainer(name), trainer(name)
     loss, d, g = each.loss, by_hand.discriminator, by_hand.generator
-    real = by_hand.data[next(by_hand.sampler)]
-    noise = [torch.randn(8, 4, generator=by_hand.noise) for _ in range(2)]
+    real = by_hand.data[next(by_hand.batches.sampler)]
+    noise = [torch.randn(8, 4, generator=by_hand.batches.noise) for _ in range(2)]
     parts = loss.discriminator(d(real), d(g(noise[0]).detach()))
     of_d = torch.autograd.grad(torch.stack(parts).sum(), list(d.parameters()))
     each.step()

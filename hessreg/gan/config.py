@@ -218,12 +218,17 @@ class TrainConfig:
     def _check_pairs(self) -> None:
         """MMD^2 without bias takes two samples of each kind."""
         chosen = [*self.regularizer.split("+"), self.loss]
-        smallest = min(player.batch_size or self.batch_size for player in (self.g, self.d))
+        smallest, option = min(
+            (player.batch_size, f"{name}.batch_size")
+            if player.batch_size
+            else (self.batch_size, "batch_size")
+            for name, player in (("g", self.g), ("d", self.d))
+        )
         estimators = {"gaussian", "mmd", "iterative"}
         if self.iterative.distance == "critic":
             estimators.remove("iterative")
         for name in estimators & {*chosen}:
-            require(smallest >= 2, "batch_size", f"at least 2 with {name}", smallest)
+            require(smallest >= 2, option, f"at least 2 with {name}", smallest)
             wanted = f"at most {smallest // 2} with {name}, for parts of two samples"
             require(self.accumulate <= smallest // 2, "accumulate", wanted, self.accumulate)
         is_alone = self.loss == "mmd" and self.correction == "hsc" and self.hsc.rows == 1

@@ -11,13 +11,13 @@ import pickle
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
-from typing import TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from hessreg.distributed import WHOLE, ProcessShard, Shard
 from hessreg.gan.losses import AdversarialLoss
@@ -25,7 +25,7 @@ from hessreg.gan.losses import AdversarialLoss
 __all__ = [
     "GatheredLoss",
     "LostProcessError",
-    "SharedDropout",
+    "SharedRandomness",
     "SynchronizedBatchNorm",
     "agree",
     "check_device",
@@ -160,13 +160,14 @@ def agree(shard: Shard, seconds: float, stop: bool) -> tuple[float, bool]:
 
 def first_decides(shard: Shard, decide: Callable[[], _Value]) -> _Value:
     """Return in all processes what process 0 got; if that failed, all fail."""
-    found: list[_Value | None] = [None]
+    found: list[Any] = [None]
     with together(shard):
         if shard.rank == 0:
             found = [decide()]
     if shard.size > 1:
         dist.broadcast_object_list(found, 0, group=shard.group)
-    return found[0]  # type: ignore[return-value]
+    value: _Value = found[0]
+    return value
 
 
 class GatheredLoss(AdversarialLoss):
@@ -240,32 +241,31 @@ class SynchronizedBatchNorm(_BatchNorm):
         """Any number of dimensions will do."""
 
 
-class SharedDropout(nn.Module):
-    """Dropout by the mask of the whole batch, of which every process draws all rows.
+class SharedRandomness(nn.Module):
+    """A layer that draws random numbers, as dropout does: every process draws those of all rows.
 
     Args:
-        p: Share that is left out.
+        layer: It treats every number alike.
         shard: Which rows this process has.
     """
 
-    def __init__(self, p: float, shard: Shard) -> None:
+    def __init__(self, layer: nn.Module, shard: Shard) -> None:
         super().__init__()
-        self.p = p
+        self.layer = layer
         self._shard = shard
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the rows ``[n, ...]`` with some numbers left out and the others scaled."""
-        if not self.training:
-            return input
-        whole = input.new_ones(len(input) * self._shard.size, *input.shape[1:])
-        return input * self._shard.take(functional.dropout(whole, self.p))
+        """Return what the layer makes of the rows ``[n, ...]`` among those of all processes."""
+        rows: Tensor = self.layer(self._shard.spread(input) if self.training else input)
+        return self._shard.take(rows) if self.training else rows
 
 
 def synchronize_layers(network: nn.Module, shard: Shard) -> None:
-    """Replace layers of batch normalisation and dropout if there are several processes."""
+    """Replace layers of batch normalisation and random ones if there are several processes."""
     for parent in list(network.modules()) if shard.size > 1 else ():
-        for name, child in parent.named_children():
+        for name, child in list(parent._modules.items()):  # also one that is used twice
             if isinstance(child, _BatchNorm):
                 setattr(parent, name, SynchronizedBatchNorm(child, shard))
-            elif type(child) is nn.Dropout:
-                setattr(parent, name, SharedDropout(child.p, shard).train(child.training))
+            elif isinstance(child, _DropoutNd | nn.RReLU):
+                shared = SharedRandomness(child, shard)
+                setattr(parent, name, shared.train(child.training))

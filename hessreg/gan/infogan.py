@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from hessreg.regularizers import BaseRegularizer, StepContext
 
 __all__ = ["InfoGAN"]
+
+
+@runtime_checkable
+class _TellsCodes(Protocol):
+    def codes(self, samples: Tensor) -> Tensor: ...
 
 
 class InfoGAN(BaseRegularizer):
@@ -45,12 +52,14 @@ class InfoGAN(BaseRegularizer):
         """Return the term of the network whose phase it is.
 
         Raises:
-            ValueError: If the context lacks noise or samples.
+            ValueError: If the context lacks noise or samples, or the discriminator ``codes``.
         """
         if ctx.noise is None or ctx.fake is None:
             raise ValueError("InfoGAN needs ctx.noise and ctx.fake, got None")
         codes = ctx.noise[:, -self.num_codes :].argmax(1)
-        logits = ctx.discriminator.codes(ctx.fake)  # type: ignore[operator]
+        if not isinstance(ctx.discriminator, _TellsCodes):
+            raise ValueError("InfoGAN needs a discriminator with a method codes, got none")
+        logits = ctx.discriminator.codes(ctx.fake)
         self._accuracy = (logits.detach().argmax(1) == codes).double().mean()
         term = self.weight * cross_entropy(logits, codes)
         return (term, None) if ctx.generator_loss is not None else (None, term)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +17,7 @@ from hessreg.gan.optimizers import make_optimizer
 from hessreg.gan.options import GrowthConfig, InstanceNoiseConfig, PlayerConfig
 from hessreg.gan.orthogonal import Orthogonal
 from hessreg.gan.precision import LossScale
+from hessreg.optim import OrthogonalGradients
 from hessreg.regularizers import HSN1R, Gradients, Regularizer
 
 __all__ = ["Player", "Procedure", "weighted"]
@@ -51,7 +53,7 @@ class Procedure:
 
     def check(
         self,
-        batch_sizes: Sequence[int],
+        batch_sizes: Mapping[str, int],
         count: int,
         regularizers: Sequence[Regularizer],
         orthogonal: Orthogonal | None,
@@ -60,7 +62,7 @@ class Procedure:
         """Refuse what does not go with the rest of a trainer.
 
         Args:
-            batch_sizes: Of the first batches.
+            batch_sizes: Of the first batches, by the option that says so.
             count: Of all samples.
             regularizers: The trainer's.
             orthogonal: The trainer's.
@@ -69,8 +71,8 @@ class Procedure:
         Raises:
             ValueError: If something does not.
         """
-        for size in batch_sizes:
-            self._check_batch(size, count, shard)
+        for name, size in batch_sizes.items():
+            self._check_batch(name, size, count, shard)
         for each in regularizers if self.accumulate > 1 else ():
             wanted = f"1 with {type(each).__name__}, which takes the Hessian on a whole batch"
             is_whole = isinstance(each, HSN1R | HessianCorrectedGradients)
@@ -85,9 +87,9 @@ class Procedure:
             wanted = "another than fp16 with orthogonal previous, which may leave out one network"
             require(self.precision != "fp16", "precision", wanted, self.precision)
 
-    def _check_batch(self, size: int, count: int, shard: Shard) -> None:
-        require(1 <= size <= count, "batch_size", f"in [1, {count}] for {count} samples", size)
-        shard.check_divides("batch_size", size, self.accumulate)
+    def _check_batch(self, name: str, size: int, count: int, shard: Shard) -> None:
+        require(1 <= size <= count, name, f"in [1, {count}] for {count} samples", size)
+        shard.check_divides(name, size, self.accumulate)
         rows = size // shard.size
         wanted = f"at most the {rows} rows of a batch"
         require(self.accumulate <= rows, "accumulate", wanted, self.accumulate)
@@ -113,6 +115,10 @@ class Player:
         optimizer: What steps it, in place of the configured optimiser.
         has_scale: Whether its loss has a scale, as half precision needs.
 
+    Attributes:
+        wrapper: What projects its gradients, if anything does.
+        suffix: Of its metrics' names.
+
     Raises:
         ValueError: If an option is bad, or the configured optimiser cannot be made.
     """
@@ -128,12 +134,18 @@ class Player:
         config.check(name)
         self.network = network
         self.parameters = list(network.parameters())  # to go through the modules takes long
-        self._name = name
+        self._name, self.suffix = name, f"_{name}"
         self.config = config
         self.optimizer = optimizer or _make_optimizer(name, network, config)
         self.scale = LossScale() if has_scale else None
+        self.wrapper: OrthogonalGradients | None = None
         self.schedule = config.rate_schedule()
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
+
+    @property
+    def batch_option(self) -> str:
+        """What says how many samples its batch has."""
+        return f"{self._name}.batch_size" if self.config.batch_size else "batch_size"
 
     def set_rate(self, step: int, done: float | None) -> None:
         """Give the optimiser its rates; ``done`` is the share of the run before this step.
@@ -174,9 +186,9 @@ class Player:
             return grads
         return [None if g is None else g / self.scale.value for g in grads]
 
-    def accepts(self, norm: Tensor) -> bool:
-        """Return whether gradients of this norm are stepped along; waits in half precision."""
-        return self.scale is None or self.scale.accepts(bool(norm.isfinite()))
+    def accepts(self, norm: float) -> bool:
+        """Return whether gradients of this norm are stepped along."""
+        return self.scale is None or self.scale.accepts(math.isfinite(norm))
 
     def regularized(self, parameters: Sequence[Tensor], grads: Gradients) -> Gradients:
         """Return the gradients with that of the weighted sum of absolute parameters."""
@@ -186,12 +198,12 @@ class Player:
         pairs = zip(parameters, grads, strict=True)
         return [None if g is None else g + weight * p.detach().sign() for p, g in pairs]
 
-    def clipped(self, grads: Gradients, norm: Tensor) -> Gradients:
+    def clipped(self, grads: Gradients, norm: float) -> Gradients:
         """Return gradients of at most the greatest norm; ``norm`` is what they have."""
-        if not self.config.clip:
+        greatest = self.config.clip
+        if not greatest or norm <= greatest:
             return grads
-        factor = (self.config.clip / norm).clamp(max=1.0)
-        return [None if g is None else g * factor for g in grads]
+        return [None if g is None else g * (greatest / norm) for g in grads]
 
 
 def _make_optimizer(name: str, network: nn.Module, config: PlayerConfig) -> Optimizer:

@@ -25,6 +25,7 @@ from hessreg.gan.checkpoint import CheckpointError, num_bytes
 from hessreg.gan.config import TrainConfig
 from hessreg.gan.data import Dataset, subset
 from hessreg.gan.distributed import (
+    LostProcessError,
     agree,
     current_shard,
     first_decides,
@@ -46,7 +47,7 @@ from hessreg.regularizers import (
 if TYPE_CHECKING:
     from hessreg.gan.fid import FeatureDistances
 
-__all__ = ["Interrupted", "Run", "StorageError", "fitting"]
+__all__ = ["Interrupted", "Run", "StorageError", "TrainingError", "fitting"]
 
 _KERNEL_POINTS = 128  # of each kind in the heat map
 _WALKS = 8
@@ -95,6 +96,10 @@ def fitting(checkpoint: Path) -> Iterator[None]:
 
 class StorageError(RuntimeError):
     """Something could not be written in the middle of a run."""
+
+
+class TrainingError(RuntimeError):
+    """A network, a regulariser or a measurement failed in the middle of a run; its cause is it."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -217,6 +222,8 @@ class Run:
                 checkpoint.
             NonFiniteError: If something was not finite; names the last good checkpoint.
             LostProcessError: If one of several processes is gone.
+            TrainingError: If anything else fails; names the step, the cause and the last good
+                checkpoint.
             RunFolderError: If another process uses the folder.
         """
         first_decides(self.shard, self.folder.lock)
@@ -229,8 +236,19 @@ class Run:
                 raise
             last = self.folder.last_checkpoint()
             raise StorageError(f"{error}; the last good checkpoint is {last}; {advice}") from None
+        except (ImportError, LostProcessError, NonFiniteError):
+            raise
+        except Exception as error:  # networks and optimisers that are not ours may raise anything
+            raise self._failure(error, advice) from error
         finally:
             self.close()
+
+    def _failure(self, error: Exception, advice: str) -> TrainingError:
+        what = f"after step {self.trainer.steps_done}: {type(error).__name__}: {error}"
+        if self.shard.rank:
+            return TrainingError(what)
+        last = self.folder.last_checkpoint()
+        return TrainingError(f"{what}; the last good checkpoint is {last}; {advice}")
 
     def _train(self, progress: ProgressReport | None) -> str:
         path, events_from = self.folder.path, self.trainer.steps_done

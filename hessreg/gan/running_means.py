@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,17 +16,20 @@ class RunningMeans:
 
     Example:
         >>> means = RunningMeans()
-        >>> means.add(loss=torch.tensor(1.0)), means.add(loss=torch.tensor(2.0)), means.read()
-        (None, None, {'loss': 1.5})
+        >>> means.add("_d", {"loss": 1.0}), means.add("_d", {"loss": torch.tensor(2.0)})
+        (None, None)
+        >>> means.read()
+        {'loss_d': 1.5}
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor | float] = {}
         self._counts: dict[str, int] = {}
 
-    def add(self, **scalars: Tensor | float) -> None:
-        """Take note of some values, without graphs."""
-        for name, value in scalars.items():
+    def add(self, suffix: str, scalars: Mapping[str, Tensor | float]) -> None:
+        """Take note of some values, without graphs; their names get the suffix."""
+        for title, value in scalars.items():
+            name = title + suffix
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._counts[name] = self._counts.get(name, 0) + 1
 

@@ -2,62 +2,33 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hessreg.curvature import NonFiniteError as NonFiniteCurvatureError
-from hessreg.curvature import third_order_safe
 from hessreg.distributed import WHOLE, Shard
+from hessreg.gan.averaging import MovingAverage
+from hessreg.gan.batches import Batch, Batches
 from hessreg.gan.data import Samples, ShuffledSampler
 from hessreg.gan.distributed import gathered, synchronize_layers
 from hessreg.gan.losses import AdversarialLoss, NonSaturating
-from hessreg.gan.networks import Conditioned, Generator
+from hessreg.gan.networks import Generator
 from hessreg.gan.optimizers import optimizer_state, state_loader
 from hessreg.gan.options import PlayerConfig
 from hessreg.gan.orthogonal import Orthogonal
+from hessreg.gan.phases import SIDES, Game, NonFiniteError, Phase, non_finite
 from hessreg.gan.players import Player, Procedure, weighted
-from hessreg.gan.precision import LossScale, autocast
+from hessreg.gan.precision import LossScale
 from hessreg.gan.running_means import RunningMeans, check_integer
 from hessreg.optim import OrthogonalGradients
 from hessreg.optim._vectors import Vector, add, average, laid_out_like
-from hessreg.regularizers import R1, Gradients, Regularizer, StepContext
+from hessreg.regularizers import Gradients, Regularizer, StepContext
 
 __all__ = ["NonFiniteError", "Trainer"]
-
-_NAMES = "generator", "discriminator"
-
-
-class NonFiniteError(ArithmeticError):
-    """A loss, a penalty or a gradient became infinite or NaN; the weights were left alone."""
-
-
-@dataclass
-class _Phase:
-    """A network's loss on a batch or on a part of one, and what belongs to it.
-
-    Attributes:
-        loss: With its graph, while it has not been differentiated.
-        parts: What it is the sum of.
-        penalty: What regularisers add.
-        context: For regularisers.
-        rival: The other network's loss, if it is needed.
-        share: Of the batch.
-    """
-
-    loss: Tensor
-    parts: Sequence[Tensor]
-    penalty: Tensor
-    context: StepContext
-    rival: Tensor | None = None
-    share: float = 1.0
 
 
 class Trainer:
@@ -109,53 +80,60 @@ class Trainer:
         labels: Tensor | None = None,
         shard: Shard = WHOLE,
     ) -> None:
-        self.procedure = procedure or Procedure()
-        self.shard = shard
+        self.procedure, self.shard = procedure or Procedure(), shard
         wanted = torch.float64 if self.procedure.precision == "float64" else None
         self.generator = generator.to(data.device, wanted)
         self.discriminator = discriminator.to(data.device, wanted)
         self.dtype = next(generator.parameters()).dtype
         for network in (self.generator, self.discriminator):
             synchronize_layers(network, shard)
-        self.ema = copy.deepcopy(self.generator).requires_grad_(False)
-        self.ema_decay = ema_decay
-        networks = self.ema, self.generator
-        self._averages: list[Tensor] = list(self.ema.parameters())
-        self._averaged: list[Tensor] = list(self.generator.parameters())
-        self._copies = list(zip(*(each.buffers() for each in networks), strict=True))
-        self.data = data
-        self.labels = labels
-        self._judging: nn.Module = self.discriminator
-        self._labels: Tensor | None = None
+        self._average = MovingAverage(self.generator, ema_decay)
+        self.data, self.labels = data, labels
         self.regularizers = tuple(regularizers)
         is_half = self.procedure.precision == "fp16"
-        # R1 takes the slopes of the very outputs of the loss, unless their precision is reduced.
-        is_exact = self.procedure.precision in ("float32", "float64")
-        self._has_slopes = is_exact and any(isinstance(each, R1) for each in self.regularizers)
+        own = optimizers or (None, None)
         self.players = [
-            Player(name, network, config or PlayerConfig(), optimizer, is_half)
-            for name, network, config, optimizer in zip(
-                "gd",
-                (self.generator, self.discriminator),
-                (g, d),
-                optimizers or (None, None),
-                strict=True,
-            )
+            Player("g", self.generator, g or PlayerConfig(), own[0], is_half),
+            Player("d", self.discriminator, d or PlayerConfig(), own[1], is_half),
         ]
         self.batch_sizes = [player.config.batch_size or batch_size for player in self.players]
-        self.procedure.check(self.batch_sizes, len(data), self.regularizers, orthogonal, shard)
+        names = [player.batch_option for player in self.players]
+        sizes = dict(zip(names, self.batch_sizes, strict=True))
+        self.procedure.check(sizes, len(data), self.regularizers, orthogonal, shard)
         self.loss = gathered(loss or NonSaturating(), shard)
         self.orthogonal = orthogonal
-        self._projecting: dict[nn.Module, OrthogonalGradients] = {}
         if orthogonal is not None:
             pair = self.players[0].optimizer, self.players[1].optimizer
             wrappers = orthogonal.wrap(*pair, group=shard.group)
-            pairs = zip(self.optimizers, wrappers, strict=True)
-            self._projecting = {network: each for network, each in pairs if each is not None}
-        self.sampler = ShuffledSampler(len(data), self.batch_sizes[1], seed)
-        self.noise = torch.Generator().manual_seed(seed)
+            for player, wrapper in zip(self.players, wrappers, strict=True):
+                player.wrapper = wrapper
+        self.batches = Batches(
+            data,
+            labels,
+            ShuffledSampler(len(data), self.batch_sizes[1], seed),
+            self.generator,
+            seed=seed,
+            parts=self.procedure.accumulate,
+            shard=shard,
+        )
+        self._game = Game(
+            self.generator,
+            self.discriminator,
+            self.loss,
+            self.regularizers,
+            self.batches,
+            precision=self.procedure.precision,
+            instance_noise=self.procedure.instance_noise,
+            has_rival=orthogonal is not None and orthogonal.mode == "game",
+            shard=shard,
+        )
         self.steps_done = 0
         self._means = RunningMeans()
+
+    @property
+    def ema(self) -> Generator:
+        """The averaged generator."""
+        return self._average.network
 
     @property
     def optimizers(self) -> dict[nn.Module, Optimizer]:
@@ -180,17 +158,15 @@ class Trainer:
         growth = self.procedure.growth
         for_g, for_d = (growth.size(size, self.steps_done) for size in self.batch_sizes)
         for _ in range(self.procedure.discriminator_steps):
-            real = self._draw_real(for_d)
-            self._discriminator_step(real)
-        self._generator_step(real if for_g == for_d else self._draw_real(for_g))
-        self._update_ema()
+            batch = self.batches.draw(for_d)
+            self._update(1, batch)
+        self._update(0, batch if for_g == for_d else self.batches.draw(for_g))
+        self._average.update(self.steps_done)
         self.steps_done += 1
 
     def judging(self, labels: Tensor | None) -> nn.Module:
         """Return the discriminator of samples of these classes ``[n]``, if it takes classes."""
-        if labels is None or self.labels is None:
-            return self.discriminator
-        return Conditioned(self.discriminator, labels.to(self.data.device))
+        return self._game.judging(None if self.labels is None else labels)
 
     def metrics(self) -> dict[str, float]:
         """Return means of losses, penalties, gradient norms and angles, and regularisers' metrics.
@@ -200,7 +176,7 @@ class Trainer:
         they change.
         """
         values = self._means.read()
-        for player, name in zip(self.players, _NAMES, strict=True):
+        for player, name in zip(self.players, SIDES, strict=True):
             values |= {f"{key}_{name[0]}": value for key, value in player.metrics().items()}
         for regularizer in self.regularizers:
             own = regularizer.metrics()
@@ -214,7 +190,7 @@ class Trainer:
         Raises:
             NonFiniteError: If there are any.
         """
-        for network, title in zip(self.optimizers, _NAMES, strict=True):
+        for network, title in zip(self.optimizers, SIDES, strict=True):
             for name, parameter in network.named_parameters():
                 if not parameter.isfinite().all():
                     raise NonFiniteError(f"step {self.steps_done}: {title} {name} is not finite")
@@ -228,11 +204,10 @@ class Trainer:
             "optimizers": [optimizer_state(player.optimizer) for player in self.players],
             "regularizers": [regularizer.state_dict() for regularizer in self.regularizers],
             "orthogonal": [_own_state(wrapper) for wrapper in self._wrappers()],
-            "sampler": self.sampler.state_dict(),
-            "noise": self.noise.get_state(),
             "global_random": torch.get_rng_state(),
             "steps_done": self.steps_done,
             "loss_scales": [scale.state_dict() for scale in self._scales()],
+            **self.batches.state_dict(),
             **self._means.state_dict(),
         }
         if self.data.device.type == "cuda":
@@ -261,8 +236,7 @@ class Trainer:
         for wrapper, own in zip(self._wrappers(), state["orthogonal"], strict=True):
             states = [optimizer.state_dict() for optimizer in wrapper.optimizers]
             wrapper.load_state_dict({**own, "optimizers": states})
-        self.sampler.load_state_dict(state["sampler"])
-        self.noise.set_state(state["noise"])
+        self.batches.load_state_dict(state)
         torch.set_rng_state(state["global_random"])
         if self.data.device.type == "cuda" and "cuda_random" in state:
             torch.cuda.set_rng_state(state["cuda_random"], self.data.device)
@@ -271,99 +245,53 @@ class Trainer:
     def _scales(self) -> list[LossScale]:
         return [player.scale for player in self.players if player.scale is not None]
 
-    def _discriminator_step(self, real: Tensor) -> None:
-        self._apply(self.discriminator, self._phases(self._discriminator_phase, real))
+    def _wrappers(self) -> list[OrthogonalGradients]:
+        wrappers = [player.wrapper for player in self.players if player.wrapper is not None]
+        return list(dict.fromkeys(wrappers))
 
-    def _discriminator_phase(self, real: Tensor, noise: Tensor) -> _Phase:
-        with torch.no_grad(), self._forward():
-            fake = self._exact(self.generator(noise))
-        real, fake = self._blurred(real), self._blurred(fake)
-        if self._has_slopes:
-            real, fake = (samples.detach().requires_grad_() for samples in (real, fake))
-        with self._forward():
-            outputs = self._judging(real), self._judging(fake)
-        losses = self.loss.discriminator(*map(self._exact, outputs))
-        loss = sum(losses[1:], losses[0])
-        context = self._context(None, loss, real, fake, noise)
-        context.outputs = outputs if self._has_slopes else None
-        return _Phase(loss, losses, self._penalty(1, loss, context), context)
-
-    def _generator_step(self, real: Tensor) -> None:
-        self._apply(self.generator, self._phases(self._generator_phase, real))
-
-    def _generator_phase(self, real: Tensor, noise: Tensor) -> _Phase:
-        with self._forward():
-            fake = self._exact(self.generator(noise))
-            seen = self._blurred(real) if self.loss.compares else real, self._blurred(fake)
-            outputs = self.loss.outputs_for_generator(self._judging, *seen)
-        judged, compared = map(self._exact, outputs)
-        loss = self.loss.generator(judged, compared)
-        rival = None
-        if self.orthogonal is not None and self.orthogonal.mode == "game":
-            # Its part on real samples does not matter.
-            rival = self.loss.discriminator(compared, judged)[-1]
-        context = self._context(loss, None, real, fake, noise)
-        return _Phase(loss, [loss], self._penalty(0, loss, context), context, rival)
-
-    def _phases(self, make: Callable[[Tensor, Tensor], _Phase], real: Tensor) -> Iterator[_Phase]:
-        """Make the parts of a batch one after the other: only one has a graph at a time."""
-        noise, count = self._draw_noise(len(real)), self.procedure.accumulate
-        labels = None if self._labels is None else self._share(self._labels)
-        parts = [(real, noise)]
-        if count > 1:
-            parts = list(zip(real.tensor_split(count), noise.tensor_split(count), strict=True))
-        start = 0
-        for rows in parts:
-            end = start + len(rows[0])
-            self._judging = self.judging(None if labels is None else labels[start:end])
-            phase = make(*rows)
-            phase.share, start = len(rows[0]) / len(real), end
-            yield phase
-
-    def _apply(self, network: nn.Module, phases: Iterator[_Phase]) -> None:
-        """Differentiate the loss and the regularisers' terms, and step the network's optimiser."""
-        side = 0 if network is self.generator else 1
+    def _update(self, side: int, batch: Batch) -> None:
+        """Differentiate a network's loss and the regularisers' terms, and step its optimiser."""
         player = self.players[side]
+        # Those that are frozen or unused stay without a gradient.
+        player.forget_gradients()
         parameters = [p for p in player.parameters if p.requires_grad]
-        grads, phase, num_losses = self._differentiate(side, parameters, phases)
-        for regularizer in self.regularizers:
-            g_grads, d_grads = (grads, None) if side == 0 else (None, grads)
-            grads = regularizer.transform_grads(g_grads, d_grads, phase.context)[side] or grads
-            grads = regularizer.precondition(network, grads, phase.context)
+        grads, phase, num_losses = self._differentiate(side, parameters, batch)
+        grads = self._transformed(side, grads, phase.context)
         grads = player.regularized(parameters, grads)
-        loss, penalty = self.shard.means(phase.loss, phase.penalty)
+        means = self.shard.means(phase.loss, phase.penalty)
+        # One wait for the device: the norm of the whole gradient is that of its tensors' norms.
         norms = torch._foreach_norm([grad for grad in grads if grad is not None])
-        norm = torch.linalg.vector_norm(torch.stack(norms))
+        loss, penalty, *numbers = torch.stack([*means, *norms]).tolist()
+        norm = math.hypot(*numbers)
         if not player.accepts(norm):
             return
-        scalars = self._checked(side, loss=loss, penalty=penalty, grad_norm=norm, grads=grads)
-        self._measure(f"_{_NAMES[side][0]}", **scalars)
-        player.forget_gradients()  # those that are frozen or unused stay without a gradient
+        scalars = {"loss": loss, "penalty": penalty, "grad_norm": norm}
+        self._check(side, scalars, grads)
+        self._means.add(player.suffix, scalars)
         for parameter, grad in zip(parameters, player.clipped(grads, norm), strict=True):
             parameter.grad = None if grad is None else laid_out_like(parameter, grad)
-        self._step(side, network, num_losses)
+        self._step(side, num_losses)
 
     def _differentiate(
-        self, side: int, parameters: Sequence[Tensor], phases: Iterator[_Phase]
-    ) -> tuple[Gradients, _Phase, int]:
+        self, side: int, parameters: Sequence[Tensor], batch: Batch
+    ) -> tuple[Gradients, Phase, int]:
         """The gradient of the only loss, or the projected one of several, over a batch's parts.
 
         Returns:
             The gradient, the last part with the batch's loss and penalty, and how many losses.
         """
-        player, count = self.players[side], self.procedure.accumulate
+        player, last = self.players[side], self.procedure.accumulate
         found: list[Vector] = []
         means: list[Tensor] = []
-        for number, phase in enumerate(phases, 1):
-            losses = player.scaled(self._losses(phase), phase.share)
+        for number, rows in enumerate(self.batches.rows(batch), 1):
+            phase = self._game.phase(side, self.steps_done, rows)
+            losses = player.scaled(self._losses(phase), rows.share)
             if len(losses) == 1:
                 grads = torch.autograd.grad(losses[0], parameters, allow_unused=True)
                 found = add(found, [list(grads)])
-            else:
-                if number == 1:
-                    player.forget_gradients()
-                self._projecting[player.network].backward(losses, accumulate=number < count)
-            values = weighted([phase.loss.detach(), phase.penalty.detach()], phase.share)
+            elif player.wrapper is not None:
+                player.wrapper.backward(losses, accumulate=number < last)
+            values = weighted([phase.loss.detach(), phase.penalty.detach()], rows.share)
             means = [a + b for a, b in zip(means, values, strict=True)] if means else values
         (phase.loss, phase.penalty), group = means, self.shard.group
         if len(losses) > 1:
@@ -372,105 +300,39 @@ class Trainer:
             found = average(found, parameters, group)
         return player.unscaled(found[0]), phase, len(losses)
 
-    def _losses(self, phase: _Phase) -> list[Tensor]:
+    def _losses(self, phase: Phase) -> list[Tensor]:
         """What to differentiate: the loss and the penalty, together or apart."""
         if self.orthogonal is None:
             return [phase.loss + phase.penalty if phase.penalty.requires_grad else phase.loss]
         return self.orthogonal.losses(phase.loss, phase.parts, phase.penalty, phase.rival)
 
-    def _step(self, side: int, network: nn.Module, num_losses: int) -> None:
+    def _transformed(self, side: int, grads: Gradients, context: StepContext) -> Gradients:
+        """What the regularisers make of a network's gradients."""
+        for regularizer in self.regularizers:
+            g_grads, d_grads = (grads, None) if side == 0 else (None, grads)
+            grads = regularizer.transform_grads(g_grads, d_grads, context)[side] or grads
+            grads = regularizer.precondition(self.players[side].network, grads, context)
+        return grads
+
+    def _check(self, side: int, scalars: Mapping[str, float], grads: Gradients) -> None:
+        """Refuse to train on what is not finite."""
+        for name, value in scalars.items():
+            if not math.isfinite(value):
+                if name == "grad_norm":
+                    name = _first_non_finite(self.players[side].network, grads)
+                raise non_finite(self.steps_done, side, f"{name} is not finite")
+
+    def _step(self, side: int, num_losses: int) -> None:
         """Step a network's optimiser; what projects for both steps both, after the generator."""
-        wrapper = self._projecting.get(network)
+        player = self.players[side]
+        wrapper = player.wrapper
         if wrapper is None or (wrapper.mode == "terms" and num_losses == 1):
-            self.players[side].optimizer.step()
+            player.optimizer.step()
             return
         together = len(wrapper.optimizers) > 1
-        if together and network is self.discriminator:
-            return
-        wrapper.step()
-        self._measure("" if together else f"_{_NAMES[side][0]}", **wrapper.angles)
-
-    def _wrappers(self) -> list[OrthogonalGradients]:
-        return list(dict.fromkeys(self._projecting.values()))
-
-    def _penalty(self, side: int, loss: Tensor, context: StepContext) -> Tensor:
-        try:
-            terms = [regularizer.loss_terms(context)[side] for regularizer in self.regularizers]
-        except NonFiniteCurvatureError as error:
-            self._checked(side, loss=self.shard.mean(loss.detach()))
-            raise self._failure(side, f"penalty: {error}") from None
-        found = [term for term in terms if term is not None]
-        return sum(found[1:], found[0]) if found else torch.zeros_like(loss)
-
-    def _checked(self, side: int, grads: Gradients = (), **scalars: Tensor) -> dict[str, float]:
-        """Return numbers, and refuse to train on any that is not finite; waits for the device."""
-        values = dict(zip(scalars, torch.stack(list(scalars.values())).tolist(), strict=True))
-        bad = next((name for name, value in values.items() if not math.isfinite(value)), None)
-        if bad is None:
-            return values
-        if bad == "grad_norm":
-            bad = _first_non_finite((self.generator, self.discriminator)[side], grads)
-        raise self._failure(side, f"{bad} is not finite")
-
-    def _failure(self, side: int, what: str) -> NonFiniteError:
-        return NonFiniteError(f"step {self.steps_done + 1}: {_NAMES[side]} {what}")
-
-    def _measure(self, suffix: str, **scalars: Tensor | float) -> None:
-        self._means.add(**{name + suffix: value for name, value in scalars.items()})
-
-    def _draw_real(self, count: int) -> Tensor:
-        """The next real samples; what is generated for them has their classes."""
-        indices = self.sampler.take(count)
-        self._labels = None if self.labels is None else self.labels[indices]
-        return self.data[self._share(indices)].to(self.dtype)
-
-    def _draw_noise(self, count: int) -> Tensor:
-        # On the CPU: the same on every device.
-        noise = self.generator.draw_latent(count * self.shard.size, self.noise, self._labels)
-        return self._share(noise).to(self.data.device, self.dtype)
-
-    def _share(self, rows: Tensor) -> Tensor:
-        """This process's share of each part of a batch."""
-        return self.shard.take(rows, self.procedure.accumulate)
-
-    def _draw(self, count: int, *shape: int, parts: int = 1) -> Tensor:
-        """Normal numbers for ``count`` rows, on the CPU: the same on every device."""
-        noise = torch.randn(count * self.shard.size, *shape, generator=self.noise)
-        return self.shard.take(noise, parts)
-
-    def _blurred(self, samples: Tensor) -> Tensor:
-        """What the discriminator sees of samples: with noise, for a while."""
-        std = self.procedure.instance_noise.at(self.steps_done)
-        return samples + std * self._draw(*samples.shape).to(samples) if std else samples
-
-    def _exact(self, values: Tensor) -> Tensor:
-        return values.to(self.dtype)
-
-    def _context(
-        self,
-        loss_g: Tensor | None,
-        loss_d: Tensor | None,
-        real: Tensor,
-        fake: Tensor,
-        noise: Tensor,
-    ) -> StepContext:
-        networks = self.generator, self._judging
-        batch = real, fake, noise
-        return StepContext(self.steps_done, *networks, loss_g, loss_d, *batch, self.shard)
-
-    def _forward(self) -> AbstractContextManager[object]:
-        """Exact third derivatives where a regulariser needs them; else the chosen precision."""
-        if any(each.needs_third_order(self.steps_done) for each in self.regularizers):
-            return third_order_safe(self.generator, self.discriminator)
-        return autocast(self.procedure.precision, self.data.device)
-
-    def _update_ema(self) -> None:
-        # A short memory at the start forgets the initial weights.
-        decay = min(self.ema_decay, (1 + self.steps_done) / (10 + self.steps_done))
-        with torch.no_grad():
-            torch._foreach_lerp_(self._averages, self._averaged, 1.0 - decay)
-            for copied, buffer in self._copies:
-                copied.copy_(buffer)
+        if not together or side == 0:
+            wrapper.step()
+            self._means.add("" if together else player.suffix, wrapper.angles)
 
 
 def _first_non_finite(network: nn.Module, grads: Gradients) -> str:
