@@ -360,6 +360,38 @@ def interrupt(_seconds):
     raise KeyboardInterrupt
 
 
+def sleeper(tmp_path, monkeypatch):
+    """A trial whose process notes that it was started and goes on for long."""
+    code = f"import time; print('started', file=open({str(tmp_path / 'notes')!r}, 'a'))"
+    command = [sys.executable, "-c", f"{code}; time.sleep(600)"]
+    monkeypatch.setattr(TrialRun, "_command", lambda self: command)
+    trial = TrialRun(tmp_path / "0000")
+    trial.prepare(BASE)
+    assert trial.poll() == "running"
+    notes = tmp_path / "notes"
+    wait_for(lambda: notes.exists() and notes.read_text())
+    return trial
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX locks")
+def test_a_process_that_outlived_its_search_is_watched_and_stopped(tmp_path, monkeypatch):
+    orphaned = sleeper(tmp_path, monkeypatch)
+    adopted = TrialRun(orphaned.path)
+    assert adopted.poll() == "running"
+    adopted.stop()
+    assert orphaned._process.wait(timeout=60) == -signal.SIGTERM
+    assert (tmp_path / "notes").read_text() == "started\n"  # not a second time beside the first
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX locks")
+def test_a_process_that_only_has_the_number_of_an_old_one_lives_on(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        (tmp_path / "0000.lock").write_text(str(other.pid))
+        TrialRun(tmp_path / "0000").stop()
+        other.communicate(b"\n")
+    assert other.returncode == 0
+
+
 def test_folder_is_used_by_one_search(tmp_path, stand_in):
     config = TuneConfig(space=space_file(tmp_path, {"g.lr": RATE}), confirm=0)
     tuner = Tuner(tmp_path / "out", BASE, config)
