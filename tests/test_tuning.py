@@ -356,6 +356,22 @@ def test_interrupted_search_goes_on(tmp_path, stand_in, monkeypatch):
     assert len(trials) == 3
 
 
+def test_a_trial_that_is_taken_up_again_reports_no_step_twice(tmp_path, stand_in, monkeypatch):
+    config = TuneConfig(space=space_file(tmp_path, {"g.lr": RATE}), trials=1, confirm=0)
+    tuner = Tuner(tmp_path / "out", BASE, config)
+    trial = tuner.study.ask()
+    run = tuner._run_of(trial.number)
+    trial.set_user_attr("folder", str(run.path))
+    run.prepare(with_values(BASE, tuner.space.suggest(trial)))
+    trial.report(0.5, 100)
+    reported = []
+    monkeypatch.setattr(
+        "optuna.trial.Trial.report", lambda self, value, step: reported.append(step)
+    )
+    tuner.run()
+    assert reported == [200, 300]
+
+
 def interrupt(_seconds):
     raise KeyboardInterrupt
 

@@ -33,13 +33,14 @@ class TrialRun:
 
     Args:
         path: The run folder.
+        seen: Step up to which evaluations are known already.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, seen: int = 0) -> None:
         self.path = path
         self.restarts = 0
         self._process: subprocess.Popen[bytes] | None = None
-        self._rows_seen = 0
+        self._seen = seen
 
     @property
     def is_prepared(self) -> bool:
@@ -122,9 +123,9 @@ class TrialRun:
         file = self.path / "metrics.jsonl"
         lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
         rows = [json.loads(line) for line in lines]
-        fresh = [row for row in rows if row["step"] > self._rows_seen and name in row]
+        fresh = [row for row in rows if row["step"] > self._seen and name in row]
         if fresh:
-            self._rows_seen = fresh[-1]["step"]
+            self._seen = fresh[-1]["step"]
         return [(row["step"], row[name]) for row in fresh]
 
     def result(self) -> dict[str, Any]:

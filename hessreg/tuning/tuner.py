@@ -98,7 +98,7 @@ class Tuner:
         from optuna.trial import Trial
 
         for frozen in self._trials("RUNNING"):
-            run = self._run_of(frozen.number)
+            run = self._run_of(frozen.number, max(frozen.intermediate_values, default=0))
             if frozen.user_attrs.get("folder") != str(run.path):
                 continue
             if not run.is_prepared:  # killed before there was anything to go on with
@@ -196,8 +196,8 @@ class Tuner:
         wanted = [TrialState[state] for state in states]
         return self.study.get_trials(deepcopy=False, states=wanted)
 
-    def _run_of(self, number: int) -> TrialRun:
-        return TrialRun((self.path / "trials" / f"{number:04d}").resolve())
+    def _run_of(self, number: int, seen: int = 0) -> TrialRun:
+        return TrialRun((self.path / "trials" / f"{number:04d}").resolve(), seen)
 
     def _say(self, number: int, what: str) -> None:
         done = len(self._trials("COMPLETE", "PRUNED", "FAIL"))
