@@ -24,10 +24,7 @@ __all__ = ["StudyError", "open_study"]
 
 Direction = Literal["minimize", "maximize"]
 _DIRECTIONS: dict[str, Direction] = {"minimize": "minimize", "maximize": "maximize"}
-_LARGER_IS_BETTER = (
-    *("modes", "quality", "classes", "precision", "recall", "density", "coverage"),
-    *("accuracy", "steps"),
-)
+_LARGER_IS_BETTER = "modes", "quality", "classes", "precision", "recall", "density", "coverage"
 _QUEUED = "queued"  # attribute of a study whose first trials are known
 _OPENED = "opened-"  # name of an attribute for each search that opened the study
 _TABLES = 2.0  # seconds in which another process makes the tables

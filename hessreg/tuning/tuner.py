@@ -211,7 +211,7 @@ def _objectives(text: str, base: TrainConfig) -> Sequence[str]:
     task = make_task(base)
     judge = task.judge(task.load())
     names = [part.strip() for part in text.split(",")] if text else [judge.headline]
-    known = [*judge.columns, "steps", "cpu_seconds"]
+    known = [*judge.columns, "cpu_seconds"]
     if len(set(names)) < len(names) or not set(names) <= set(known):
         raise ValueError(f"objectives must be different ones of {', '.join(known)}, got {text!r}")
     return names
