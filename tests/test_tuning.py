@@ -417,6 +417,20 @@ def test_folder_is_used_by_one_search(tmp_path, stand_in):
     tuner.close()
 
 
+@pytest.mark.parametrize(
+    ("given", "limits"),
+    [("", (0, 20.0)), ("--steps=3", (3, 0.0)), ("--seconds=4", (0, 4.0))],
+)
+def test_a_trial_takes_20_seconds_without_a_limit(tmp_path, monkeypatch, given, limits):
+    class Recorded:
+        def __init__(self, path, base, config):
+            raise TuningError(f"{base.steps} steps, {base.seconds} seconds")
+
+    monkeypatch.setattr("hessreg.commands.tune.Tuner", Recorded)
+    with pytest.raises(TuningError, match="{} steps, {} seconds".format(*limits)):
+        main(["tune", "ring", *given.split()])
+
+
 # --- real runs that die --------------------------------------------------------------------------
 
 REAL = "--steps=60 --eval_every=20 --save_every=10 --width=16 --batch_size=16 --pruner=none"
