@@ -147,6 +147,49 @@ def test_missing_or_damaged_space_file_is_named(tmp_path):
         assert str(file) in str(caught.value)
 
 
+def test_neighbours_differ_in_two_values_from_the_start():
+    space = SearchSpace.read(BASE, DEFAULT_SPACE)
+    start, points = space.base_point(), space.neighbours(200, random.Random(0))
+    changed = [{n for n in start if point.get(n, start[n]) != start[n]} for point in points]
+    # One where the other does not matter any more, as r1.gamma without r1.
+    assert {len(names) for names in changed} <= {1, 2}
+    assert sum(len(names) == 2 for names in changed) > 180
+    assert set.union(*changed) >= {"g.lr", "batch_size", "regularizer", "label_smoothing"}
+    assert all(
+        set(start) >= set(point) or "regularizer" in names
+        for point, names in zip(points, changed, strict=True)
+    )
+    wgan = next(point for point in points if point["regularizer"] == "wgan_gp")
+    assert (wgan["wgan_gp.weight"], "r1.gamma" in wgan) == (BASE.wgan_gp.weight, False)
+    assert all(space.values_of(trial) == trial.params for trial in map(frozen, points))
+    assert points != space.neighbours(200, random.Random(1))
+
+
+def frozen(point):
+    import optuna
+
+    space = {name: optuna.distributions.CategoricalDistribution([v]) for name, v in point.items()}
+    return optuna.trial.create_trial(params=point, distributions=space, value=0.0)
+
+
+def test_no_point_is_tried_twice_where_there_are_few():
+    space = SearchSpace(BASE, {"batch_size": [128, 256]})
+    assert space.neighbours(20, random.Random(0)) == [{"batch_size": 128}]
+    outside = SearchSpace(with_values(BASE, {"batch_size": 64}), {"batch_size": [128, 256]})
+    assert outside.neighbours(20, random.Random(0)) == []
+
+
+def test_numbers_by_chance_are_within_the_range():
+    declared = {"g.lr": RATE, "width": {"low": 16, "high": 18}, "r1.gamma": {"low": 0, "high": 0.5}}
+    rate, width, gamma = SearchSpace(BASE, declared).parameters
+    chance = random.Random(0)
+    drawn = [[each.draw(chance, each.low) for each in (rate, width, gamma)] for _ in range(400)]
+    rates, widths, gammas = zip(*drawn, strict=True)
+    assert sorted(rates)[200] == pytest.approx(1e-3, rel=0.3)  # the middle of the logarithms
+    assert (set(widths), {type(value) for value in widths}) == ({16, 17, 18}, {int})
+    assert 0 <= min(gammas) < 0.05 < 0.45 < max(gammas) <= 0.5
+
+
 def test_grid_leaves_out_what_does_not_matter():
     gamma = {"values": [0.1, 1.0], "when": {"regularizer": ["r1", "r1+r2"]}}
     declared = {"regularizer": ["none", "r1"], "r1.gamma": gamma, "batch_size": [32, 64]}
