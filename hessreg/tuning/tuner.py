@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hessreg.gan.config import TrainConfig
 from hessreg.gan.progress import say
 from hessreg.gan.run import Interrupted
-from hessreg.gan.run_folder import RunFolder
+from hessreg.gan.run_folder import RunFolder, RunFolderError
 from hessreg.gan.tasks import make_task
 from hessreg.tuning.config import TuneConfig
 from hessreg.tuning.outcome import Outcome
@@ -50,17 +52,21 @@ class Tuner:
         SpaceError: If the search space cannot be used.
         StudyError: If the study cannot be opened, or is another one.
         ValueError: If an objective is unknown.
-        RunFolderError: If another search uses the folder.
+        RunFolderError: If another search uses the folder, or it cannot be made.
     """
 
     def __init__(self, path: Path, base: TrainConfig, config: TuneConfig) -> None:
         self.path, self.base, self.config = path, base, config
         self.space = SearchSpace.read(base, Path(config.space or DEFAULT_SPACE))
         self.objectives = _objectives(config.objectives, base)
-        path.mkdir(parents=True, exist_ok=True)
         self._folder = RunFolder(path)
-        self._folder.lock()
-        self.study = open_study(config, path, self.space, self.objectives, base.seed)
+        with _folder_for(path):
+            self._folder.lock()
+            try:
+                self.study = open_study(config, path, self.space, self.objectives, base.seed)
+            except BaseException:
+                self._folder.unlock()
+                raise
         self._running: dict[int, tuple[Trial, TrialRun]] = {}
         self._next_beat = 0.0
 
@@ -205,6 +211,26 @@ class Tuner:
         if len(self.objectives) == 1 and self._trials("COMPLETE"):
             best = f"; best {self.study.best_value:.4g}, trial {self.study.best_trial.number}"
         say(f"{done} of {self.config.trials}: trial {number} {what}{best}")
+
+
+@contextmanager
+def _folder_for(path: Path) -> Iterator[None]:
+    """Make a folder, of which nothing is left if what is inside fails.
+
+    Raises:
+        RunFolderError: If it cannot be made.
+    """
+    existed = path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"cannot write to {path}: {error.strerror}") from None
+    try:
+        yield
+    except BaseException:
+        if not existed:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def _objectives(text: str, base: TrainConfig) -> Sequence[str]:
