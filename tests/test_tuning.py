@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -417,6 +419,39 @@ def test_a_trial_that_is_taken_up_again_reports_no_step_twice(tmp_path, stand_in
 
 def interrupt(_seconds):
     raise KeyboardInterrupt
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_a_process_that_is_killed_every_time_fails_its_trial(tmp_path, stand_in, monkeypatch):
+    code = "import os; print('started', flush=True); os.kill(os.getpid(), 9)"
+
+    def command(self):
+        is_doomed = self.path.name == "0001"
+        return [sys.executable, "-c", code] if is_doomed else stand_in(self)
+
+    monkeypatch.setattr(TrialRun, "_command", command)
+    _, trials = search(tmp_path, {"g.lr": RATE}, trials=3, workers=2)
+    assert trials[1].state.name == "FAIL"
+    assert trials[1].user_attrs["reason"] == "killed repeatedly"
+    assert (tmp_path / "out/trials/0001.log").read_text() == "started\n" * 3
+    assert len(trials) == 3  # the search went on, and it counts
+
+
+def test_best_and_default_are_compared_on_fresh_seeds(tmp_path, stand_in):
+    base = with_values(BASE, {"g.lr": 2e-4, "seed": 5})
+    outcome, _ = search(tmp_path, {"g.lr": [2e-4, 1e-3]}, base, sampler="grid")
+    table = outcome.confirm(3, workers=2)
+    for name, rate in (("default", 2e-4), ("best", 1e-3)):
+        files = sorted((tmp_path / "out/confirm").glob(f"{name}-*.yaml"))
+        configs = [TrainConfig.from_dict(yaml.safe_load(file.read_text())) for file in files]
+        seeds = range(1_000_005, 1_000_008)
+        assert configs == [with_values(base, {"g.lr": rate, "seed": seed}) for seed in seeds]
+    heads, default, best = (re.split("  +", line.strip()) for line in table.splitlines())
+    assert heads == ["modes", "quality", "TV", "MMD", "steps", "CPU s"]
+    shown = [f"{abs(math.log10(rate) + 3):.4f} ± 0.0000" for rate in (2e-4, 1e-3)]
+    assert [(line[0], line[4]) for line in (default, best)] == list(
+        zip(("default", "best"), shown, strict=True)
+    )
 
 
 def sleeper(tmp_path, monkeypatch):
