@@ -122,7 +122,7 @@ class Table:
     def train(self) -> None:
         """Train what is not there yet, every configuration with a seed before the next seed."""
         rounds = [(seed, values) for seed in range(self.seeds) for values in self._ways()]
-        more = [(seed, {}) for seed in range(self.seeds, 2 * self.seeds)]
+        more: list[tuple[int, Values]] = [(self.seeds + n, {}) for n in range(self.seeds)]
         for done, (seed, values) in enumerate([*rounds, *more], 1):
             for dataset in self.bases:
                 print(f"{done} of {len(rounds) + len(more)}: {dataset} {flags(values)}", flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -145,7 +146,11 @@ def _order(study: Study) -> int:
 def _tpe(seed: int) -> BaseSampler:
     from optuna.samplers import TPESampler
 
-    return TPESampler(seed=seed)  # counts running trials as bad: several at once differ
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Optuna, that groups are experimental
+        # Values one by one would be far from every good trial in something. Running trials count as
+        # bad: several at once differ.
+        return TPESampler(seed=seed, multivariate=True, group=True)
 
 
 def _random(seed: int) -> BaseSampler:
