@@ -121,11 +121,12 @@ class Table:
 
     def train(self) -> None:
         """Train what is not there yet, every configuration with a seed before the next seed."""
-        rounds = [(seed, values) for seed in range(self.seeds) for values in self._ways()]
-        more: list[tuple[int, Values]] = [(self.seeds + n, {}) for n in range(self.seeds)]
-        for done, (seed, values) in enumerate([*rounds, *more], 1):
+        runs: list[tuple[int, Values]] = []
+        for seed in range(self.seeds):
+            runs += [(self.seeds + seed, {}), *((seed, values) for values in self._ways())]
+        for done, (seed, values) in enumerate(runs, 1):
             for dataset in self.bases:
-                print(f"{done} of {len(rounds) + len(more)}: {dataset} {flags(values)}", flush=True)
+                print(f"{done} of {len(runs)}: {dataset} {flags(values)}", flush=True)
                 self._train(dataset, values, seed)
 
     def markdown(self) -> str:
