@@ -5,9 +5,13 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import os
 import random
+import re
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -16,7 +20,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from examples import tuning_advice
 from hessreg.cli import main
+from hessreg.commands import train
+from hessreg.commands._options import train_config
 from hessreg.gan import DEFAULTS, TrainConfig
 from hessreg.gan.run import Interrupted
 from hessreg.tuning import (
@@ -145,6 +152,49 @@ def test_missing_or_damaged_space_file_is_named(tmp_path):
         with pytest.raises(SpaceError, match=message) as caught:
             SearchSpace.read(BASE, file)
         assert str(file) in str(caught.value)
+
+
+def test_neighbours_differ_in_two_values_from_the_start():
+    space = SearchSpace.read(BASE, DEFAULT_SPACE)
+    start, points = space.base_point(), space.neighbours(200, random.Random(0))
+    changed = [{n for n in start if point.get(n, start[n]) != start[n]} for point in points]
+    # One where the other does not matter any more, as r1.gamma without r1.
+    assert {len(names) for names in changed} <= {1, 2}
+    assert sum(len(names) == 2 for names in changed) > 180
+    assert set.union(*changed) >= {"g.lr", "batch_size", "regularizer", "label_smoothing"}
+    assert all(
+        set(start) >= set(point) or "regularizer" in names
+        for point, names in zip(points, changed, strict=True)
+    )
+    wgan = next(point for point in points if point["regularizer"] == "wgan_gp")
+    assert (wgan["wgan_gp.weight"], "r1.gamma" in wgan) == (BASE.wgan_gp.weight, False)
+    assert all(space.values_of(trial) == trial.params for trial in map(frozen, points))
+    assert points != space.neighbours(200, random.Random(1))
+
+
+def frozen(point):
+    import optuna
+
+    space = {name: optuna.distributions.CategoricalDistribution([v]) for name, v in point.items()}
+    return optuna.trial.create_trial(params=point, distributions=space, value=0.0)
+
+
+def test_no_point_is_tried_twice_where_there_are_few():
+    space = SearchSpace(BASE, {"batch_size": [128, 256]})
+    assert space.neighbours(20, random.Random(0)) == [{"batch_size": 128}]
+    outside = SearchSpace(with_values(BASE, {"batch_size": 64}), {"batch_size": [128, 256]})
+    assert outside.neighbours(20, random.Random(0)) == []
+
+
+def test_numbers_by_chance_are_within_the_range():
+    declared = {"g.lr": RATE, "width": {"low": 16, "high": 18}, "r1.gamma": {"low": 0, "high": 0.5}}
+    rate, width, gamma = SearchSpace(BASE, declared).parameters
+    chance = random.Random(0)
+    drawn = [[each.draw(chance, each.low) for each in (rate, width, gamma)] for _ in range(400)]
+    rates, widths, gammas = zip(*drawn, strict=True)
+    assert sorted(rates)[200] == pytest.approx(1e-3, rel=0.3)  # the middle of the logarithms
+    assert (set(widths), {type(value) for value in widths}) == ({16, 17, 18}, {int})
+    assert 0 <= min(gammas) < 0.05 < 0.45 < max(gammas) <= 0.5
 
 
 def test_grid_leaves_out_what_does_not_matter():
@@ -356,8 +406,89 @@ def test_interrupted_search_goes_on(tmp_path, stand_in, monkeypatch):
     assert len(trials) == 3
 
 
+def test_a_trial_that_is_taken_up_again_reports_no_step_twice(tmp_path, stand_in, monkeypatch):
+    config = TuneConfig(space=space_file(tmp_path, {"g.lr": RATE}), trials=1, confirm=0)
+    tuner = Tuner(tmp_path / "out", BASE, config)
+    trial = tuner.study.ask()
+    run = tuner._run_of(trial.number)
+    trial.set_user_attr("folder", str(run.path))
+    run.prepare(with_values(BASE, tuner.space.suggest(trial)))
+    trial.report(0.5, 100)
+    reported = []
+    monkeypatch.setattr(
+        "optuna.trial.Trial.report", lambda self, value, step: reported.append(step)
+    )
+    tuner.run()
+    assert reported == [200, 300]
+
+
 def interrupt(_seconds):
     raise KeyboardInterrupt
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_a_process_that_is_killed_every_time_fails_its_trial(tmp_path, stand_in, monkeypatch):
+    code = "import os; print('started', flush=True); os.kill(os.getpid(), 9)"
+
+    def command(self):
+        is_doomed = self.path.name == "0001"
+        return [sys.executable, "-c", code] if is_doomed else stand_in(self)
+
+    monkeypatch.setattr(TrialRun, "_command", command)
+    _, trials = search(tmp_path, {"g.lr": RATE}, trials=3, workers=2)
+    assert trials[1].state.name == "FAIL"
+    assert trials[1].user_attrs["reason"] == "killed repeatedly"
+    assert (tmp_path / "out/trials/0001.log").read_text() == "started\n" * 3
+    assert len(trials) == 3  # the search went on, and it counts
+
+
+def test_best_and_default_are_compared_on_fresh_seeds(tmp_path, stand_in):
+    base = with_values(BASE, {"g.lr": 2e-4, "seed": 5})
+    outcome, _ = search(tmp_path, {"g.lr": [2e-4, 1e-3]}, base, sampler="grid")
+    table = outcome.confirm(3, workers=2)
+    for name, rate in (("default", 2e-4), ("best", 1e-3)):
+        files = sorted((tmp_path / "out/confirm").glob(f"{name}-*.yaml"))
+        configs = [TrainConfig.from_dict(yaml.safe_load(file.read_text())) for file in files]
+        seeds = range(1_000_005, 1_000_008)
+        assert configs == [with_values(base, {"g.lr": rate, "seed": seed}) for seed in seeds]
+    heads, default, best = (re.split("  +", line.strip()) for line in table.splitlines())
+    assert heads == ["modes", "quality", "TV", "MMD", "steps", "CPU s"]
+    shown = [f"{abs(math.log10(rate) + 3):.4f} ± 0.0000" for rate in (2e-4, 1e-3)]
+    assert [(line[0], line[4]) for line in (default, best)] == list(
+        zip(("default", "best"), shown, strict=True)
+    )
+
+
+def sleeper(tmp_path, monkeypatch):
+    """A trial whose process notes that it was started and goes on for long."""
+    code = f"import time; print('started', file=open({str(tmp_path / 'notes')!r}, 'a'))"
+    command = [sys.executable, "-c", f"{code}; time.sleep(600)"]
+    monkeypatch.setattr(TrialRun, "_command", lambda self: command)
+    trial = TrialRun(tmp_path / "0000")
+    trial.prepare(BASE)
+    assert trial.poll() == "running"
+    notes = tmp_path / "notes"
+    wait_for(lambda: notes.exists() and notes.read_text())
+    return trial
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX locks")
+def test_a_process_that_outlived_its_search_is_watched_and_stopped(tmp_path, monkeypatch):
+    orphaned = sleeper(tmp_path, monkeypatch)
+    adopted = TrialRun(orphaned.path)
+    assert adopted.poll() == "running"
+    adopted.stop()
+    assert orphaned._process.wait(timeout=60) == -signal.SIGTERM
+    assert (tmp_path / "notes").read_text() == "started\n"  # not a second time beside the first
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX locks")
+def test_a_process_that_only_has_the_number_of_an_old_one_lives_on(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        (tmp_path / "0000.lock").write_text(str(other.pid))
+        TrialRun(tmp_path / "0000").stop()
+        other.communicate(b"\n")
+    assert other.returncode == 0
 
 
 def test_folder_is_used_by_one_search(tmp_path, stand_in):
@@ -367,6 +498,20 @@ def test_folder_is_used_by_one_search(tmp_path, stand_in):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "is in use by another process" in done.stderr
     tuner.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "limits"),
+    [("", (0, 20.0)), ("--steps=3", (3, 0.0)), ("--seconds=4", (0, 4.0))],
+)
+def test_a_trial_takes_20_seconds_without_a_limit(tmp_path, monkeypatch, given, limits):
+    class Recorded:
+        def __init__(self, path, base, config):
+            raise TuningError(f"{base.steps} steps, {base.seconds} seconds")
+
+    monkeypatch.setattr("hessreg.commands.tune.Tuner", Recorded)
+    with pytest.raises(TuningError, match="{} steps, {} seconds".format(*limits)):
+        main(["tune", "ring", *given.split()])
 
 
 # --- real runs that die --------------------------------------------------------------------------
@@ -432,3 +577,68 @@ def test_killed_trials_and_killed_searches_lose_nothing(tmp_path):
     )
     assert "default" in done.stdout
     assert "best" in done.stdout
+
+
+# --- what guides advise, measured ----------------------------------------------------------------
+
+
+def advice_table(tmp_path, capsys, *more):
+    tuning_advice.main(
+        [f"--out={tmp_path / 'advice'}", "--data=ring", "--rows=2", "--steps=10", *more]
+    )
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+
+
+@pytest.mark.slow
+def test_advice_is_a_table_that_goes_on(tmp_path, capsys, monkeypatch):
+    rows = advice_table(tmp_path, capsys, "--seeds=2")
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert cells[0][3:5] == ["ring: mmd with", "without"]
+    assert [row[1] for row in cells[2:]] == ["`--g.lr 0.0002 --d.lr 0.0002`", "`--ttur g2`"]
+    results = {}
+    for seed in range(4):
+        file = tmp_path / f"advice/ring/default/{seed}/result.json"
+        results[seed] = json.loads(file.read_text())
+    assert [(row["seed"], row["steps"]) for row in results.values()] == [(n, 10) for n in range(4)]
+    values = [row["mmd"] for row in results.values()]
+    shown = f"{statistics.fmean(values):.3g} ± {statistics.stdev(values):.2g}"
+    assert [row[4] for row in cells[2:]] == [shown] * 2
+    assert {row[5] for row in cells[2:]} <= {"confirmed", "no effect", "wrong here"}
+    monkeypatch.setattr(tuning_advice.Run, "create", None)  # all there: nothing is trained
+    assert advice_table(tmp_path, capsys, "--seeds=2") == rows
+    shutil.rmtree(tmp_path / "advice/ring/ttur=g2/1")
+    with pytest.raises(TypeError):
+        advice_table(tmp_path, capsys, "--seeds=2")
+
+
+def test_advice_that_ends_in_numbers_not_finite_is_wrong(tmp_path):
+    advice = tuning_advice.Advice("haste", tuning_advice.both("lr", 1e30))
+    bases = {"ring": with_values(BASE, {"steps": 10, "tensorboard": False})}
+    table = tuning_advice.Table(tmp_path, bases, [advice], 2)
+    for _ in range(2):  # the second time, it is known
+        table._train("ring", advice.followed, 0)
+    found = tuning_advice._metric(table._folder("ring", advice.followed, 0), "mmd")
+    assert tuning_advice.shown([0.1, found]) == "not finite"
+    assert tuning_advice.verdict([0.1, found], [0.1, 0.2]) == "wrong here"
+    assert tuning_advice.verdict([0.1, 0.2], [0.1, found]) == "confirmed"
+
+
+@pytest.mark.parametrize(("shift", "wanted"), [(2.80, "confirmed"), (2.75, "no effect")])
+def test_verdicts_are_those_of_students_test(shift, wanted):
+    """Three values and three, variances 1: 2.776, of four degrees of freedom, times root 2/3."""
+    first = [-1.0, 0.0, 1.0]
+    second = [value + shift * math.sqrt(2 / 3) for value in first]
+    assert tuning_advice.verdict(first, second) == wanted
+    opposite = {"confirmed": "wrong here"}.get(wanted, wanted)
+    assert tuning_advice.verdict(second, first) == opposite
+
+
+@pytest.mark.parametrize("dataset", ["ring", "digits"])
+def test_advice_is_options_that_can_be_typed(dataset):
+    parser = train.make_parser(dataset)
+    ways = [way for each in tuning_advice.ADVICE for way in (each.followed, each.ignored)]
+    for values in ways:
+        typed = parser.parse_args(tuning_advice.flags(values).split())
+        assert train_config(vars(parser.instantiate(typed))) == with_values(
+            DEFAULTS[dataset], values
+        )

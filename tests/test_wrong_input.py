@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -372,7 +373,41 @@ OTHERS = {
     "dynamics --seed=-1": "seed",
     "dynamics --games bilinear --methods r1 --out full": "r1 does not apply to bilinear",
 }
-TABLE = {**TRAIN, **NAMES, **COMPARE, **RESUME, **SPECTRUM, **MMD, **OTHERS}
+TUNE = {
+    "tune ring --trials 0": "trials must be at least 1, got 0",
+    "tune ring --trials many": "--trials: Expected int. Got value: many",
+    "tune ring --workers 0": "workers must be at least 1, got 0",
+    "tune ring --workers 2000": "workers must be at most 1024, got 2000",
+    "tune ring --confirm=-1": "confirm must be at least 0, got -1",
+    "tune ring --sampler luck": "--sampler: Expected one of 'tpe', 'random', 'grid', 'cmaes'",
+    "tune ring --pruner axe": "--pruner: Expected one of 'median', 'hyperband', 'none'",
+    "tune ring --trails 3": "--trails 3 (did you mean --trials?)",
+    "tune ring --steps=-1": "steps must be at least 0, got -1",
+    "tune ring --space missing.yaml": "space missing.yaml: No such file or directory",
+    "tune ring --space full": "space full: Is a directory",
+    "tune ring --space bracket.yaml": "space bracket.yaml: while parsing",
+    "tune ring --space bytes.yaml": "space bytes.yaml: 'utf-8' codec can't decode",
+    "tune ring --space deep.yaml": "space deep.yaml: ",
+    "tune ring --space list.yaml": "a space is a mapping of options to values, got [1]",
+    "tune ring --space unknown.yaml": "space unknown.yaml: depth is no option of a run",
+    "tune ring --space words.yaml": "steps must be a list of values, or low and high, got 'many'",
+    "tune ring --objectives fdd": "objectives must be different ones of modes, quality, tv, mmd",
+    "tune ring --objectives mmd,mmd": "objectives must be different ones of",
+    "tune digits --objectives steps": "objectives must be different ones of fdd",
+    "tune ring --out file": "cannot write to file: File exists",
+    "tune ring --out file/new": "cannot write to file/new: Not a directory",
+}
+if find_spec("optuna"):
+    TUNE |= {
+        "tune ring --out new --directions up": "minimize or maximize for each of mmd, got 'up'",
+        "tune ring --out new --directions minimize,minimize": "for each of mmd, got 'minimize,m",
+        "tune ring --out new --storage nowhere": "storage nowhere: Could not parse",
+        "tune ring --out new --storage foo://study.db": "storage foo://study.db: ",
+        "tune ring --out new --storage journal:none/x": "storage journal:none/x: ",
+        "tune ring --out new --storage sqlite:///none/study.db": "unable to open database file",
+        "tune ring --out new --sampler grid": "the grid has more than 10000 points",
+    }
+TABLE = {**TRAIN, **NAMES, **COMPARE, **RESUME, **SPECTRUM, **MMD, **OTHERS, **TUNE}
 
 
 @pytest.mark.parametrize("command", TABLE)

@@ -18,11 +18,15 @@ if TYPE_CHECKING:
 __all__ = ["make_parser", "run"]
 
 _TUNED_EVERY = 500  # steps between values that a pruner sees
+_TUNED_SECONDS = 20.0  # of a trial: 20 by two workers take minutes on two cores
 
 
 def make_parser(dataset: str) -> ArgumentParser:
     """Return the parser of the command."""
-    purpose = f"Search for hyperparameters on {dataset}; every trial is a run of its own."
+    purpose = (
+        f"Search for hyperparameters on {dataset}; every trial is a run of its own,"
+        f" of {_TUNED_SECONDS:.0f} CPU seconds without --steps and --seconds."
+    )
     parser = config_parser(dataset, purpose, set())
     parser.set_defaults(eval_every=_TUNED_EVERY, tensorboard=False)
     parser.add_class_arguments(TuneConfig)
@@ -31,6 +35,8 @@ def make_parser(dataset: str) -> ArgumentParser:
 
 def run(options: dict[str, Any]) -> None:
     """Do what the options say."""
+    if not options["steps"] and not options["seconds"]:
+        options = options | {"seconds": _TUNED_SECONDS}
     with bad_input():
         base = train_config(options)
         config = TuneConfig(**{f.name: options[f.name] for f in fields(TuneConfig)})

@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 _POLICIES = ("median", "ema", "learned")
+_USUAL_BETAS = (0.5, 0.999), (0.5, 0.95)  # those of data sets' defaults: nobody chose them
 
 
 def parse_sigma(text: str | float, policies: Sequence[str] = _POLICIES) -> str | list[float]:
@@ -161,9 +162,8 @@ class PlayerConfig:
 
     def chosen_options(self) -> dict[str, bool]:
         """Return which of them an optimiser must have, as they are not at their defaults."""
-        usual = PlayerConfig.beta1, PlayerConfig.beta2
         return {
-            "betas": (self.beta1, self.beta2) != usual,
+            "betas": (self.beta1, self.beta2) not in _USUAL_BETAS,
             "momentum": self.momentum != 0,
             "weight_decay": self.weight_decay != 0,
         }

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,6 +67,11 @@ class Choice:
         """Return the values of a grid: all."""
         return list(self.values)
 
+    def draw(self, random: Random, old: Any) -> Any:
+        """Return one of the values by chance, another than the old one if there is any."""
+        others = [value for value in self.values if self.stored(value) != self.stored(old)]
+        return random.choice(others or self.values)
+
     def __contains__(self, value: Any) -> bool:
         return self.stored(value) in map(self.stored, self.values)
 
@@ -116,6 +122,15 @@ class Range:
         values = space(self.low, self.high, _GRID_POINTS).tolist()
         whole = isinstance(self.low, int) and isinstance(self.high, int)
         return sorted({round(value) for value in values}) if whole else values
+
+    def draw(self, random: Random, old: float) -> float:
+        """Return a number by chance, whatever the old one was."""
+        if self.log:
+            value = math.exp(random.uniform(math.log(self.low), math.log(self.high)))
+        else:
+            value = random.uniform(self.low, self.high)
+        whole = isinstance(self.low, int) and isinstance(self.high, int)
+        return round(value) if whole else min(max(value, self.low), self.high)
 
 
 Parameter = Choice | Range
@@ -209,6 +224,35 @@ class SearchSpace:
                     return None
                 values[parameter.name] = value
         return self._stored(values)
+
+    def neighbours(self, count: int, random: Random) -> list[dict[str, Any]]:
+        """Return points that differ from the base in two values, as Optuna stores them.
+
+        In a space of many values a random point is bad in some respect, and nothing is learned of
+        the others; two changes of something good can be told apart.
+
+        Args:
+            count: Points, fewer where chance repeats one; none if the base is not in the space.
+            random: Draws them.
+        """
+        base = self.base_point()
+        points = [] if base is None else [base]
+        for _ in range(count if points else 0):
+            names = sorted(points[0])
+            point = self._stored(self._changed(random.sample(names, min(2, len(names))), random))
+            if point not in points:
+                points.append(point)
+        return points[1:]
+
+    def _changed(self, names: Sequence[str], random: Random) -> dict[str, Any]:
+        """The base's values, but those of some names, or outside of the space, by chance."""
+        values: dict[str, Any] = {}
+        for parameter in self.parameters:
+            if self._matters(parameter, values):
+                value = self._fields[parameter.name]
+                is_kept = parameter.name not in names and value in parameter
+                values[parameter.name] = value if is_kept else parameter.draw(random, value)
+        return values
 
     def values_of(self, trial: FrozenTrial) -> dict[str, Any]:
         """Return the values that a trial of a study had, by name."""

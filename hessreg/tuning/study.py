@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -24,12 +25,10 @@ __all__ = ["StudyError", "open_study"]
 
 Direction = Literal["minimize", "maximize"]
 _DIRECTIONS: dict[str, Direction] = {"minimize": "minimize", "maximize": "maximize"}
-_LARGER_IS_BETTER = (
-    *("modes", "quality", "classes", "precision", "recall", "density", "coverage"),
-    *("accuracy", "steps"),
-)
+_LARGER_IS_BETTER = "modes", "quality", "classes", "precision", "recall", "density", "coverage"
 _QUEUED = "queued"  # attribute of a study whose first trials are known
 _OPENED = "opened-"  # name of an attribute for each search that opened the study
+_NEIGHBOURS = 9  # with the start the ten trials after which TPE begins to propose
 _TABLES = 2.0  # seconds in which another process makes the tables
 _DATABASE_TIMEOUT = 60  # seconds to wait for another process that writes
 
@@ -147,7 +146,11 @@ def _order(study: Study) -> int:
 def _tpe(seed: int) -> BaseSampler:
     from optuna.samplers import TPESampler
 
-    return TPESampler(seed=seed)  # counts running trials as bad: several at once differ
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Optuna, that groups are experimental
+        # Values one by one would be far from every good trial in something. Running trials count as
+        # bad: several at once differ.
+        return TPESampler(seed=seed, multivariate=True, group=True)
 
 
 def _random(seed: int) -> BaseSampler:
@@ -180,16 +183,23 @@ def _pruner(name: str, first: int) -> BasePruner:
 
 
 def _enqueue(study: Study, config: TuneConfig, space: SearchSpace, seed: int) -> None:
-    """Queue what is to be tried in any case: a grid, or where the search starts from."""
-    if config.sampler == "grid":
-        points = space.grid()
-        random.Random(seed).shuffle(points)  # noqa: S311
-    else:
-        start = space.base_point()
-        points = [] if start is None else [start]
-    for point in points[: config.trials]:
+    """Queue what is to be tried in any case."""
+    for point in _first_points(config, space, random.Random(seed))[: config.trials]:  # noqa: S311
         study.enqueue_trial(point)
     study.set_user_attr(_QUEUED, True)
+
+
+def _first_points(
+    config: TuneConfig, space: SearchSpace, chance: random.Random
+) -> list[dict[str, Any]]:
+    """A grid, or where the search starts from, for TPE with what is near."""
+    if config.sampler == "grid":
+        points = space.grid()
+        chance.shuffle(points)
+        return points
+    start = space.base_point()
+    near = space.neighbours(_NEIGHBOURS, chance) if config.sampler == "tpe" else []
+    return [] if start is None else [start, *near]
 
 
 def _wait_for_queue(study: Study) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +25,7 @@ _ENDS: dict[int, Literal["finished", "failed", "refused"]] = {
 }
 _NOT_STARTED = -1000  # no exit code
 _RESTARTS = 2  # of a process that was killed
+_POLL = 0.1  # seconds
 
 
 class TrialRun:
@@ -28,13 +33,14 @@ class TrialRun:
 
     Args:
         path: The run folder.
+        seen: Step up to which evaluations are known already.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, seen: int = 0) -> None:
         self.path = path
         self.restarts = 0
         self._process: subprocess.Popen[bytes] | None = None
-        self._rows_seen = 0
+        self._seen = seen
 
     @property
     def is_prepared(self) -> bool:
@@ -78,6 +84,8 @@ class TrialRun:
                     start_new_session=True,
                     pass_fds=() if sys.platform == "win32" else [lock.fileno()],
                 )
+            lock.truncate(0)
+            lock.write(str(self._process.pid).encode())
         return "running"
 
     def _command(self) -> list[str]:
@@ -90,19 +98,34 @@ class TrialRun:
         return [*command, "train", dataset, f"--config={config}", f"--out={self.path}", "--plain"]
 
     def stop(self) -> None:
-        """End the process; its state is saved."""
-        if self._process is not None and self._process.poll() is None:
+        """End the process, also one that outlived its search; its state is saved."""
+        if self._process is None:
+            self._stop_orphan()
+        elif self._process.poll() is None:
             self._process.terminate()
             self._process.wait()
+
+    def _stop_orphan(self) -> None:
+        """End whoever has the lock; without it the number may be that of any other process."""
+        file = self.path.with_suffix(".lock")
+        number = file.read_text(encoding="ascii") if file.exists() else ""
+        if not number:
+            return
+        with file.open("ab") as lock:
+            if not _take(lock.fileno()):
+                with suppress(ProcessLookupError):
+                    os.kill(int(number), signal.SIGTERM)
+            while not _take(lock.fileno()):
+                time.sleep(_POLL)
 
     def evaluations(self, name: str) -> list[tuple[int, float]]:
         """Return steps and values of a metric that were logged since the last call."""
         file = self.path / "metrics.jsonl"
         lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
         rows = [json.loads(line) for line in lines]
-        fresh = [row for row in rows if row["step"] > self._rows_seen and name in row]
+        fresh = [row for row in rows if row["step"] > self._seen and name in row]
         if fresh:
-            self._rows_seen = fresh[-1]["step"]
+            self._seen = fresh[-1]["step"]
         return [(row["step"], row[name]) for row in fresh]
 
     def result(self) -> dict[str, Any]:

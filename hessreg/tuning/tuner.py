@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hessreg.gan.config import TrainConfig, with_values
 from hessreg.gan.progress import say
 from hessreg.gan.run import Interrupted
-from hessreg.gan.run_folder import RunFolder
+from hessreg.gan.run_folder import RunFolder, RunFolderError
 from hessreg.gan.tasks import make_task
 from hessreg.tuning.config import TuneConfig
 from hessreg.tuning.outcome import Outcome
@@ -50,17 +52,21 @@ class Tuner:
         SpaceError: If the search space cannot be used.
         StudyError: If the study cannot be opened, or is another one.
         ValueError: If an objective is unknown.
-        RunFolderError: If another search uses the folder.
+        RunFolderError: If another search uses the folder, or it cannot be made.
     """
 
     def __init__(self, path: Path, base: TrainConfig, config: TuneConfig) -> None:
         self.path, self.base, self.config = path, base, config
         self.space = SearchSpace.read(base, Path(config.space or DEFAULT_SPACE))
         self.objectives = _objectives(config.objectives, base)
-        path.mkdir(parents=True, exist_ok=True)
         self._folder = RunFolder(path)
-        self._folder.lock()
-        self.study = open_study(config, path, self.space, self.objectives, base.seed)
+        with _folder_for(path):
+            self._folder.lock()
+            try:
+                self.study = open_study(config, path, self.space, self.objectives, base.seed)
+            except BaseException:
+                self._folder.unlock()
+                raise
         self._running: dict[int, tuple[Trial, TrialRun]] = {}
         self._next_beat = 0.0
 
@@ -98,7 +104,7 @@ class Tuner:
         from optuna.trial import Trial
 
         for frozen in self._trials("RUNNING"):
-            run = self._run_of(frozen.number)
+            run = self._run_of(frozen.number, max(frozen.intermediate_values, default=0))
             if frozen.user_attrs.get("folder") != str(run.path):
                 continue
             if not run.is_prepared:  # killed before there was anything to go on with
@@ -196,8 +202,8 @@ class Tuner:
         wanted = [TrialState[state] for state in states]
         return self.study.get_trials(deepcopy=False, states=wanted)
 
-    def _run_of(self, number: int) -> TrialRun:
-        return TrialRun((self.path / "trials" / f"{number:04d}").resolve())
+    def _run_of(self, number: int, seen: int = 0) -> TrialRun:
+        return TrialRun((self.path / "trials" / f"{number:04d}").resolve(), seen)
 
     def _say(self, number: int, what: str) -> None:
         done = len(self._trials("COMPLETE", "PRUNED", "FAIL"))
@@ -207,11 +213,31 @@ class Tuner:
         say(f"{done} of {self.config.trials}: trial {number} {what}{best}")
 
 
+@contextmanager
+def _folder_for(path: Path) -> Iterator[None]:
+    """Make a folder, of which nothing is left if what is inside fails.
+
+    Raises:
+        RunFolderError: If it cannot be made.
+    """
+    existed = path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"cannot write to {path}: {error.strerror}") from None
+    try:
+        yield
+    except BaseException:
+        if not existed:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
 def _objectives(text: str, base: TrainConfig) -> Sequence[str]:
     task = make_task(base)
     judge = task.judge(task.load())
     names = [part.strip() for part in text.split(",")] if text else [judge.headline]
-    known = [*judge.columns, "steps", "cpu_seconds"]
+    known = [*judge.columns, "cpu_seconds"]
     if len(set(names)) < len(names) or not set(names) <= set(known):
         raise ValueError(f"objectives must be different ones of {', '.join(known)}, got {text!r}")
     return names
