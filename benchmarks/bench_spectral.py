@@ -7,19 +7,18 @@ linear_operator (``pip install '.[bench]'`` brings it with gpytorch) is optional
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import hessreg
-from benchmarks.harness import measure, run_cases, save
+from benchmarks.harness import Contest, Runs, Suite, run_suite
+from benchmarks.limits import Work
 
 OURS = "hessreg"
 BATCH, STEPS = 256, 30
 SIZES = (16, 32, 64, 128)
-Runs = dict[str, Callable[[], Any]]
 
 
 class Case(NamedTuple):
@@ -30,17 +29,6 @@ class Case(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.operator} n={self.n}"
-
-
-# How many times faster than whom it should be.
-ASKED = [
-    (Case("power_iteration", 32), "bmm", 18.0),
-    (Case("power_iteration", 64), "bmm", 25.0),
-    (Case("power_iteration", 32), "eigvalsh", 12.0),
-    (Case("power_iteration", 64), "eigvalsh", 12.0),
-    *((Case("lanczos", n), "linear_operator", 12.0) for n in (32, 64)),
-    *((Case("symmetric_eigvalsh", n), "eigvalsh", 3.0) for n in (32, 64)),
-]
 
 
 # ---- rivals ------------------------------------------------------------------------------------
@@ -92,8 +80,8 @@ def peer_lanczos(a: Tensor, v0: Tensor) -> Tensor:
 # ---- cases ---------------------------------------------------------------------------------------
 
 
-def contestants(case: Case, a: Tensor, v0: Tensor) -> Runs:
-    """Every way to the result."""
+def contestants(case: Case, a: Tensor, v0: Tensor) -> tuple[Runs, dict[str, str]]:
+    """Every way to the result, and who is missing."""
     linalg = torch.linalg
     everyone: dict[str, Runs] = {
         "power_iteration": {
@@ -121,9 +109,10 @@ def contestants(case: Case, a: Tensor, v0: Tensor) -> Runs:
         },
     }
     runs = everyone[case.operator]
-    if importlib.util.find_spec("linear_operator") is None:
-        runs.pop("linear_operator", None)
-    return runs
+    if "linear_operator" in runs and importlib.util.find_spec("linear_operator") is None:
+        runs.pop("linear_operator")
+        return runs, {"linear_operator": "missing: not installed"}
+    return runs, {}
 
 
 OPERATORS = (
@@ -171,83 +160,45 @@ def tridiagonal(output: Any) -> Tensor:
 TOLERANCE = 1e-4  # of the largest eigenvalue
 
 
-def run(case: Case, rounds: int, device: str) -> dict[str, Any]:
-    """Checks and measures one case."""
-    a, v0 = matrices(case.n, device)
-    truth = torch.linalg.eigvalsh(a.double())
-    runs = contestants(case, a, v0)
-    errors = {who: error(case, way(), truth) for who, way in runs.items()}
-    for who, found in errors.items():
-        most = TOLERANCE * truth.abs().max().item()
-        assert found <= most, f"{case}: {who} is off by {found:.2g}"
-    times = measure(runs, rounds=rounds, device=device, cold=False, again=True)
-    return {
-        **case._asdict(),
-        "milliseconds": times,
-        "times ours": _ratios(times, "median"),
-        "times ours again": _ratios(times, "again"),
-        "largest error": errors,
+def work(case: Case) -> Work:
+    """Of the textbook algorithms; every matrix is read once, of a batch that is in no cache."""
+    n, m = case.n, STEPS
+    flops = {
+        "power_iteration": (m + 1) * 2 * n**2,
+        "lanczos": m * 2 * n**2 + 4 * n * m**2,  # and orthogonalised twice
+        "symmetric_eigvalsh": 4 * n**3 / 3,  # to tridiagonal form
+        "symmetric_eigh": 10 * n**3 / 3,  # and the vectors back
+        "symmetric_norm nuclear": 4 * n**3 / 3,
     }
+    return Work(bytes=4 * BATCH * n**2, flops=BATCH * flops[case.operator])
 
 
-def _ratios(times: dict[str, dict[str, float]], figure: str) -> dict[str, float]:
-    ours = times[OURS][figure]
-    return {who: t[figure] / ours for who, t in times.items() if who != OURS}
+class Spectral(Suite):
+    """Batched eigenproblems."""
 
+    name = "spectral"
+    rounds = 40
 
-def show(result: dict[str, Any]) -> None:
-    """Prints one case as a table."""
-    print(f"\n{result['operator']}, {BATCH} matrices, n = {result['n']}")
-    for who, times in result["milliseconds"].items():
-        found = [result[key].get(who) for key in ("times ours", "times ours again")]
-        note = "" if who == OURS else "{:6.2f} x our time, again {:6.2f} x".format(*found)
-        spread = f"({times['low']:.3f} - {times['high']:.3f}), again {times['again']:.3f}"
-        off = f"error {result['largest error'][who]:.1e}"
-        print(f"  {who:16s} {times['median']:9.3f} ms {spread:36s} {off}  {note}")
+    def cases(self) -> list[Case]:
+        """All, or the smallest of each."""
+        return [case for case in CASES if not self.args.quick or case.n == 32]
 
-
-def requirements(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the numbers are held to, with what was measured; None where it was not.
-
-    That is the first call after a rival's, as in a program that does other things in between.
-    """
-    rows = {Case(row["operator"], row["n"]): row for row in results}
-    faster = [
-        {
-            "what": f"{case}, {who}",
-            "asked": factor,
-            "measured": rows[case]["times ours"].get(who) if case in rows else None,
-            "again": rows[case]["times ours again"].get(who) if case in rows else None,
-        }
-        for case, who, factor in ASKED
-    ]
-    exact = [case for case in rows if case.operator == "symmetric_eigvalsh"]
-    errors = {case: rows[case]["largest error"] for case in exact}
-    smaller = [
-        {"what": f"{case}, error of eigvalsh", "asked": 1.0, "measured": e["eigvalsh"] / e[OURS]}
-        for case, e in errors.items()
-    ]
-    return [*faster, *smaller]
-
-
-def show_requirements(found: list[dict[str, Any]]) -> None:
-    """Prints what was asked and what was measured."""
-    print("\nrequirements: times ours, at least")
-    for row in found:
-        found = [row[key] for key in ("measured", "again") if row.get(key) is not None]
-        values = ", again ".join(f"{value:.2f}" for value in found) or "not measured"
-        print(f"  {row['what']:45s} asked {row['asked']:5.1f}   {values}")
-
-
-def main() -> None:
-    """Runs every case."""
-    args, card, cases = run_cases(__doc__.splitlines()[0], CASES, run, show)
-    found = requirements(cases)
-    show_requirements(found)
-    if args.json:
-        spectral = {"cases": cases, "requirements": found}
-        save(args.json, {"machine": card, "threads": args.threads, "spectral": spectral})
+    def contest(self, case: Case) -> Contest:
+        """Compares everyone with float64."""
+        a, v0 = matrices(case.n, self.device)
+        truth = torch.linalg.eigvalsh(a.double())
+        everyone, missing = contestants(case, a, v0)
+        runs = self.admitted(everyone, [OURS])
+        errors = {who: error(case, way(), truth) for who, way in runs.items()}
+        for who, found in errors.items():
+            most = TOLERANCE * truth.abs().max().item()
+            if not found <= most:
+                raise ArithmeticError(f"{case}: {who} is off by {found:.2g}")
+        title = f"n = {case.n}"
+        return Contest(
+            case.operator, title, runs, [OURS], work(case), (), missing, errors, again=True
+        )
 
 
 if __name__ == "__main__":
-    main()
+    run_suite(Spectral)
