@@ -80,6 +80,7 @@ CASES = [
         for w in DERIVATIVES[:2]
     ),
 ]
+FOR_A_GPU = [Case("gaussian_kernel", "forward", 128, 8192)]
 LARGE = [
     Case(operator, w, 16, 100_000)
     for operator in ("mmd2", "gaussian_kernel_matvec")
@@ -419,7 +420,8 @@ class Gaussian(Suite):
 
     def cases(self) -> list[Case]:
         """All, or those of the smallest samples."""
-        return [case for case in CASES if not self.args.quick or (case.d, case.n) == (2, 256)]
+        cases = CASES + (FOR_A_GPU if self.device != "cpu" else [])
+        return [case for case in cases if not self.args.quick or (case.d, case.n) == (2, 256)]
 
     def contest(self, case: Case) -> Contest:
         """Those who agree with float64 and with each other."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import hessreg
-from benchmarks.limits import Work, floor_of, measured_limits
+from benchmarks.limits import Work, copying, floor_of, measured_limits
 from benchmarks.tables import row_lines
 
 Runs = dict[str, Callable[[], Any]]
@@ -61,7 +61,6 @@ class Contest:
         references: Which of them are neither ours nor rivals.
         left_out: Who is not timed, and why.
         errors: Of the results.
-        per: How many units of work a contestant does; 1 by default.
         floor: The milliseconds that nobody could stay below, from the measured medians.
         cold: Read other memory before each run.
         again: Time a second call right after each.
@@ -77,7 +76,6 @@ class Contest:
     references: Sequence[str] = ()
     left_out: dict[str, str] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
-    per: dict[str, int] = field(default_factory=dict)
     floor: Callable[[dict[str, float]], float] | None = None
     cold: bool = False
     again: bool = False
@@ -139,9 +137,9 @@ class Suite:
             "milliseconds": times,
             "left out": contest.left_out,
             "errors": contest.errors,
-            "per": contest.per,
             "work": contest.work.to_dict() if contest.work else None,
             "floor": floor,
+            "copy, milliseconds": copying(contest.work, limits),
             **contest.notes,
         }
 

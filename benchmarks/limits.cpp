@@ -93,8 +93,7 @@ double traffic(int threads, int64_t bytes, bool copies) {
       }
       for (int64_t i = 0; i < own; i += 8 * hessreg::kVectorBytes)
         for (int u = 0; u < 8; ++u)
-          sums[u] +=
-              hessreg::load(reinterpret_cast<float*>(block + i + u * hessreg::kVectorBytes));
+          sums[u] += hessreg::load(reinterpret_cast<float*>(block + i + u * hessreg::kVectorBytes));
       for (auto& sum : sums) touch(sum);
     }
   });

@@ -1,5 +1,6 @@
 // What a GPU can do at most: multiply-adds and exponentials of all its multiprocessors. Compiled by
-// limits.py with nvcc for the device at hand. Both return operations a second, negative on an error.
+// limits.py with nvcc for the device at hand. Both return operations a second, negative on an
+// error.
 #include <cuda_runtime.h>
 
 namespace {

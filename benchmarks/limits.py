@@ -93,6 +93,11 @@ def floor_of(
     }
 
 
+def copying(work: Work | None, limits: dict[str, Any]) -> float | None:
+    """The milliseconds that a copy takes to move as many bytes, far from the caches."""
+    return 1e3 * work.bytes / limits["copied"][-1][1] if work and limits else None
+
+
 def _bandwidth(sizes: list[list[float]], num_bytes: float, cold: bool) -> float:
     """Bytes a second from where so much memory fits in, at best."""
     if cold:

@@ -2,8 +2,8 @@
 
 A row, as `benchmarks.harness` makes it and as it lies in the files of ``benchmarks/results``:
 ``group`` and ``case``; ``milliseconds`` of each contestant, of which ``ours`` are ours and
-``references`` are in no race; who was ``left out`` and why; ``errors``; ``per``, how many units of
-work a contestant did; ``floor``. Or, in place of all that, why it ``failed``.
+``references`` are in no race; who was ``left out`` and why; ``errors``; ``work`` and ``floor``. Or,
+in place of all that, why it ``failed``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ Row = dict[str, Any]
 
 
 def cost(row: Row, who: str, figure: str = "median") -> float:
-    """Milliseconds for one unit of work."""
-    return row["milliseconds"][who][figure] / row.get("per", {}).get(who, 1)
+    """Milliseconds."""
+    return row["milliseconds"][who][figure]
 
 
 def rivals(row: Row, figure: str = "median") -> dict[str, float]:

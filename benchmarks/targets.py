@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.tables import Row, best_rival, cost, digits, percent, rivals, share_of_floor
+from hessreg.gan import HSN1RConfig
 
 Results = dict[str, Any]
 
@@ -104,8 +105,7 @@ def relative_to(reference: str) -> Callable[[Results, Row], float | None]:
 
 def _floor(row: Row, rival: str) -> str:
     """How far a rival is from what memory allows."""
-    share = share_of_floor(row)
-    found = best_rival(row, [rival])
+    share, found = share_of_floor(row), best_rival(row, [rival])
     if share is None or found is None:
         return ""
     return (
@@ -217,7 +217,7 @@ def _spectral() -> Iterator[Target]:
     ]
     for operator, n, whom, rival, factor in asked:
         what = f"{operator}, 256 of n = {n}: faster than {whom}"
-        case = f"n = {n}"
+        case = f"256 of n = {n}"
         yield Target(what, "spectral", factor, than(rival), operator, case, why=_why_cold(rival))
     for n in (32, 64):
         yield Target(
@@ -226,7 +226,7 @@ def _spectral() -> Iterator[Target]:
             1.0,
             lambda results, row: row["errors"]["hessreg"] / row["errors"]["eigvalsh"],
             "symmetric_eigvalsh",
-            f"n = {n}",
+            f"256 of n = {n}",
             at_most=True,
         )
 
@@ -298,10 +298,16 @@ def _overhead(results: Results, row: Row) -> float:
 
 
 def _why_products(row: Row) -> str:
+    config = HSN1RConfig()
     return (
-        "the nuclear norms of both networks take some twenty Hessian-vector products and one"
-        " differentiated one, each about a gradient or more; `every` spreads them over steps"
+        f"each of the two networks' norms takes {config.num_steps} Hessian-vector products, each"
+        " of about a gradient, and the gradient of one, which takes several"
     )
+
+
+def _share_of_copy(row: Row) -> float | None:
+    copying = row.get("copy, milliseconds")
+    return None if copying is None else 100 * copying / cost(row, row["ours"][0])
 
 
 CPU = [*_projection(), *_gaussian(), *_spectral(), *_curvature(), *_training()]
@@ -312,7 +318,7 @@ GPU = [
         f"one direction, {_LARGE}: share of the bandwidth of a copy",
         "projection",
         85.0,
-        lambda results, row: _share_of_copy(results, row),
+        lambda results, row: _share_of_copy(row),
         "one direction",
         _LARGE,
         "%",
@@ -326,7 +332,10 @@ GPU = [
             "gaussian_kernel, forward",
             "d = 128, n = 8192",
         )
-        for whom, name, factor in (("cdist and exp", "cdist", 3.0), ("torch.compile", "compiled", 1.5))
+        for whom, name, factor in (
+            ("cdist and exp", "cdist", 3.0),
+            ("torch.compile", "compiled", 1.5),
+        )
     ),
     Target(
         "mmd2, forward+backward, d = 64, n = 16384: faster than the best of torch and KeOps",
@@ -343,7 +352,7 @@ GPU = [
             factor,
             than(name),
             operator,
-            "n = 32, 4096 matrices",
+            "4096 of n = 32",
         )
         for operator, whom, name, factor in (
             ("power_iteration", "the loop of `bmm`", "bmm", 20.0),
@@ -358,7 +367,7 @@ GPU = [
             "hvp",
             factor,
             than(name),
-            "Hessian-vector products in the parameters, eight vectors at once",
+            "Products with the Hessian in the parameters, eight vectors at once",
             "784-512-256-1, leaky_relu, batch 64",
         )
         for whom, name, factor in (
@@ -377,9 +386,3 @@ GPU = [
         at_most=True,
     ),
 ]
-
-
-def _share_of_copy(results: Results, row: Row) -> float | None:
-    rate = results.get("copied")
-    own = row["milliseconds"][row["ours"][0]]["median"]
-    return None if rate is None else 100 * row["work"]["bytes"] / (own / 1e3) / rate
