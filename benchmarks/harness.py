@@ -174,6 +174,8 @@ def run_suite(
     card = machine(args.device)
     print(f"{card['processor']}, torch {card['torch']}, {args.threads} thread(s), {args.device}")
     head = {"machine": card, "threads": args.threads, "quick": args.quick}
+    if args.json:
+        check_file(args.json, head)
     limits = measured_limits(args.json, head, args.device)
     made = suite(args)
     rows: list[dict[str, Any]] = []
@@ -358,21 +360,26 @@ _SAME = ("processor", "cores", "gpu", "torch")  # of a card: what is measured on
 
 
 def save(path: Path, results: dict[str, Any]) -> None:
-    """Writes JSON whole or not at all.
-
-    Of a file that is there, the suites in ``results`` are replaced; the others stay, if they were
-    measured on the same machine with as many threads.
-    """
+    """Writes JSON whole or not at all; suites of the file that are not in ``results`` stay."""
     others = json.loads(path.read_text()) if path.exists() else {}
-    if others and not same_machine(others, results):
-        print(f"{path} was of another machine or kind of run and is written anew")
-        others = {}
     suites = {**others.get("suites", {}), **results["suites"]}
     text = json.dumps({**others, **results, "suites": suites}, indent=1) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(text)
     unfinished.replace(path)
+
+
+def check_file(path: Path, head: dict[str, Any]) -> None:
+    """Ends the program if the file that is there is of something else."""
+    if not path.exists():
+        return
+    try:
+        fits = same_machine(json.loads(path.read_text()), head)
+    except (ValueError, KeyError, TypeError):
+        fits = False
+    if not fits:
+        sys.exit(f"{path} is not of this machine and this kind of run: name another file")
 
 
 def same_machine(a: dict[str, Any], b: dict[str, Any]) -> bool:

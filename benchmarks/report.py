@@ -29,8 +29,10 @@ hessreg bench --json runs/bench.json                    # all: tables, JSON and 
 ```
 
 The command needs a checkout of the source; `pip install '.[bench]'` brings the rivals, and who is
-not installed is named. `make bench` installs them and writes `benchmarks/results/<machine>.json`,
-from which `python -m benchmarks.report` makes this page and the table in the README. One suite alone:
+not installed is named. `make bench` installs them and writes `runs/bench.json` in at most 20
+minutes; what fails or has no time left is named, and `make bench FAMILY=curvature,hvp` measures it
+into the same file. From the files in `benchmarks/results`, one for each machine,
+`python -m benchmarks.report` makes this page and the table in the README. One suite alone:
 `python -m benchmarks.bench_spectral --help`. Two commits against each other:
 `python -m benchmarks.compare BASE HEAD`. Instructions of the CPU kernels, which do not depend on
 what else a machine does, against stated bounds: `make instruction-check` (needs valgrind).
@@ -69,8 +71,8 @@ matrices) or is *missing* (not installed). A run of more than 5 s is timed once.
 **Symmetric eigenproblems.** Batches of float32 matrices; 30 iterations or steps.
 
 **Corrected steps.** All contestants in float64: `eigh` is LAPACK's eigendecomposition, `lanczos`
-our own Lanczos with its tridiagonal eigenproblem, `complex solve` the shifted system, `cholesky` the
-normal equations. The errors are relative, where |H| / eps is 1e6.
+our own Lanczos with its tridiagonal eigenproblem, `complex solve` the shifted system, `cholesky`
+the normal equations. The errors are relative, where |H| / eps is 1e6.
 
 **Hessian-vector products.** All but those "from scratch" keep from product to product what they
 can; `by hand` is the R-operator in plain torch.
@@ -88,9 +90,9 @@ penalties, too, as the trainer does.
 **Regularisers in a step.** The methods of `hessreg compare` with the defaults of `hessreg train`,
 against the step without any.
 
-What whole programs were asked to do in a time has its figures elsewhere: eight modes with 90 % of the
-samples in two minutes in [training.md](training.md), style transfer in five in [style.md](style.md),
-twenty trials of a search by two workers in ten in [tuning.md](tuning.md).
+What whole programs were asked to do in a time has its figures elsewhere: eight modes with 90 % of
+the samples in two minutes in [training.md](training.md), style transfer in five in
+[style.md](style.md), twenty trials of a search by two workers in ten in [tuning.md](tuning.md).
 """
 
 
@@ -280,8 +282,17 @@ def _highlight(suites: Any, what: str, suite: str, group: str, case: str) -> lis
     rival = best_rival(row) if row else None
     if row is None or rival is None:
         return []
+    who, ratio = rival
     own = digits(row["milliseconds"][row["ours"][0]]["median"])
-    return [[what, own, f"{digits(rival[1])} x (`{rival[0]}`)"]]
+    return [[what, own, f"{digits(ratio)} x (`{who}`{_less_exact(row, who)})"]]
+
+
+def _less_exact(row: Row, who: str) -> str:
+    """The rival's error, where it is ten times ours."""
+    errors = row["errors"]
+    if who not in errors or errors[who] < 10 * errors[row["ours"][0]]:
+        return ""
+    return f", error {errors[who]:.0e}, ours {errors[row['ours'][0]]:.0e}"
 
 
 def with_table(readme: str) -> str:

@@ -1,7 +1,7 @@
 """Every row of a file in one line each, and as bars: ``python -m benchmarks.summary FILE.json``.
 
-The picture lies beside the file: how many times as long as ours the fastest rival of each row takes,
-also where it wins.
+The picture lies beside the file: how many times as long as ours the fastest rival of each row
+takes, also where it wins.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def lines(results: dict[str, Any]) -> list[str]:
     for name, suite in results["suites"].items():
         found += [
             "",
-            f"{name}: ours, floor reached, and how many times as long the fastest rival takes",
+            f"{name}: ours, the floor reached, and how many times as long the fastest rival takes",
         ]
         found += [f"  {_line(row)}" for row in suite["cases"]]
     return [*found, "", "asked for", *_asked(results)]
