@@ -188,7 +188,7 @@ class Spectral(Suite):
     """Batched eigenproblems."""
 
     name = "spectral"
-    rounds = 40
+    rounds = 30
 
     def cases(self) -> list[Case]:
         """All, or the smallest of each."""

@@ -221,7 +221,7 @@ def _when() -> dict[str, Any]:
 # ---- timing ------------------------------------------------------------------------------------
 
 _FLUSH_BYTES = 128 << 20  # more than the caches hold
-_SLOW = 5.0  # seconds: who takes more runs once
+_SLOW = 2.0  # seconds: who takes more runs once
 _FEWEST = 3  # runs of everyone else
 _SMALL = 1.0  # milliseconds: on a GPU, whoever takes less is replayed as a graph, too
 

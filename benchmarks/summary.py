@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import Row, best_rival, digits, percent, share_of_floor
+from benchmarks.tables import Row, best_rival, digits, less_exact, percent, share_of_floor
 from benchmarks.targets import CPU, GPU
 
 _AHEAD, _BEHIND = "#2f7d4f", "#b5443a"
@@ -35,7 +35,7 @@ def _line(row: Row) -> str:
         return f"{title:88s} {row.get('failed', 'left out')}"
     own = f"{digits(row['milliseconds'][row['ours'][0]]['median'])} ms"
     rival = best_rival(row)
-    other = f"{digits(rival[1]):>6s} x {rival[0]}" if rival else ""
+    other = f"{digits(rival[1]):>6s} x {rival[0]}{less_exact(row, rival[0])}" if rival else ""
     missing = [who for who, why in row["left out"].items() if why.startswith("missing")]
     absent = f"   not installed: {', '.join(missing)}" if missing else ""
     loses = "   (wins)" if rival and rival[1] < 1 else ""
@@ -65,7 +65,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     if not bars:
         return
     titles, ratios = zip(*bars, strict=True)
-    figure, axes = plt.subplots(figsize=(11, 1.2 + 0.19 * len(bars)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(13, 1.2 + 0.19 * len(bars)), layout="constrained")
     colours = [_AHEAD if ratio >= 1 else _BEHIND for ratio in ratios]
     places = range(len(bars))
     axes.barh(places, [r - 1 for r in ratios], left=1, color=colours, height=0.75)
@@ -91,7 +91,8 @@ def _bars(results: dict[str, Any]) -> list[tuple[str, float]]:
         for row in suite["cases"]:
             rival = None if "failed" in row else best_rival(row)
             if rival is not None:
-                found.append((f"{row['group']}: {row['case']} ({rival[0]})"[:100], rival[1]))
+                who = rival[0] + less_exact(row, rival[0])
+                found.append((f"{row['group']}: {row['case']} ({who})", rival[1]))
     return found
 
 

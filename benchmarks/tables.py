@@ -35,6 +35,14 @@ def best_rival(row: Row, among: Sequence[str] = ()) -> tuple[str, float] | None:
     return min(((who, found[who]) for who in names), key=lambda pair: pair[1], default=None)
 
 
+def less_exact(row: Row, who: str) -> str:
+    """A rival's error, where it is ten times ours, to stand behind its name."""
+    errors = row["errors"]
+    if who not in errors or errors[who] < 10 * errors[row["ours"][0]]:
+        return ""
+    return f", error {errors[who]:.0e}, ours {errors[row['ours'][0]]:.0e}"
+
+
 def share_of_floor(row: Row) -> float | None:
     """What nobody could stay below, as a share of what we take."""
     if not row.get("floor") or not row.get("ours"):

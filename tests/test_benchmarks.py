@@ -87,6 +87,13 @@ def test_every_line_of_a_table_has_as_many_cells():
     assert len({line.count("|") for line in lines}) == 1
 
 
+def test_a_rival_that_errs_more_is_shown_with_its_error():
+    errors = {"hessreg": 1e-10, "fast": 2e-5, "slow": 5e-10}
+    assert tables.less_exact(row(errors=errors), "fast") == ", error 2e-05, ours 1e-10"
+    assert tables.less_exact(row(errors=errors), "slow") == ""
+    assert tables.less_exact(row(), "fast") == ""
+
+
 @pytest.mark.parametrize(
     ("number", "text"),
     [

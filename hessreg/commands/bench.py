@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["FAMILIES", "make_parser", "run"]
 
 FAMILIES = (
-    *("projection", "gaussian", "spectral", "hvp"),
-    *("curvature", "correction", "regularizers", "training"),
+    *("projection", "spectral", "hvp", "curvature"),
+    *("correction", "regularizers", "training", "gaussian"),
 )
 _MAX_THREADS = 1024
 
@@ -99,6 +99,8 @@ def _results_file(text: str) -> Path:
     path = Path(text or time.strftime("runs/bench-%Y%m%d-%H%M%S.json"))
     if path.suffix != ".json":
         raise InputError(f"json must be a file name that ends in .json, got {text!r}")
+    if path.is_dir():
+        raise InputError(f"json: {path} is a folder, not a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.resolve()
 
