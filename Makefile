@@ -1,7 +1,8 @@
 # make demo    train a GAN on handwritten digits, with and without regularisation, and compare
 # make style   paint one of scikit-learn's photographs in the style of the other
 # make test    every test, on every backend this machine has
-# make lint | bench | gpu-check | package-check | clean
+# make bench   everything against its rivals and the limits of the machine
+# make lint | instruction-check | gpu-check | package-check | clean
 PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
@@ -9,7 +10,7 @@ SECONDS_EACH ?= 40
 SOURCES := $(shell find csrc -type f)
 
 .DEFAULT_GOAL := test
-.PHONY: demo style test lint format bench gpu-check package-check emulator-check clean
+.PHONY: demo style test lint format bench instruction-check gpu-check package-check emulator-check clean
 
 .venv/dependencies: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -40,19 +41,25 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	find csrc tests -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+	find benchmarks csrc tests -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
 	  | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	find csrc tests -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
+	find benchmarks csrc tests -name '*.h' -o -name '*.hpp' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \
 	  | xargs $(BIN)/clang-format -i
 
+# At most 20 minutes, rivals included; FAMILY=... measures some of it anew, into the same file.
+RESULTS ?= runs/bench.json
+FAMILY ?= all
 bench: .venv/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[bench]'
-	for name in projection gaussian spectral hvp curvature correction; do \
-	  $(BIN)/python -m benchmarks.bench_$$name || exit 1; done
+	$(BIN)/hessreg bench --family $(FAMILY) --json $(RESULTS)
+
+# Instructions of the CPU kernels against their bounds; skipped where valgrind is not installed.
+instruction-check: .venv/installed
+	$(BIN)/python -m benchmarks.instructions
 
 # On a machine with a GPU, its torch and toolkit, and no network: nothing is installed.
 gpu-check:

@@ -9,13 +9,14 @@ once more where |H| / eps is 1e6, which the normal equations square.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import hessreg
-from benchmarks.harness import measure, run_cases, save
+from benchmarks.harness import Contest, Runs, Suite, run_suite
+from benchmarks.limits import Work
 from hessreg.optim import solve_corrected
 
 OURS = "hessreg"
@@ -23,7 +24,6 @@ BATCHES = (64, 1024)
 SIZES = (8, 16, 32, 64)
 EPS, MU = 1.0, 1.0
 TOLERANCE = 1e-10  # of the step, for all who compute in float64
-Runs = dict[str, Callable[[], Tensor]]
 
 
 class Case(NamedTuple):
@@ -127,52 +127,45 @@ def contestants(H: Tensor, g: Tensor) -> Runs:
     return {OURS: lambda: solve_corrected(H, g, EPS, mu=MU), **rivals}
 
 
-def run(case: Case, rounds: int, device: str) -> dict[str, Any]:
-    """Checks and measures one case."""
-    H, g = problem(case, device)
-    truth = eigh(H.double(), g.double())
-    runs = contestants(H, g)
-    errors = {who: worst(way(), truth) for who, way in runs.items()}
-    most = max(TOLERANCE, 8 * torch.finfo(g.dtype).eps)
-    for who, found in errors.items():
-        assert found <= most, f"{case}: {who} is off by {found:.2g}"
-    hard = ill_conditioned(case, device)
-    truth = tall_least_squares(*hard)
-    hard_errors = {who: worst(way(), truth) for who, way in contestants(*hard).items()}
-    times = measure(runs, rounds=rounds, device=device, cold=False, seconds=1.0)
-    ours = times[OURS]["median"]
-    ratios = {who: t["median"] / ours for who, t in times.items() if who != OURS}
-    return {
-        **case._asdict(),
-        "milliseconds": times,
-        "times ours": ratios,
-        "largest error": errors,
-        "error at 1e6": hard_errors,
-    }
-
-
 def worst(steps: Tensor, truth: Tensor) -> float:
     """The largest relative error of a step."""
     return ((steps.double() - truth).norm(dim=-1) / truth.norm(dim=-1)).max().item()
 
 
-def show(result: dict[str, Any]) -> None:
-    """Prints one case as a table."""
-    print(f"\nsolve_corrected, {result['dtype']}, {result['batch']} matrices, n = {result['n']}")
-    for who, times in result["milliseconds"].items():
-        note = "" if who == OURS else f"{result['times ours'][who]:6.2f} x our time"
-        spread = f"({times['low']:.3f} - {times['high']:.3f})"
-        errors = result["largest error"][who], result["error at 1e6"][who]
-        off = "error {:.1e}, at 1e6 {:.1e}".format(*errors)
-        print(f"  {who:14s} {times['median']:9.3f} ms {spread:22s} {off}  {note}")
+def work(case: Case) -> Work:
+    """Of an eigendecomposition with its vectors, and two products with them, in float64."""
+    n, size = case.n, 4 if case.dtype == "float32" else 8
+    flops = case.batch * (10 * n**3 / 3 + 4 * n**2)
+    return Work(bytes=size * case.batch * (n**2 + 2 * n), flops=flops, dtype="float64")
 
 
-def main() -> None:
-    """Runs every case."""
-    args, card, cases = run_cases(__doc__.splitlines()[0], CASES, run, show)
-    if args.json:
-        save(args.json, {"machine": card, "threads": args.threads, "correction": {"cases": cases}})
+class Correction(Suite):
+    """Corrected steps for batches of matrices."""
+
+    name = "correction"
+    rounds = 40
+    seconds = 0.5
+
+    def cases(self) -> list[Case]:
+        """All, or a small one."""
+        return [case for case in CASES if not self.args.quick or (case.batch, case.n) == (64, 16)]
+
+    def contest(self, case: Case) -> Contest:
+        """Compares everyone with float64 by definition."""
+        H, g = problem(case, self.device)
+        truth = eigh(H.double(), g.double())
+        runs = self.admitted(contestants(H, g), [OURS])
+        most = max(TOLERANCE, 8 * torch.finfo(g.dtype).eps)
+        for who, way in runs.items():
+            found = worst(way(), truth)
+            if not found <= most:
+                raise ArithmeticError(f"{case}: {who} is off by {found:.2g}")
+        hard = ill_conditioned(case, self.device)
+        truth, everyone = tall_least_squares(*hard), contestants(*hard)
+        errors = {who: worst(everyone[who](), truth) for who in runs}
+        title = f"{case.dtype}, {case.batch} of n = {case.n}"
+        return Contest("solve_corrected", title, runs, [OURS], work(case), errors=errors)
 
 
 if __name__ == "__main__":
-    main()
+    run_suite(Correction)

@@ -5,43 +5,31 @@ for a multilayer perceptron and for a convolutional discriminator. Everyone mult
 matrix: all networks are in evaluation mode, because PyHessian forces it. The unit is one gradient
 of the loss, measured in the same rounds; the error is against a converged float64 computation, the
 median over random starts.
-
-And what HSN1R adds to the training steps of `hessreg train digits`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import io
 import statistics
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.harness import keep_memory, machine, measure, options, save
+from benchmarks.harness import Contest, Runs, Suite, run_suite
+from benchmarks.limits import Work, counted_work
 from hessreg.curvature import HessianOperator, eigenvalues, power_iteration
-from hessreg.gan import HSN1RConfig, TrainConfig
-from hessreg.gan.building import build_trainer
-from hessreg.gan.tasks import load_dataset
-from hessreg.gan.trainer import Trainer
 
 BUDGET = 20  # products
-
-# Who must be how many times slower, best way of each: network -> rival -> factor.
-ASKED = {
-    "mlp": {"PyHessian": 1.6, "eigenthings": 2.5, "curvlinops": 4.0},
-    "dcgan": {"PyHessian": 1.1, "eigenthings": 1.4, "curvlinops": 1.9},
-}
 VECTORS = 8
-ASKED_PER_VECTOR = 1.2  # gradients
 STARTS = 5  # random ones, for the errors
-STEPS = 16  # of training at a time
-ASKED_OF_TRAINING = {1: 4.0, 16: 1.3}  # every so many steps -> times a plain step
 
 
 class Problem:
@@ -228,14 +216,15 @@ CONTESTANTS: dict[str, Callable[[Problem, int], float]] = {
 }
 
 
-def compared(name: str, case: dict[str, Any]) -> float:
-    """The fastest way of a rival, in times of our fastest one with no larger an error."""
-    times = {who: t["median"] for who, t in case["milliseconds"].items()}
-    errors = case["relative error"]
-    rival = min((who for who in times if who.startswith(name)), key=lambda who: times[who])
-    limit = 1.01 * errors[rival]  # the same iteration rounds differently
-    ways = [t for who, t in times.items() if who.startswith("hessreg") and errors[who] <= limit]
-    return times[rival] / min(ways)
+# Where to find the rivals: in the names of their contestants -> package.
+PACKAGES = {"PyHessian": "pyhessian", "eigenthings": "hessian_eigenthings"}
+PACKAGES |= {"curvlinops": "curvlinops"}
+
+
+def missing_packages() -> dict[str, str]:
+    """Who is not installed."""
+    missing = [who for who, name in PACKAGES.items() if importlib.util.find_spec(name) is None]
+    return {who: "missing: not installed" for who in CONTESTANTS if who.startswith(tuple(missing))}
 
 
 # ---- measurements ------------------------------------------------------------------------------
@@ -247,26 +236,6 @@ def repeat(run: Callable[[], Any], times: int) -> None:
         run()
 
 
-def top_eigenvalue(name: str, rounds: int, device: str) -> dict[str, Any]:
-    """Everyone's time, in milliseconds and in gradients, and error."""
-    problem = NETWORKS[name](device)
-    exact = eigenvalues(problem.double().operator(), tol=1e-10).values.item()
-    errors = {who: error_of(run, problem, exact) for who, run in CONTESTANTS.items()}
-    runs: dict[str, Callable[[], Any]] = {
-        who: lambda run=run: run(problem, 0) for who, run in CONTESTANTS.items()
-    }
-    runs["20 gradients"] = lambda: repeat(problem.gradient, BUDGET)
-    times = measure(runs, rounds=rounds, device=device, cold=False)
-    unit = times.pop("20 gradients")["median"]
-    return {
-        "network": name,
-        "milliseconds": times,
-        "gradient, milliseconds": unit / BUDGET,
-        "gradients per product": {who: t["median"] / unit for who, t in times.items()},
-        "relative error": errors,
-    }
-
-
 def error_of(run: Callable[[Problem, int], float], problem: Problem, exact: float) -> float:
     """The median of the relative errors from some random starts."""
     errors = []
@@ -276,116 +245,79 @@ def error_of(run: Callable[[Problem, int], float], problem: Problem, exact: floa
     return statistics.median(errors)
 
 
-def several_vectors(rounds: int, device: str) -> dict[str, Any]:
-    """The cost of each of k vectors multiplied at once, in gradients."""
-    problem = mlp(device)
-    op = problem.operator()
-    V = torch.randn(op.shape[0], VECTORS, device=device)
-    rows = V.mT.contiguous()
-    params = problem.params
-    grads = torch.autograd.grad(problem.loss(), params, create_graph=True)
-    parts = [
-        part.reshape(VECTORS, *p.shape)
-        for part, p in zip(rows.split([p.numel() for p in params], 1), params, strict=True)
-    ]
-    runs: dict[str, Callable[[], Any]] = {
-        "matmat": lambda: op.matmat(V),
-        "matvec": lambda: torch.stack([op.matvec(v) for v in rows]),
-        "is_grads_batched": lambda: torch.autograd.grad(
-            grads, params, parts, retain_graph=True, is_grads_batched=True
-        ),
-        "gradients": lambda: repeat(problem.gradient, VECTORS),
-    }
-    times = measure(runs, rounds=rounds, device=device, cold=False)
-    unit = times["gradients"]["median"]
-    return {
-        "milliseconds": times,
-        "gradients per vector": {who: t["median"] / unit for who, t in times.items()},
-    }
+TOP = "Largest eigenvalue of a loss Hessian, 20 products"
+GRADIENTS = "as many gradients"
 
 
-def training(rounds: int, device: str) -> dict[str, Any]:
-    """What a step of `hessreg train digits` takes, with and without HSN1R."""
-    trainers = {"plain": digits_trainer("none", 1, device)}
-    for every in ASKED_OF_TRAINING:
-        trainers[f"every={every}"] = digits_trainer("hsn1r", every, device)
-    runs = {name: lambda t=t: repeat(t.step, STEPS) for name, t in trainers.items()}
-    times = measure(runs, rounds=rounds, device=device, cold=False)
-    return {
-        "milliseconds": {
-            name: {k: ms / STEPS for k, ms in each.items()} for name, each in times.items()
-        },
-        "plain steps": {
-            name: each["median"] / times["plain"]["median"] for name, each in times.items()
-        },
-    }
+class Curvature(Suite):
+    """Curvature of networks."""
 
+    name = "curvature"
+    rounds = 20
+    seconds = 2.0
 
-def digits_trainer(regularizer: str, every: int, device: str) -> Trainer:
-    """The trainer of the command line."""
-    config = TrainConfig(regularizer=regularizer, device=device, hsn1r=HSN1RConfig(every=every))
-    return build_trainer(config, load_dataset(config.dataset))
+    def cases(self) -> list[str]:
+        """Networks, and several vectors at once."""
+        return ["mlp"] if self.args.quick else [*NETWORKS, "several vectors"]
 
-
-def requirements(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the numbers are held to, with what was measured."""
-    found = []
-    for case in results["top eigenvalue"]:
-        for rival, factor in ASKED[case["network"]].items():
-            what = f"{case['network']}, top eigenvalue: times as slow as ours is {rival}"
-            found.append({"what": what, "asked": factor, "measured": compared(rival, case)})
-    measured = results["several vectors"]["gradients per vector"]["matmat"]
-    what = f"mlp, {VECTORS} vectors at once: gradients per vector, at most"
-    found.append({"what": what, "asked": ASKED_PER_VECTOR, "measured": measured})
-    for every, factor in ASKED_OF_TRAINING.items():
-        what = f"digits, HSN1R with every={every}: plain steps, at most"
-        measured = results["training"]["plain steps"][f"every={every}"]
-        found.append({"what": what, "asked": factor, "measured": measured})
-    return found
-
-
-# ---- output ------------------------------------------------------------------------------------
-
-
-def show(case: dict[str, Any]) -> None:
-    """Prints one network as a table."""
-    print(f"\n{case['network']}: one gradient {case['gradient, milliseconds']:.2f} ms")
-    for who, t in case["milliseconds"].items():
-        spread = f"({t['low']:.1f} - {t['high']:.1f})"
-        cost = case["gradients per product"][who]
-        print(
-            f"  {who:24s} {t['median']:8.1f} ms {spread:18s} {cost:5.2f} gradients per product"
-            f"   error {case['relative error'][who]:.1e}"
-        )
-
-
-def show_requirements(results: dict[str, Any]) -> None:
-    """Prints what was asked and what was measured."""
-    print("\nrequirements")
-    for row in results["requirements"]:
-        print(f"  {row['what']:60s} asked {row['asked']:5.2f}   {row['measured']:.2f}")
-
-
-def main() -> None:
-    """Runs every case."""
-    keep_memory()
-    args = options(__doc__.splitlines()[0])
-    torch.set_num_threads(args.threads)
-    warnings.filterwarnings("ignore", category=UserWarning)  # PyHessian's create_graph
-    card = machine(args.device)
-    print(f"{card['processor']}, torch {card['torch']}, {args.threads} thread(s), {args.device}")
-    results: dict[str, Any] = {"top eigenvalue": []}
-    for name in NETWORKS:
+    def contest(self, case: str) -> Contest:
+        """Prepares a network."""
+        warnings.filterwarnings("ignore", category=UserWarning)  # PyHessian's create_graph
         torch.manual_seed(0)
-        results["top eigenvalue"].append(top_eigenvalue(name, args.rounds, args.device))
-        show(results["top eigenvalue"][-1])
-    results["several vectors"] = several_vectors(args.rounds, args.device)
-    results["training"] = training(args.rounds, args.device)
-    results["requirements"] = requirements(results)
-    show_requirements(results)
-    if args.json:
-        save(args.json, {"machine": card, "threads": args.threads, "curvature": results})
+        return self.vectors() if case == "several vectors" else self.top_eigenvalue(case)
+
+    def top_eigenvalue(self, name: str) -> Contest:
+        """Everyone's time and error."""
+        problem = NETWORKS[name](self.device)
+        missing = missing_packages()
+        ours = [who for who in CONTESTANTS if who.startswith("hessreg")]
+        everyone = {
+            who: lambda run=run: run(problem, 0)
+            for who, run in CONTESTANTS.items()
+            if who not in missing
+        }
+        runs = self.admitted(everyone, ours)
+        exact = eigenvalues(problem.double().operator(), tol=1e-10).values.item()
+        errors = {who: error_of(CONTESTANTS[who], problem, exact) for who in runs}
+        runs[GRADIENTS] = lambda: repeat(problem.gradient, BUDGET)
+        work = counted_work(lambda: retained_graph(problem, 0), problem.params)
+        return Contest(TOP, name, runs, ours, work, [GRADIENTS], left_out=missing, errors=errors)
+
+    def vectors(self) -> Contest:
+        """Each of k vectors multiplied at once."""
+        problem = mlp(self.device)
+        op, params = problem.operator(), problem.params
+        V = torch.randn(op.shape[0], VECTORS, device=self.device)
+        rows = V.mT.contiguous()
+        grads = torch.autograd.grad(problem.loss(), params, create_graph=True)
+        cut = rows.split([p.numel() for p in params], 1)
+        parts = [part.reshape(VECTORS, *p.shape) for part, p in zip(cut, params, strict=True)]
+
+        def batched() -> Any:
+            how = {"retain_graph": True, "is_grads_batched": True}
+            return torch.autograd.grad(grads, params, parts, **how)
+
+        one_by_one = "hessreg, one by one"
+        runs: Runs = {
+            "hessreg": lambda: op.matmat(V),
+            one_by_one: lambda: torch.stack([op.matvec(v) for v in rows]),
+            "is_grads_batched": batched,
+            GRADIENTS: lambda: repeat(problem.gradient, VECTORS),
+        }
+        work = _several(counted_work(lambda: retained_product(grads, params, parts), params))
+        runs = self.admitted(runs, ["hessreg", one_by_one], [GRADIENTS])
+        group = f"{VECTORS} vectors at once, times a Hessian of the loss"
+        return Contest(group, "mlp", runs, ["hessreg", one_by_one], work, [GRADIENTS])
+
+
+def retained_product(grads: Any, params: list[Tensor], parts: list[Tensor]) -> Any:
+    """One of the products."""
+    return torch.autograd.grad(grads, params, [p[0] for p in parts], retain_graph=True)
+
+
+def _several(work: Work) -> Work:
+    return replace(work, bytes=VECTORS * work.bytes, flops=VECTORS * work.flops)
 
 
 if __name__ == "__main__":
-    main()
+    run_suite(Curvature)

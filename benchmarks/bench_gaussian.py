@@ -9,11 +9,9 @@ each with its cotangent, so that what works in chunks may finish one before it b
 from __future__ import annotations
 
 import argparse
-import ctypes
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -27,21 +25,22 @@ from torch import Tensor
 
 import hessreg
 from benchmarks.harness import (
+    Contest,
+    Suite,
     as_it_comes,
-    keep_memory,
-    machine,
     measure,
-    options,
-    save,
+    run_suite,
     time_once,
 )
+from benchmarks.limits import Work
+from benchmarks.processes import alone, giving_memory_back, peak_growth
 
 OURS = "hessreg"
 TORCH = ("broadcast", "expanded", "cdist", "chunked", "compiled")
 PACKAGES = {"pykeops": "pykeops", "gpytorch": "gpytorch", "geomloss": "geomloss"}
 
-SLOWEST = 20.0  # seconds a run; slower contestants are left out
-SECONDS = 1.0  # for each contestant of a case, about
+SLOWEST = 8.0  # seconds a run; slower contestants are left out
+SECONDS = 0.5  # for each contestant of a case, about
 CHECKED = 1.0  # seconds: slower runs are checked at smaller sizes only
 CHECKED_AT = 128  # points, for the comparison with float64
 TOLERANCE = 1e-3
@@ -72,6 +71,7 @@ CASES = [
         for d in (2, 64, 784)
         for n in (256, 1024, 4096, 16384)
         for w in DERIVATIVES
+        if n <= 4096 or (w != "hvp" and d < 784)  # the rest takes minutes
     ),
     *(
         Case(operator, w, 64, n)
@@ -80,6 +80,7 @@ CASES = [
         for w in DERIVATIVES[:2]
     ),
 ]
+FOR_A_GPU = [Case("gaussian_kernel", "forward", 128, 8192)]
 LARGE = [
     Case(operator, w, 16, 100_000)
     for operator in ("mmd2", "gaussian_kernel_matvec")
@@ -346,6 +347,8 @@ def why_wrong(case: Case, who: str, device: str) -> str | None:
     package = PACKAGES.get(who)
     if package and importlib.util.find_spec(package) is None:
         return "missing: not installed"
+    if who == "compiled" and case.derivative != "hvp":
+        return None  # compiling takes seconds, and it is compared at every size
     s = setting(case.operator, case.d, CHECKED_AT, device)
     torch._functorch.config.donated_buffer = False  # its message would hide what cannot be done
     try:
@@ -404,27 +407,57 @@ class Field:
 # ---- one case ----------------------------------------------------------------------------------
 
 
-def run(case: Case, field: Field, rounds: int, gigaflops: float) -> dict[str, Any]:
-    """Measures one case among those who agree with float64 and with each other."""
-    s = setting(case.operator, case.d, case.n, field.device)
-    everyone = OPERATORS[case.operator](s.gamma, s.cotangent)
-    reasons = {who: field.why_not(case, who) for who in everyone}
-    everyone = OPERATORS[case.operator](s.gamma, s.cotangent)  # the checks have compiled others
-    act = RUNS[case.derivative]
-    if reasons[OURS]:  # nothing to compare with
-        reasons = {who: reason or "alone: ours is left out" for who, reason in reasons.items()}
-    runs = {
-        who: partial(act, pieces, s.inputs, s.directions)
-        for who, pieces in everyone.items()
-        if reasons[who] is None
-    }
-    reasons |= disagreements(case, field, runs)
-    runs = {who: run for who, run in runs.items() if reasons[who] is None}
-    runs.get("compiled", tuple)()  # large ones were not checked, so not compiled yet
-    times = measure(runs, rounds=rounds, device=field.device, cold=False, seconds=SECONDS)
-    field.timed(case, times)
-    left_out = {who: reason for who, reason in reasons.items() if reason}
-    return {**case._asdict(), **figures(case, times, gigaflops), "left out": left_out}
+class Gaussian(Suite):
+    """Gaussian kernels and MMD."""
+
+    name = "gaussian"
+    seconds = SECONDS
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__(args)
+        prepare(args.threads)
+        self.field = Field(args.device)
+
+    def cases(self) -> list[Case]:
+        """All, or those of the smallest samples."""
+        cases = CASES + (FOR_A_GPU if self.device != "cpu" else [])
+        return [case for case in cases if not self.args.quick or (case.d, case.n) == (2, 256)]
+
+    def contest(self, case: Case) -> Contest:
+        """Those who agree with float64 and with each other."""
+        s = setting(case.operator, case.d, case.n, self.device)
+        everyone = OPERATORS[case.operator](s.gamma, s.cotangent)
+        reasons = {
+            who: self.field.why_not(case, who) for who in self.admitted(dict(everyone), [OURS])
+        }
+        everyone = OPERATORS[case.operator](s.gamma, s.cotangent)  # the checks have compiled others
+        act = RUNS[case.derivative]
+        if reasons[OURS]:  # nothing to compare with
+            reasons = {who: reason or "alone: ours is left out" for who, reason in reasons.items()}
+        runs = {
+            who: partial(act, everyone[who], s.inputs, s.directions)
+            for who, reason in reasons.items()
+            if reason is None
+        }
+        reasons |= disagreements(case, self.field, runs)
+        runs = {who: run for who, run in runs.items() if reasons[who] is None}
+        runs.get("compiled", tuple)()  # large ones were not checked, so not compiled yet
+        left_out = {who: reason for who, reason in reasons.items() if reason}
+        group, title = f"{case.operator}, {case.derivative}", f"d = {case.d}, n = {case.n}"
+        return Contest(group, title, runs, [OURS], work(case), left_out=left_out)
+
+    def measured(self, case: Case, row: dict[str, Any]) -> None:
+        """Keeps the times for the sizes to come."""
+        self.field.timed(case, row["milliseconds"])
+
+    def extras(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """What takes processes of its own."""
+        if self.args.quick:
+            return {}
+        results: dict[str, Any] = {}
+        if self.device == "cpu":
+            results["allocator as it comes"] = eager_as_it_comes(self.args)
+        return {**results, "memory": memory(self.args), "large": large(self.args)}
 
 
 def disagreements(case: Case, field: Field, runs: dict[str, Any]) -> dict[str, str | None]:
@@ -442,84 +475,49 @@ def disagreements(case: Case, field: Field, runs: dict[str, Any]) -> dict[str, s
     return reasons
 
 
-def figures(case: Case, times: dict[str, dict[str, float]], gigaflops: float) -> dict[str, Any]:
-    """The times, and what follows from them."""
-    rivals = {who: t["median"] for who, t in times.items() if who != OURS}
-    if OURS not in times:
-        return {"milliseconds": times}
-    ours = times[OURS]["median"]
-    torch_times = [t for who, t in rivals.items() if who in TORCH]
-    result: dict[str, Any] = {
-        "milliseconds": times,
-        "times ours": {who: t / ours for who, t in rivals.items()},
-        "best torch": min(torch_times) / ours if torch_times else None,
-    }
-    if case.derivative != "hvp":
-        rate = flop(case) / ours / 1e6
-        result |= {"gigaflops": rate, "share of torch.mm": rate / gigaflops}
-    return result
+# Inner products of length d for each pair: of the points; then of the weights with the points, for
+# both gradients; then what the second derivative takes (t, and two sums for each sample).
+_PRODUCTS = {"forward": 1, "forward+backward": 3, "hvp": 7}
 
 
-def flop(case: Case) -> float:
-    """Of the products ``<x_i, y_j>`` alone, each pair once; three times as many with backward."""
+def work(case: Case) -> Work:
+    """Each pair once: two halves of a square, and the pairs across."""
     pairs = 2 * case.n**2 if case.operator == "mmd2" else case.n**2
-    return pairs * 2 * case.d * (3 if case.derivative == "forward+backward" else 1)
-
-
-def matmul_gigaflops(device: str) -> float:
-    """What torch.mm reaches here: the reference for our own rate."""
-    a, b = (torch.randn(2048, 2048, device=device) for _ in range(2))
-    times = measure({"mm": lambda: a @ b}, rounds=10, device=device, cold=False)
-    return 2 * 2048**3 / times["mm"]["median"] / 1e6
-
-
-def show(result: dict[str, Any]) -> None:
-    """Prints one case."""
-    case = Case(*(result[field] for field in Case._fields))
-    print(f"\n{case}", flush=True)
-    for who, t in result["milliseconds"].items():
-        spread = f"({t['low']:.3f} - {t['high']:.3f})"
-        ratio = result.get("times ours", {}).get(who)
-        note = "" if ratio is None else f"   {ratio:6.2f} x our time"
-        print(f"  {who:10s} {t['median']:11.3f} ms {spread:25s}{note}")
-    for who, reason in result["left out"].items():
-        print(f"  {who:10s} left out: {reason}")
-    if "gigaflops" in result:
-        share = f"{100 * result['share of torch.mm']:.0f} % of torch.mm's"
-        print(f"  {result['gigaflops']:.1f} GFLOP/s of inner products, {share}", flush=True)
+    flops = pairs * 2 * case.d * _PRODUCTS[case.derivative]
+    num_bytes = 4 * 2 * case.n * case.d
+    if case.derivative != "forward":
+        num_bytes *= 2
+    if case.operator == "gaussian_kernel":  # written; then its cotangent is read
+        num_bytes += 4 * case.n**2 * (1 if case.derivative == "forward" else 2)
+    return Work(num_bytes, flops, pairs)
 
 
 # ---- what needs a process of its own -----------------------------------------------------------
 
 
-def alone(job: str, who: str, case: Case, args: argparse.Namespace, env: dict[str, str]) -> Any:
-    """Runs one job in a new process and reads the JSON that it prints last."""
-    what = [job, who, *map(str, case)]
-    command = [sys.executable, "-m", "benchmarks.bench_gaussian", "--alone", *what]
-    command += ["--threads", str(args.threads), "--device", args.device]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"left out": "cannot: " + (done.stderr.strip().splitlines() or ["?"])[-1][:120]}
-    return json.loads(done.stdout.splitlines()[-1])
+def in_process(job: str, who: str, case: Case, args: argparse.Namespace, env: Any) -> Any:
+    """Runs one job elsewhere."""
+    where = ["--threads", str(args.threads), "--device", args.device]
+    return alone("benchmarks.bench_gaussian", [job, who, *map(str, case), *where], env)
 
 
-def job_alone(job: str, who: str, *case: str, args: argparse.Namespace) -> None:
+def job_alone(job: str, who: str, *case: str, device: str) -> None:
     """The other side of ``alone``."""
     this = Case(case[0], case[1], int(case[2]), int(case[3]))
     jobs = {"memory": peak_memory, "times": times_as_it_comes}
-    print(json.dumps(jobs[job](who, this, args.device, args.rounds)))
+    print(json.dumps(jobs[job](who, this, device)))
 
 
-def times_as_it_comes(who: str, case: Case, device: str, rounds: int) -> dict[str, Any]:
+def times_as_it_comes(who: str, case: Case, device: str) -> dict[str, Any]:
     """Ours and one rival in turn, with the allocator's settings as they come."""
     s = setting(case.operator, case.d, case.n, device)
     everyone = OPERATORS[case.operator](s.gamma, s.cotangent)
     act = RUNS[case.derivative]
     runs = {name: partial(act, everyone[name], s.inputs, s.directions) for name in (OURS, who)}
-    return measure(runs, rounds=rounds, device=device, cold=False, seconds=8 * SECONDS)
+    return measure(runs, rounds=40, device=device, cold=False, seconds=8 * SECONDS)
 
 
-def peak_memory(who: str, case: Case, device: str, rounds: int) -> dict[str, Any]:
+def peak_memory(who: str, case: Case, device: str) -> dict[str, Any]:
     """Time of one run, and its peak of memory beyond the inputs and the result, in MB."""
     tiny, s = (setting(case.operator, case.d, n, device) for n in (64, case.n))
     act = RUNS[case.derivative]
@@ -529,32 +527,20 @@ def peak_memory(who: str, case: Case, device: str, rounds: int) -> dict[str, Any
     once = partial(act, contestant, s.inputs, s.directions)
     if who == "compiled":
         once()  # compiles, which takes more memory than the run
-    before = _memory(device, reset=True)
     results: list[Tensor] = []
-    milliseconds = time_once(lambda: results.extend(once()), device)
-    growth = _memory(device, reset=False) - before
+    times: list[float] = []
+    growth = peak_growth(
+        lambda: times.append(time_once(lambda: results.extend(once()), device)), device
+    )
     result_bytes = sum(t.numel() * t.element_size() for t in results)
-    return {"megabytes": (growth - result_bytes) / 1e6, "milliseconds": milliseconds}
-
-
-def _memory(device: str, *, reset: bool) -> int:
-    """Bytes in use now (``reset``), or the most since then."""
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats() if reset else None
-        return torch.cuda.memory_allocated() if reset else torch.cuda.max_memory_allocated()
-    if reset:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-    name = "VmRSS:" if reset else "VmHWM:"
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+    return {"megabytes": (growth - result_bytes) / 1e6, "milliseconds": times[0]}
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:
     """The peak of each contestant, in a process that gives memory back at once."""
-    env = {**as_it_comes(), "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     whos = [OURS, *TORCH[1:], *PACKAGES]  # broadcast does not fit
-    found = {who: alone("memory", who, MEASURED_ALONE, args, env) for who in whos}
+    env = giving_memory_back()
+    found = {who: in_process("memory", who, MEASURED_ALONE, args, env) for who in whos}
     print(f"\npeak memory beyond inputs and gradients, {MEASURED_ALONE}", flush=True)
     for who, result in found.items():
         print(f"  {who:10s} {_megabytes(result)}")
@@ -570,7 +556,7 @@ def large(args: argparse.Namespace) -> list[dict[str, Any]]:
     print("\nlarge: ours once, rivals would store matrices of 40 GB", flush=True)
     results = []
     for case in LARGE:
-        result = alone("memory", OURS, case, args, as_it_comes())
+        result = in_process("memory", OURS, case, args, as_it_comes())
         results.append({**case._asdict(), **result})
         seconds = result.get("milliseconds", 0) / 1e3
         print(f"  {case}: {seconds:.1f} s, {_megabytes(result)} beyond the result", flush=True)
@@ -579,7 +565,7 @@ def large(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def eager_as_it_comes(args: argparse.Namespace) -> dict[str, Any]:
     """The expanded rival without the allocator's settings, ours in turn with it."""
-    result = alone("times", "expanded", MEASURED_ALONE, args, as_it_comes())
+    result = in_process("times", "expanded", MEASURED_ALONE, args, as_it_comes())
     print(f"\nwith the allocator as it comes, {MEASURED_ALONE}")
     if "left out" in result:
         print(f"  left out: {result['left out']}")
@@ -589,83 +575,7 @@ def eager_as_it_comes(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-# ---- requirements ------------------------------------------------------------------------------
-
-
-FASTER = [  # derivative, d, than whom, by what factor, at n = 4096
-    ("forward+backward", 2, "best torch", 11.0),
-    ("forward+backward", 64, "best torch", 2.2),
-    ("forward+backward", 784, "best torch", 1.0),
-    ("forward+backward", 2, "pykeops", 25.0),
-    ("forward+backward", 64, "pykeops", 35.0),
-    ("forward", 2, "best torch", 12.0),
-    ("forward", 64, "best torch", 3.8),
-    ("forward", 784, "best torch", 1.5),
-]
-
-
-def requirements(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the numbers are held to, with what was measured; None where it was not."""
-    rows = {Case(*(row[f] for f in Case._fields)): row for row in results["cases"]}
-    asked = [(Case("mmd2", w, d, 4096), who, factor) for w, d, who, factor in FASTER]
-    small = [Case("mmd2", w, d, 256) for d in (2, 64, 784) for w in DERIVATIVES]
-    asked += [(case, "best torch", 1.0) for case in small]
-    found = [
-        _requirement(f"{case}, {who}", factor, _ratio(rows.get(case, {}), who))
-        for case, who, factor in asked
-    ]
-    ours = results.get("memory", {}).get(OURS, {}).get("megabytes")
-    at_most = _requirement(f"{MEASURED_ALONE}, peak memory at most", 10.0, ours, "MB")
-    return [*found, *_eager_requirements(results, rows.get(MEASURED_ALONE, {})), at_most]
-
-
-def _requirement(what: str, asked: float, measured: float | None, unit: str = "x") -> Any:
-    return {"what": what, "asked": asked, "measured": measured, "unit": unit}
-
-
-def _ratio(row: dict[str, Any], who: str) -> float | None:
-    return row.get(who) if who == "best torch" else row.get("times ours", {}).get(who)
-
-
-def _eager_requirements(results: dict[str, Any], row: dict[str, Any]) -> list[dict[str, Any]]:
-    times = results.get("allocator as it comes", {})
-    if "expanded" not in times:
-        return []
-    eager = times["expanded"]["median"]
-    ours = {"ours too": times[OURS], "ours keeps memory": row.get("milliseconds", {}).get(OURS)}
-    return [
-        _requirement(
-            f"{MEASURED_ALONE}, eager as it comes, {how}", 5.0, eager / t["median"] if t else None
-        )
-        for how, t in ours.items()
-    ]
-
-
-def show_requirements(found: list[dict[str, Any]]) -> None:
-    """Prints what was asked and what was measured."""
-    print("\nrequirements")
-    for row in found:
-        measured = row["measured"]
-        unit = row["unit"]
-        value = "not measured" if measured is None else f"{measured:.2f} {unit}"
-        print(f"  {row['what']:75s} asked {row['asked']:5.1f} {unit}   {value}")
-
-
 # ---- command line ------------------------------------------------------------------------------
-
-
-def arguments() -> argparse.Namespace:
-    """What may be asked for."""
-
-    def more(parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--quick", action="store_true", help="at most 1024 points, 5 rounds")
-        parser.add_argument("--case", help="only cases whose name holds this: 'mmd2 hvp d=64'")
-        parser.add_argument("--alone", nargs=6, help=argparse.SUPPRESS)
-
-    args = options(__doc__.splitlines()[0], more)
-    if args.json and (args.quick or args.case):
-        raise SystemExit("--json takes whole runs: leave out --quick and --case")
-    return args
 
 
 def prepare(threads: int) -> None:
@@ -679,46 +589,17 @@ def prepare(threads: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)  # KeOps loads an OpenMP of its own
 
 
-def chosen(args: argparse.Namespace) -> list[Case]:
-    """The cases that were asked for."""
-    cases = [case for case in CASES if not args.quick or case.n <= 1024]
-    return [case for case in cases if not args.case or args.case in str(case)]
-
-
 def main() -> None:
-    """Runs every case."""
-    args = arguments()
-    if not args.alone:
-        keep_memory()
+    """Runs every case, or one job in a process of its own."""
+    if "--alone" not in sys.argv:
+        return run_suite(Gaussian)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--alone", nargs=6)
+    parser.add_argument("--device")
+    parser.add_argument("--threads", type=int)
+    args = parser.parse_args()
     prepare(args.threads)
-    if args.alone:
-        return job_alone(*args.alone, args=args)
-    card = machine(args.device)
-    print(f"{card['processor']}, torch {card['torch']}, {args.threads} thread(s), {args.device}")
-    gigaflops = matmul_gigaflops(args.device)
-    print(f"torch.mm of 2048 x 2048: {gigaflops:.1f} GFLOP/s", flush=True)
-    results: dict[str, Any] = {"torch.mm gigaflops": gigaflops, "cases": []}
-    field = Field(args.device)
-    for case in chosen(args):
-        results["cases"].append(run(case, field, 5 if args.quick else args.rounds, gigaflops))
-        show(results["cases"][-1])
-    if not args.quick and not args.case:
-        results |= whole_run_only(args)
-    results["requirements"] = requirements(results)
-    show_requirements(results["requirements"])
-    if args.json:
-        save(args.json, {"machine": card, "threads": args.threads, "gaussian": results})
-    return None
-
-
-def whole_run_only(args: argparse.Namespace) -> dict[str, Any]:
-    """What takes processes of its own."""
-    results: dict[str, Any] = {}
-    if args.device == "cpu":
-        results["allocator as it comes"] = eager_as_it_comes(args)
-    else:
-        print("\nleft out: the allocator as it comes, which is a matter of the CPU")
-    return {**results, "memory": memory(args), "large": large(args)}
+    return job_alone(*args.alone, device=args.device)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ can. Operations are those of the matrix products that a Hessian-vector product c
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -16,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.harness import keep_memory, machine, measure, options, save
+from benchmarks.harness import Contest, Runs, Suite, run_suite
+from benchmarks.limits import Work
 from hessreg import MLPHessian, mlp_hvp, mlp_parameter_hvp, symmetric_matmul
 
 Activation = str | tuple[str, float]
-Run = Callable[[], Any]
 
 # Activation in torch, its slope, and its second derivative from the value and the slope.
 _TORCH: dict[Activation, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
@@ -160,155 +159,182 @@ class Network:
             results.append(result.flatten())
         return torch.cat(results[::-1])
 
-    def operations(self) -> float:
-        """Of one product with the Hessian: sums and products."""
+    def work(self, k: int) -> Work:
+        """Of k products with the Hessian, what does not depend on the vectors being kept."""
         sizes = [2 * self.batch * n * out for n, out in pairwise(self.widths)]
-        return 2 * sizes[0] + 6 * sum(sizes[1:])
+        numbers = self.v.shape[1] * (1 + 2 * k) + 2 * self.batch * sum(self.widths)
+        return Work(bytes=4 * numbers, flops=k * (2 * sizes[0] + 6 * sum(sizes[1:])))
 
 
-def run_network(network: Network, rounds: int, device: str) -> dict[str, Any]:
-    """Measures products with the Hessian in the parameters."""
-    runs: dict[str, tuple[int, Run]] = {
-        "gradient": (1, network.gradient),
-        "ours": (1, lambda: network.product(1)),
-        f"ours, k = {_VECTORS}": (_VECTORS, lambda: network.product(_VECTORS)),
-        "ours, from scratch": (1, network.from_scratch),
-        "ours, Gauss-Newton": (1, lambda: network.product(1, gauss_newton=True)),
-        "by hand": (1, network.by_hand),
-        "retained graph": (1, network.retained),
-        f"is_grads_batched, k = {_VECTORS}": (_VECTORS, network.retained_batched),
-        "jvp(grad)": (1, network.jvp_of_grad),
-    }
-    expected = network.product(_VECTORS)
-    for name, (k, run) in runs.items():
-        if name not in ("gradient", "ours, Gauss-Newton"):
-            torch.testing.assert_close(run().view(k, -1), expected[:k], rtol=1e-3, atol=1e-5)
-    contestants = {name: run for name, (_, run) in runs.items()}
-    times = measure(contestants, rounds=rounds, device=device, cold=False)
-    unit = times["gradient"]["median"]
+# ---- cases ---------------------------------------------------------------------------------------
+
+GRADIENT = "one gradient"
+
+
+def one_vector(network: Network) -> Runs:
+    """Products with one vector."""
     return {
-        "milliseconds": times,
-        "gradients": {n: times[n]["median"] / k / unit for n, (k, _) in runs.items()},
-        "gigaflops": {
-            name: runs[name][0] * network.operations() / times[name]["median"] / 1e6
-            for name in (n for n in runs if n not in ("gradient", "ours, Gauss-Newton"))
-        },
+        "hessreg": lambda: network.product(1),
+        "hessreg, from scratch": network.from_scratch,
+        "hessreg, Gauss-Newton": lambda: network.product(1, gauss_newton=True),
+        "by hand": network.by_hand,
+        "retained graph": network.retained,
+        "jvp(grad)": network.jvp_of_grad,
+        GRADIENT: network.gradient,
     }
 
 
-def run_inputs(network: Network, rounds: int, device: str) -> dict[str, Any]:
-    """Measures all input Hessians of a batch, and one product with each."""
-    n = network.widths[0]
-    x = network.x.clone().requires_grad_()
+def eight_vectors(network: Network) -> Runs:
+    """Products with several vectors at once."""
     tensors = [t.detach() for t in network.leaves]
-    graph = torch.autograd.grad(network.forward(tensors, x).sum(), x, create_graph=True)[0]
-    eye = torch.eye(n, device=device)
-    every, one = eye.expand(network.batch, n, n), torch.randn_like(network.x)
+    vectors = network.unflatten(network.v)
+
+    def product(*v: Tensor) -> list[Tensor]:
+        return torch.func.jvp(torch.func.grad(network.loss), (tensors,), (list(v),))[1]
+
+    together = torch.func.vmap(product)
+    compiled = torch.compile(together, dynamic=False)
+
+    def flat(run: Callable[..., list[Tensor]]) -> Tensor:
+        return torch.cat([t.flatten(1) for t in run(*vectors)], 1)
+
+    return {
+        "hessreg": lambda: network.product(_VECTORS),
+        "is_grads_batched": network.retained_batched,
+        "jvp(grad)": lambda: flat(together),
+        "compiled": lambda: flat(compiled),
+        GRADIENT: network.gradient,
+    }
+
+
+PARAMETERS = {
+    "one vector": (one_vector, 1, list(NETWORKS)),
+    "eight vectors at once": (eight_vectors, _VECTORS, list(NETWORKS)[:2]),  # slow to compile
+}
+
+
+def check_products(network: Network, runs: Runs, k: int) -> None:
+    """All who multiply by the Hessian against ours."""
+    expected = network.product(_VECTORS)[:k]
+    for name, run in runs.items():
+        if name not in (GRADIENT, "hessreg, Gauss-Newton"):
+            torch.testing.assert_close(run().view(k, -1), expected, rtol=1e-3, atol=1e-5)
+
+
+class InputHessians:
+    """All input Hessians of a batch, and one product with each."""
+
+    def __init__(self, network: Network) -> None:
+        self.network, self.n = network, network.widths[0]
+        self.x = network.x.clone().requires_grad_()
+        self.tensors = [t.detach() for t in network.leaves]
+        y = network.forward(self.tensors, self.x).sum()
+        self.graph = torch.autograd.grad(y, self.x, create_graph=True)[0]
+        self.eye = torch.eye(self.n, device=self.x.device)
+        self.one = torch.randn_like(network.x)
 
     @torch.no_grad()
-    def ours(v: Tensor) -> Tensor:
-        return mlp_hvp(network.weights, network.biases, network.activation, network.x, v)
+    def ours(self, v: Tensor) -> Tensor:
+        """By the fused operator."""
+        net = self.network
+        return mlp_hvp(net.weights, net.biases, net.activation, net.x, v)
 
-    def passes() -> Tensor:
-        rows = [torch.autograd.grad(graph, x, e.expand_as(x), retain_graph=True)[0] for e in eye]
-        return torch.stack(rows, -1)
+    def product(self, v: Tensor) -> Tensor:
+        """Through a retained graph."""
+        return torch.autograd.grad(self.graph, self.x, v, retain_graph=True)[0]
 
-    dense = torch.func.vmap(torch.func.hessian(lambda row: network.forward(tensors, row)[0]))
-    runs: dict[str, Run] = {
-        "gradient": lambda: torch.autograd.grad(network.forward(tensors, x).sum(), x),
-        "all columns: ours": lambda: ours(every),
-        "all columns: n reverse passes": passes,
-        "all columns: vmap(hessian)": lambda: dense(network.x),
-        "one product: ours": lambda: ours(one),
-        "one product: retained graph": lambda: torch.autograd.grad(
-            graph, x, one, retain_graph=True
-        )[0],
-    }
-    for name, run in runs.items():
-        if name != "gradient":
-            part = slice(0, 3)
-            expected = ours(every) if "all" in name else ours(one)
-            torch.testing.assert_close(run()[:, part], expected[:, part], rtol=1e-3, atol=1e-4)
-    times = measure(runs, rounds=rounds, device=device, cold=False)
-    unit = times["gradient"]["median"]
-    layers = 2 * network.batch * sum(a * b for a, b in pairwise(network.widths))
-    columns = {"all columns: ours": n, "one product: ours": 1}
-    return {
-        "milliseconds": times,
-        "gradients": {name: t["median"] / unit for name, t in times.items()},
-        "gigaflops": {
-            name: 2 * k * layers / times[name]["median"] / 1e6 for name, k in columns.items()
-        },
-    }
+    def gradient(self) -> Any:
+        """The unit."""
+        return torch.autograd.grad(self.network.forward(self.tensors, self.x).sum(), self.x)
 
+    def columns(self) -> Runs:
+        """Ways to all columns."""
+        every = self.eye.expand(self.network.batch, self.n, self.n)
+        hessian = torch.func.hessian(lambda row: self.network.forward(self.tensors, row)[0])
+        dense = torch.func.vmap(hessian)
+        return {
+            "hessreg": lambda: self.ours(every),
+            "n reverse passes": lambda: torch.stack(
+                [self.product(e.expand_as(self.x)) for e in self.eye], -1
+            ),
+            "vmap(hessian)": lambda: dense(self.network.x),
+        }
 
-def run_symmetric(batch: int, n: int, k: int, rounds: int, device: str) -> dict[str, Any]:
-    """Measures products with symmetric matrices."""
-    a, v = torch.randn(batch, n, n, device=device), torch.randn(batch, n, k, device=device)
-    a = a + a.mT
-    torch.testing.assert_close(symmetric_matmul(a, v), a @ v, rtol=1e-4, atol=1e-3)
-    runs = {"ours": lambda: symmetric_matmul(a, v), "torch.matmul": lambda: a @ v}
-    times = measure(runs, rounds=rounds, device=device, cold=False)
-    ours = times["ours"]["median"]
-    return {
-        "milliseconds": times,
-        "times faster than": {name: t["median"] / ours for name, t in times.items()},
-    }
+    def products(self) -> Runs:
+        """Ways to one product."""
+        return {
+            "hessreg": lambda: self.ours(self.one),
+            "retained graph": lambda: self.product(self.one),
+        }
+
+    def work(self, k: int) -> Work:
+        """Of k products with each."""
+        net = self.network
+        layers = 2 * net.batch * sum(a * b for a, b in pairwise(net.widths))
+        numbers = sum(t.numel() for t in net.leaves) + net.batch * self.n * (1 + 2 * k)
+        return Work(bytes=4 * numbers, flops=2 * k * layers)
 
 
-def matmul_gigaflops(rounds: int, device: str) -> float:
-    """What torch.mm reaches at 2048 x 2048."""
-    a, b = torch.randn(2, 2048, 2048, device=device)
-    times = measure({"mm": lambda: a @ b}, rounds=min(rounds, 10), device=device, cold=False)
-    return 2 * 2048**3 / times["mm"]["median"] / 1e6
+class HVP(Suite):
+    """Products with Hessians and with symmetric matrices."""
 
+    name = "hvp"
 
-def show(name: str, result: dict[str, Any], peak: float | None) -> None:
-    """Prints one case as a table."""
-    print(f"\n{name}")
-    for contestant, times in result["milliseconds"].items():
-        spread = f"({times['low']:.3f} - {times['high']:.3f})"
-        line = f"  {contestant:30s} {times['median']:9.3f} ms {spread:20s}"
-        if "gradients" in result:
-            line += f" {result['gradients'][contestant]:6.2f} gradients"
-        else:
-            line += f" {result['times faster than'][contestant]:6.2f} x our time"
-        speed = result.get("gigaflops", {}).get(contestant)
-        if speed is not None:
-            line += f"   {speed:5.0f} GFLOP/s"
-            line += f", {100 * speed / peak:3.0f} % of the peak" if peak else ""
-        print(line)
+    def cases(self) -> list[tuple[Any, ...]]:
+        """All, or the smallest of each kind."""
+        if self.args.quick:
+            return [("one vector", list(NETWORKS)[-1]), ("symmetric", *SYMMETRIC[0])]
+        return [
+            *((kind, name) for kind, (_, _, names) in PARAMETERS.items() for name in names),
+            *((kind, name) for name in INPUTS for kind in ("columns", "products")),
+            *(("symmetric", *sizes) for sizes in SYMMETRIC),
+        ]
 
+    def contest(self, case: tuple[Any, ...]) -> Contest:
+        """Compares everyone with ours."""
+        kind, *what = case
+        if kind == "symmetric":
+            return self.symmetric(*what)
+        if kind in PARAMETERS:
+            return self.parameters(kind, what[0])
+        return self.inputs(kind, what[0])
 
-def _more(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--peak", type=float, help="GFLOP/s of float32 that the threads could reach, for shares"
-    )
+    def parameters(self, kind: str, name: str) -> Contest:
+        """The Hessian of a loss in the parameters of a network."""
+        make, k, _ = PARAMETERS[kind]
+        network = Network(*NETWORKS[name], self.device)
+        everyone = make(network)
+        ours = [who for who in everyone if who.startswith("hessreg")]
+        runs = self.admitted(everyone, ours, [GRADIENT])
+        check_products(network, runs, k)
+        group = f"Products with the Hessian in the parameters, {kind}"
+        return Contest(group, name, runs, ours, network.work(k), [GRADIENT])
 
+    def inputs(self, kind: str, name: str) -> Contest:
+        """The Hessians of the outputs in the inputs."""
+        hessians = InputHessians(Network(*INPUTS[name], self.device))
+        everyone = hessians.columns() if kind == "columns" else hessians.products()
+        runs = self.admitted(everyone, ["hessreg"])
+        expected = everyone["hessreg"]()
+        for run in runs.values():
+            torch.testing.assert_close(run(), expected, rtol=1e-3, atol=1e-4)
+        runs[GRADIENT] = hessians.gradient
+        group = f"Input Hessians, {'all columns' if kind == 'columns' else 'one product with each'}"
+        work = hessians.work(hessians.n if kind == "columns" else 1)
+        return Contest(group, name, runs, ["hessreg"], work, [GRADIENT])
 
-def main() -> None:
-    """Runs every case."""
-    keep_memory()
-    args = options(__doc__.splitlines()[0], _more)
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    where = args.rounds, args.device
-    results: dict[str, Any] = {"mm, GFLOP/s": matmul_gigaflops(*where), "cases": {}}
-    for name, case in NETWORKS.items():
-        results["cases"][name] = run_network(Network(*case, args.device), *where)
-    for name, case in INPUTS.items():
-        results["cases"][f"inputs of {name}"] = run_inputs(Network(*case, args.device), *where)
-    for batch, n, k in SYMMETRIC:
-        title = f"symmetric, batch {batch}, n {n}, k {k}"
-        results["cases"][title] = run_symmetric(batch, n, k, *where)
-    card = machine(args.device)
-    print(f"{card['processor']}, torch {card['torch']}, {args.threads} thread(s), {args.device}")
-    print(f"torch.mm at 2048 x 2048: {results['mm, GFLOP/s']:.0f} GFLOP/s")
-    for name, result in results["cases"].items():
-        show(name, result, args.peak)
-    if args.json:
-        save(args.json, {"machine": card, "threads": args.threads, "hvp": results})
+    def symmetric(self, batch: int, n: int, k: int) -> Contest:
+        """Products with symmetric matrices, of which we read one triangle."""
+        a = torch.randn(batch, n, n, device=self.device)
+        a, v = a + a.mT, torch.randn(batch, n, k, device=self.device)
+        torch.testing.assert_close(symmetric_matmul(a, v), a @ v, rtol=1e-4, atol=1e-3)
+        runs = {"hessreg": lambda: symmetric_matmul(a, v), "torch.matmul": lambda: a @ v}
+        title = f"{batch} of n = {n}, k = {k}"
+        numbers = batch * (n * (n + 1) / 2 + 2 * n * k)
+        work = Work(bytes=4 * numbers, flops=batch * 2 * n**2 * k)
+        runs = self.admitted(runs, ["hessreg"])
+        return Contest("symmetric_matmul", title, runs, ["hessreg"], work)
 
 
 if __name__ == "__main__":
-    main()
+    run_suite(HVP)

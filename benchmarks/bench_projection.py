@@ -3,7 +3,8 @@
 One direction, eight directions, PCGrad of two losses and OrthoGrad, on lists of tensors. The floor
 is what the same bytes cost torch's own best single passes over flat tensors in the same run: for
 each vector that is read half a ``dot``, and one ``sub`` into memory that is there already (two
-vectors read, one written).
+vectors read, one written). OrthoGrad, tensor by tensor, may find in the caches what it needs again:
+its floor is the ``sub`` alone.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import keep_memory, machine, measure, options, save
+from benchmarks.harness import Contest, Runs, Suite, run_suite
+from benchmarks.limits import Work
 from hessreg import pcgrad, project_orthogonal, project_orthogonal_
 
 Vector = list[Tensor]
-Runs = dict[str, Callable[[], Any]]
 
 # The gradients of networks, largest first: name -> shapes of the parameters.
 _MLP = [(784, 1024), (1024,), (1024, 1024), (1024,), (1024, 512), (512,), (512, 512), (512,)]
@@ -262,10 +263,16 @@ def surgery_contestants(g: Vector, v: Vector) -> Runs:
 
 
 def _is_installed(name: str) -> bool:
-    installed = name in sys.modules or importlib.util.find_spec(name) is not None
-    if not installed:
-        print(f"{name} is not installed: left out")
-    return installed
+    return name in sys.modules or importlib.util.find_spec(name) is not None
+
+
+def missing_packages(kind: str) -> dict[str, str]:
+    """Who would take part if it were installed."""
+    packages = {"torchjd": "torchjd", "conflictfree": "conflictfree", "libmtl": "LibMTL"}
+    wanted = packages if kind == SURGERY else {}
+    return {
+        who: "missing: not installed" for who, name in wanted.items() if not _is_installed(name)
+    }
 
 
 def orthograd_contestants(g: Vector, v: Vector) -> Runs:
@@ -282,12 +289,14 @@ def orthograd_contestants(g: Vector, v: Vector) -> Runs:
     }
 
 
+SURGERY, ORTHOGRAD = "PCGrad of two losses", "OrthoGrad"
 KINDS = {
     "one direction": (pair_contestants, 2),
     "eight directions": (span_contestants, 9),
-    "PCGrad of two losses": (surgery_contestants, 2),
-    "OrthoGrad": (orthograd_contestants, 2),
+    SURGERY: (surgery_contestants, 2),
+    ORTHOGRAD: (orthograd_contestants, 2),
 }
+DOT, SUB = "floor: dot", "floor: sub"
 
 
 def floors(g: Vector, v: Vector) -> Runs:
@@ -295,34 +304,8 @@ def floors(g: Vector, v: Vector) -> Runs:
     a, b = (torch.cat([t.view(-1) for t in tensors]) for tensors in (g, v))
     out = torch.empty_like(a)
     return {
-        "floor: dot": lambda: torch.dot(a, b),
-        "floor: sub": lambda: torch.sub(a, b, alpha=0.5, out=out),
-    }
-
-
-def run(shapes: list[tuple[int, ...]], kind: str, args: Any) -> dict[str, Any]:
-    """Measures one case, and checks that all contestants agree."""
-    g, v = ([torch.randn(shape, device=args.device) for shape in shapes] for _ in range(2))
-    make, num_lists = KINDS[kind]
-    runs = make(g, v)
-    check_agreement(runs)
-    cold = sum(t.numel() for t in g) > 1_000_000
-    everyone = {**runs, **floors(g, v)}
-    times = measure(
-        everyone, rounds=args.rounds, device=args.device, cold=cold, seconds=args.seconds
-    )
-    (ours, mine), *_ = times.items()
-    dot, sub = times["floor: dot"]["median"], times["floor: sub"]["median"]
-    floor = num_lists * dot / 2 + sub + (num_lists - 2) * dot / 2
-    bytes_moved = (2 * num_lists + 1) * 4 * sum(t.numel() for t in g)
-    return {
-        "milliseconds": times,
-        "ours": ours,
-        "times faster than": {
-            name: t["median"] / mine["median"] for name, t in times.items() if "floor" not in name
-        },
-        "share of the floor": floor / mine["median"],
-        "gigabytes per second": bytes_moved / mine["median"] / 1e6,
+        DOT: lambda: torch.dot(a, b),
+        SUB: lambda: torch.sub(a, b, alpha=0.5, out=out),
     }
 
 
@@ -337,44 +320,39 @@ def _as_list(result: Tensor | Vector) -> Vector:
     return [result] if isinstance(result, Tensor) else result
 
 
-def show(name: str, result: dict[str, Any]) -> None:
-    """Prints one case as a table."""
-    print(f"\n{name}")
-    for contestant, times in result["milliseconds"].items():
-        ratio = result["times faster than"].get(contestant)
-        note = "" if ratio is None else f"   {ratio:5.2f} x our time"
-        spread = f"({times['low']:.3f} - {times['high']:.3f})"
-        print(f"  {contestant:30s} {times['median']:9.3f} ms {spread:20s}{note}")
-    print(
-        f"  {result['gigabytes per second']:.1f} GB/s, "
-        f"{100 * result['share of the floor']:.0f} % of the floor",
-        flush=True,
-    )
+class Projection(Suite):
+    """Lists of gradients made orthogonal."""
 
+    name = "projection"
+    seconds = 1.5
 
-def main() -> None:
-    """Runs every case."""
-    args = options(__doc__.splitlines()[0], _more)
-    if not args.allocator_as_it_comes:
-        keep_memory()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    results = {}
-    card = machine(args.device)
-    print(f"{card['processor']}, torch {card['torch']}, {args.threads} thread(s), {args.device}")
-    for kind in KINDS:
-        for name, shapes in CASES.items():
-            title = f"{kind}, {name}"
-            results[title] = run(shapes, kind, args)
-            show(title, results[title])
-    if args.json:
-        save(args.json, {"machine": card, "threads": args.threads, "projection": results})
+    def cases(self) -> list[tuple[str, str]]:
+        """All, or those of the smallest vectors."""
+        names = list(CASES)[: 1 if self.args.quick else None]
+        return [(kind, name) for kind in KINDS for name in names]
 
-
-def _more(parser: Any) -> None:
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each contestant, about")
-    parser.add_argument("--allocator-as-it-comes", action="store_true", help="for all of them")
+    def contest(self, case: tuple[str, str]) -> Contest:
+        """Everyone, and torch's own passes over as much memory, in the same rounds."""
+        kind, name = case
+        make, num_lists = KINDS[kind]
+        g, v = ([torch.randn(shape, device=self.device) for shape in CASES[name]] for _ in range(2))
+        made = make(g, v)
+        ours = [next(iter(made))]
+        runs = self.admitted(made, ours)
+        check_agreement(runs)
+        size = sum(t.numel() for t in g)
+        return Contest(
+            kind,
+            name,
+            {**runs, **floors(g, v)},
+            ours,
+            Work(bytes=4 * (2 * num_lists + 1) * size, flops=4 * num_lists * size),
+            references=[DOT, SUB],
+            left_out=missing_packages(kind),
+            floor=lambda t: t[SUB] + (0 if kind == ORTHOGRAD else (num_lists - 1) * t[DOT]),
+            cold=size > 1_000_000,
+        )
 
 
 if __name__ == "__main__":
-    main()
+    run_suite(Projection)

@@ -7,19 +7,18 @@ linear_operator (``pip install '.[bench]'`` brings it with gpytorch) is optional
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import hessreg
-from benchmarks.harness import measure, run_cases, save
+from benchmarks.harness import Contest, Runs, Suite, run_suite
+from benchmarks.limits import Work
 
 OURS = "hessreg"
 BATCH, STEPS = 256, 30
 SIZES = (16, 32, 64, 128)
-Runs = dict[str, Callable[[], Any]]
 
 
 class Case(NamedTuple):
@@ -27,20 +26,10 @@ class Case(NamedTuple):
 
     operator: str
     n: int
+    batch: int = BATCH
 
     def __str__(self) -> str:
-        return f"{self.operator} n={self.n}"
-
-
-# How many times faster than whom it should be.
-ASKED = [
-    (Case("power_iteration", 32), "bmm", 18.0),
-    (Case("power_iteration", 64), "bmm", 25.0),
-    (Case("power_iteration", 32), "eigvalsh", 12.0),
-    (Case("power_iteration", 64), "eigvalsh", 12.0),
-    *((Case("lanczos", n), "linear_operator", 12.0) for n in (32, 64)),
-    *((Case("symmetric_eigvalsh", n), "eigvalsh", 3.0) for n in (32, 64)),
-]
+        return f"{self.operator}, {self.batch} of n = {self.n}"
 
 
 # ---- rivals ------------------------------------------------------------------------------------
@@ -92,8 +81,8 @@ def peer_lanczos(a: Tensor, v0: Tensor) -> Tensor:
 # ---- cases ---------------------------------------------------------------------------------------
 
 
-def contestants(case: Case, a: Tensor, v0: Tensor) -> Runs:
-    """Every way to the result."""
+def contestants(case: Case, a: Tensor, v0: Tensor) -> tuple[Runs, dict[str, str]]:
+    """Every way to the result, and who is missing."""
     linalg = torch.linalg
     everyone: dict[str, Runs] = {
         "power_iteration": {
@@ -106,6 +95,7 @@ def contestants(case: Case, a: Tensor, v0: Tensor) -> Runs:
             OURS: lambda: hessreg.lanczos(a, STEPS, v0),
             "torch": lambda: torch_lanczos(a, v0),
             "linear_operator": lambda: peer_lanczos(a, v0),
+            "eigvalsh": lambda: linalg.eigvalsh(a),
         },
         "symmetric_eigvalsh": {
             OURS: lambda: hessreg.symmetric_eigvalsh(a),
@@ -121,9 +111,10 @@ def contestants(case: Case, a: Tensor, v0: Tensor) -> Runs:
         },
     }
     runs = everyone[case.operator]
-    if importlib.util.find_spec("linear_operator") is None:
-        runs.pop("linear_operator", None)
-    return runs
+    if "linear_operator" in runs and importlib.util.find_spec("linear_operator") is None:
+        runs.pop("linear_operator")
+        return runs, {"linear_operator": "missing: not installed"}
+    return runs, {}
 
 
 OPERATORS = (
@@ -138,25 +129,34 @@ CASES = [
 ]
 
 
-def matrices(n: int, device: str) -> tuple[Tensor, Tensor]:
+# What a GPU is for.
+MANY = [Case(operator, 32, 4096) for operator in ("power_iteration", "lanczos")]
+
+
+def matrices(n: int, batch: int, device: str) -> tuple[Tensor, Tensor]:
     """Matrices with one eigenvalue well above the others, and start vectors."""
     generator = torch.Generator().manual_seed(n)
-    a = torch.randn(BATCH, n, n, generator=generator) / n**0.5
-    top = torch.nn.functional.normalize(torch.randn(BATCH, n, 1, generator=generator), dim=1)
+    a = torch.randn(batch, n, n, generator=generator) / n**0.5
+    top = torch.nn.functional.normalize(torch.randn(batch, n, 1, generator=generator), dim=1)
     a = (a + a.mT) / 2 + 4 * top @ top.mT
-    return a.to(device), torch.randn(BATCH, n, generator=generator).to(device)
+    return a.to(device), torch.randn(batch, n, generator=generator).to(device)
 
 
 def error(case: Case, output: Any, truth: Tensor) -> float:
     """The largest error against float64: of all eigenvalues, their sum, or the largest of them."""
-    if case.operator == "lanczos":
-        output = torch.linalg.eigvalsh(tridiagonal(output))[:, -1]
-    elif case.operator == "power_iteration":
-        output = output[0] if isinstance(output, tuple) else output
-        output = output[:, -1] if output.dim() == 2 else output
-    of_all = {"symmetric_norm nuclear": truth.abs().sum(-1)}
-    of_one = truth[:, -1] if case.operator in ("lanczos", "power_iteration") else truth
-    return (output.double() - of_all.get(case.operator, of_one)).abs().max().item()
+    if case.operator in ("lanczos", "power_iteration"):
+        return (largest(output).double() - truth[:, -1]).abs().max().item()
+    norms = case.operator == "symmetric_norm nuclear"
+    return (output.double() - (truth.abs().sum(-1) if norms else truth)).abs().max().item()
+
+
+def largest(output: Any) -> Tensor:
+    """The largest eigenvalue, of what a contestant returned: values, pairs, or T."""
+    if isinstance(output, tuple) and len(output) == 2:
+        return output[0]
+    if isinstance(output, tuple) or output.dim() == 3:
+        return torch.linalg.eigvalsh(tridiagonal(output))[:, -1]
+    return output[:, -1] if output.dim() == 2 else output
 
 
 def tridiagonal(output: Any) -> Tensor:
@@ -171,83 +171,46 @@ def tridiagonal(output: Any) -> Tensor:
 TOLERANCE = 1e-4  # of the largest eigenvalue
 
 
-def run(case: Case, rounds: int, device: str) -> dict[str, Any]:
-    """Checks and measures one case."""
-    a, v0 = matrices(case.n, device)
-    truth = torch.linalg.eigvalsh(a.double())
-    runs = contestants(case, a, v0)
-    errors = {who: error(case, way(), truth) for who, way in runs.items()}
-    for who, found in errors.items():
-        most = TOLERANCE * truth.abs().max().item()
-        assert found <= most, f"{case}: {who} is off by {found:.2g}"
-    times = measure(runs, rounds=rounds, device=device, cold=False, again=True)
-    return {
-        **case._asdict(),
-        "milliseconds": times,
-        "times ours": _ratios(times, "median"),
-        "times ours again": _ratios(times, "again"),
-        "largest error": errors,
+def work(case: Case) -> Work:
+    """Of the textbook algorithms; every matrix is read once."""
+    n, m = case.n, STEPS
+    flops = {
+        "power_iteration": (m + 1) * 2 * n**2,
+        "lanczos": m * 2 * n**2 + 4 * n * m**2,  # and orthogonalised twice
+        "symmetric_eigvalsh": 4 * n**3 / 3,  # to tridiagonal form
+        "symmetric_eigh": 10 * n**3 / 3,  # and the vectors back
+        "symmetric_norm nuclear": 4 * n**3 / 3,
     }
+    return Work(bytes=4 * case.batch * n**2, flops=case.batch * flops[case.operator])
 
 
-def _ratios(times: dict[str, dict[str, float]], figure: str) -> dict[str, float]:
-    ours = times[OURS][figure]
-    return {who: t[figure] / ours for who, t in times.items() if who != OURS}
+class Spectral(Suite):
+    """Batched eigenproblems."""
 
+    name = "spectral"
+    rounds = 30
 
-def show(result: dict[str, Any]) -> None:
-    """Prints one case as a table."""
-    print(f"\n{result['operator']}, {BATCH} matrices, n = {result['n']}")
-    for who, times in result["milliseconds"].items():
-        found = [result[key].get(who) for key in ("times ours", "times ours again")]
-        note = "" if who == OURS else "{:6.2f} x our time, again {:6.2f} x".format(*found)
-        spread = f"({times['low']:.3f} - {times['high']:.3f}), again {times['again']:.3f}"
-        off = f"error {result['largest error'][who]:.1e}"
-        print(f"  {who:16s} {times['median']:9.3f} ms {spread:36s} {off}  {note}")
+    def cases(self) -> list[Case]:
+        """All, or the smallest of each."""
+        cases = CASES + (MANY if self.device != "cpu" else [])
+        return [case for case in cases if not self.args.quick or case.n == 32]
 
-
-def requirements(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the numbers are held to, with what was measured; None where it was not.
-
-    That is the first call after a rival's, as in a program that does other things in between.
-    """
-    rows = {Case(row["operator"], row["n"]): row for row in results}
-    faster = [
-        {
-            "what": f"{case}, {who}",
-            "asked": factor,
-            "measured": rows[case]["times ours"].get(who) if case in rows else None,
-            "again": rows[case]["times ours again"].get(who) if case in rows else None,
-        }
-        for case, who, factor in ASKED
-    ]
-    exact = [case for case in rows if case.operator == "symmetric_eigvalsh"]
-    errors = {case: rows[case]["largest error"] for case in exact}
-    smaller = [
-        {"what": f"{case}, error of eigvalsh", "asked": 1.0, "measured": e["eigvalsh"] / e[OURS]}
-        for case, e in errors.items()
-    ]
-    return [*faster, *smaller]
-
-
-def show_requirements(found: list[dict[str, Any]]) -> None:
-    """Prints what was asked and what was measured."""
-    print("\nrequirements: times ours, at least")
-    for row in found:
-        found = [row[key] for key in ("measured", "again") if row.get(key) is not None]
-        values = ", again ".join(f"{value:.2f}" for value in found) or "not measured"
-        print(f"  {row['what']:45s} asked {row['asked']:5.1f}   {values}")
-
-
-def main() -> None:
-    """Runs every case."""
-    args, card, cases = run_cases(__doc__.splitlines()[0], CASES, run, show)
-    found = requirements(cases)
-    show_requirements(found)
-    if args.json:
-        spectral = {"cases": cases, "requirements": found}
-        save(args.json, {"machine": card, "threads": args.threads, "spectral": spectral})
+    def contest(self, case: Case) -> Contest:
+        """Compares everyone with float64."""
+        a, v0 = matrices(case.n, case.batch, self.device)
+        truth = torch.linalg.eigvalsh(a.double())
+        everyone, missing = contestants(case, a, v0)
+        runs = self.admitted(everyone, [OURS])
+        errors = {who: error(case, way(), truth) for who, way in runs.items()}
+        for who, found in errors.items():
+            most = TOLERANCE * truth.abs().max().item()
+            if not found <= most:
+                raise ArithmeticError(f"{case}: {who} is off by {found:.2g}")
+        title = f"{case.batch} of n = {case.n}"
+        return Contest(
+            case.operator, title, runs, [OURS], work(case), (), missing, errors, again=True
+        )
 
 
 if __name__ == "__main__":
-    main()
+    run_suite(Spectral)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from benchmarks.harness import measure, run_cases, save
+from benchmarks.harness import Contest, Runs, Suite, measure, run_suite
+from benchmarks.limits import Work, counted_work
 from hessreg.gan import DEFAULTS, load_dataset
 from hessreg.gan.building import build_trainer
 from hessreg.gan.checkpoint import num_bytes, save_state
@@ -27,7 +28,6 @@ from hessreg.gan.checkpoint import num_bytes, save_state
 OURS = "hessreg"
 STEPS = 20  # at a time
 CHECKED = 5  # steps, before anything is timed
-ASKED = 0.05  # of overhead, at most
 
 
 class Case(NamedTuple):
@@ -131,11 +131,11 @@ class ByHand:
         self.steps_done += 1
 
 
-def several(step: Callable[[], None]) -> Callable[[], None]:
+def several(step: Callable[[], None], steps: int = STEPS) -> Callable[[], None]:
     """So many steps at once."""
 
     def run() -> None:
-        for _ in range(STEPS):
+        for _ in range(steps):
             step()
 
     return run
@@ -153,37 +153,15 @@ def check_same(case: Case, device: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-def run(case: Case, rounds: int, device: str) -> dict[str, Any]:
-    """Checks and measures one case."""
-    check_same(case, device)
-    made = trainer_of(case, device)
-    runs = {
-        OURS: several(made.step),
-        "by hand": several(ByHand(case, device, with_norms=False).step),
-        "by hand, norms": several(ByHand(case, device, with_norms=True).step),
-    }
-    times = measure(runs, rounds=rounds, device=device, cold=False)
-    each = {who: {k: v / STEPS for k, v in t.items()} for who, t in times.items()}
-    ours = each[OURS]["median"]
-    overhead = {who: ours / t["median"] - 1 for who, t in each.items() if who != OURS}
-    return {
-        **case._asdict(),
-        "milliseconds": each,
-        "overhead": overhead,
-        "checkpoint": checkpoint(made, rounds),
-    }
+HAND, LOGGING = "by hand", "by hand, norms"
 
 
 def checkpoint(trainer: Any, rounds: int) -> dict[str, float]:
     """What saving takes, in milliseconds, and in memory as multiples of what is saved."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "state.safetensors"
-        times = measure(
-            {"save": lambda: save_state(path, trainer.state_dict())},
-            rounds=rounds,
-            device="cpu",
-            cold=False,
-        )
+        save = {"save": lambda: save_state(path, trainer.state_dict())}
+        times = measure(save, rounds=rounds, device="cpu", cold=False)
         tracemalloc.start()
         save_state(path, trainer.state_dict())
         peak = tracemalloc.get_traced_memory()[1]
@@ -192,37 +170,41 @@ def checkpoint(trainer: Any, rounds: int) -> dict[str, float]:
     return {"milliseconds": times["save"]["median"], "bytes": size, "python bytes": peak}
 
 
-def show(result: dict[str, Any]) -> None:
-    """Prints one case as a table."""
-    print(f"\na step on {result['dataset']}, {result['regularizer']}")
-    for who, times in result["milliseconds"].items():
-        note = "" if who == OURS else f"we take {100 * result['overhead'][who]:+.1f} %"
-        spread = f"({times['low']:.3f} - {times['high']:.3f})"
-        print(f"  {who:16s} {times['median']:7.3f} ms {spread:18s} {note}")
-    saved = result["checkpoint"]
-    print(f"  a checkpoint of {saved['bytes'] / 1e3:.0f} kB: {saved['milliseconds']:.1f} ms")
+def step_work(step: Callable[[], None], trainer: Any) -> Work:
+    """The products of torch in a step, and the weights, which are read and written."""
+    networks = (trainer.generator, trainer.discriminator, trainer.ema)
+    return counted_work(step, [p for network in networks for p in network.parameters()])
 
 
-def requirements(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was asked for."""
-    return [
-        {
-            "what": f"overhead of the trainer, {case['dataset']}, {case['regularizer']}",
-            "asked": 100 * ASKED,
-            "measured": 100 * case["overhead"]["by hand, norms"],
-            "unit": "%",
-        }
-        for case in cases
-    ]
+class Training(Suite):
+    """A step of the trainer."""
 
+    name = "training"
+    rounds = 40
+    seconds = 3.0
 
-def main() -> None:
-    """Runs every case."""
-    args, card, cases = run_cases(__doc__.splitlines()[0], CASES, run, show)
-    if args.json:
-        found = {"cases": cases, "requirements": requirements(cases)}
-        save(args.json, {"machine": card, "threads": args.threads, "training": found})
+    def cases(self) -> list[Case]:
+        """All, or one."""
+        return CASES[: 1 if self.args.quick else None]
+
+    def contest(self, case: Case) -> Contest:
+        """Checks that all make the same networks."""
+        check_same(case, self.device)
+        made = trainer_of(case, self.device)
+        hands = {name: ByHand(case, self.device, name == LOGGING) for name in (HAND, LOGGING)}
+        everyone: Runs = {OURS: several(made.step)}
+        everyone |= {name: several(hand.step) for name, hand in hands.items()}
+        runs = self.admitted(everyone, [OURS])
+        work = step_work(hands[HAND].step, made)
+        return Contest(
+            f"{STEPS} training steps",
+            str(case),
+            runs,
+            [OURS],
+            replace(work, bytes=STEPS * work.bytes, flops=STEPS * work.flops),
+            notes={"checkpoint": checkpoint(made, min(self.args.rounds, 20))},
+        )
 
 
 if __name__ == "__main__":
-    main()
+    run_suite(Training)

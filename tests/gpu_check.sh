@@ -19,7 +19,7 @@ for tool in memcheck racecheck synccheck; do
 done
 
 gpu=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))')
-for name in projection gaussian spectral hvp; do
+for name in projection gaussian spectral hvp regularizers; do
   "$PYTHON" -m "benchmarks.bench_$name" --device cuda --json "$OUT/$gpu.json"
 done
 "$PYTHON" -m benchmarks.report

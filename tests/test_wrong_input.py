@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from hessreg.cli import main
-from hessreg.commands import mmd
+from hessreg.commands import bench, mmd
 from hessreg.dynamics.lab import Lab
 from hessreg.gan import metrics, run
 from hessreg.gan.checkpoint import load_state, save_state
@@ -62,6 +62,7 @@ def make_world(folder: Path) -> None:
     (folder / "unparsed.py").write_text("1 +")
     (folder / "file").touch()
     (folder / "full").mkdir()
+    (folder / "folder.json").mkdir()
     (folder / "full" / "something").touch()
     make_arrays(folder)
     make_pictures(folder)
@@ -372,6 +373,17 @@ OTHERS = {
     "dynamics --steps 0": "steps",
     "dynamics --seed=-1": "seed",
     "dynamics --games bilinear --methods r1 --out full": "r1 does not apply to bilinear",
+    "bench --family spectrl": "family must be all, or some of projection, spectral",
+    "bench --family hvp,": "joined by commas, got ''",
+    "bench --quik": "--quik (did you mean --quick?)",
+    "bench --threads 0": "threads must be in [1, 1024], got 0",
+    "bench --threads two": "--threads: Expected int. Got value: two",
+    "bench --minutes nan": "--minutes: Expected float. Got value: nan",
+    "bench --minutes=-1": "minutes must be positive and finite, got -1.0",
+    "bench --device tpu": "--device: invalid choice: 'tpu'",
+    "bench --json results.txt": "json must be a file name that ends in .json, got 'results.txt'",
+    "bench --json file/new.json": "file",
+    "bench --json folder.json": "folder.json is a folder",
 }
 TUNE = {
     "tune ring --trials 0": "trials must be at least 1, got 0",
@@ -475,6 +487,7 @@ INTERRUPTED = {
     "mmd good.npy good.npy --permutations 99": (mmd, "mmd2_test"),
     "dynamics --games bilinear --out new": (Lab, "run"),
     "style sample:china sample:flower -o new.png": (StyleRun, "__init__"),
+    "bench --family hvp --json new.json": (bench, "_python"),
     "doctor": (torch, "linspace"),
 }
 

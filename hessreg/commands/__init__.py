@@ -23,6 +23,7 @@ COMMANDS = {
     "dynamics": "how training methods move in small games, and why",
     "style": "paint a photograph in the style of another",
     "mmd": "maximum mean discrepancy of two samples",
+    "bench": "time everything against rivals and the machine's limits",
     "doctor": "versions, devices and self-tests",
 }
 PER_DATASET = ("train", "compare", "tune")
