@@ -22,12 +22,12 @@ from typing import Any
 from scipy import stats
 
 from hessreg.gan import DEFAULTS, TrainConfig
+from hessreg.gan.config import with_values
 from hessreg.gan.progress import SilentProgress
 from hessreg.gan.run import Run
 from hessreg.gan.run_folder import RunFolder
 from hessreg.gan.tasks import make_task
 from hessreg.gan.trainer import NonFiniteError
-from hessreg.tuning import with_values
 
 Values = Mapping[str, Any]
 
