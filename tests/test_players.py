@@ -14,6 +14,7 @@ from torch.optim import lr_scheduler
 
 from hessreg.cli import main
 from hessreg.gan import (
+    DEFAULTS,
     Discriminator,
     Generator,
     GrowthConfig,
@@ -700,6 +701,14 @@ def test_runs_of_every_precision_write_their_pictures(tmp_path, precision):
     )
     assert "samples.png" in run.train()
     assert (tmp_path / "run" / "kernel.png").exists()
+
+
+@pytest.mark.parametrize("dataset", DEFAULTS)
+def test_every_optimizer_goes_with_the_defaults_of_every_data_set(dataset):
+    defaults = DEFAULTS[dataset]
+    for name in OPTIMIZERS:
+        player = replace(defaults.d, optimizer=name)
+        assert replace(defaults, d=player).d.optimizer == name
 
 
 @pytest.mark.parametrize(
