@@ -56,6 +56,7 @@ from hessreg.gan.metrics import (
     precision_recall,
 )
 from hessreg.gan.mixtures import RING, grid_mixture, load_mixture, ring_mixture
+from hessreg.gan.options import GridConfig, RingConfig
 from hessreg.gan.pictures import save_curves, save_kernel, tile
 from hessreg.gan.run_folder import RunFolder, RunFolderError
 from hessreg.optim import MODES, OrthogonalGradients
@@ -1075,6 +1076,23 @@ def test_conditioning_is_logged_plotted_and_named(tmp_path, monkeypatch, network
         assert [*drawn[0].lines[0].get_ydata()] == [row[keys[0]] for row in rows]
         assert drawn[0].get_yscale() in ("log", "symlog")
     assert RunFolder(tmp_path / "run").read_result()["correction"] == "hsc"
+
+
+@pytest.mark.parametrize(
+    ("options", "seconds"),
+    [
+        ({"dataset": "digits", "ring": RingConfig(modes=1000)}, 40),
+        ({"dataset": "ring"}, 40),
+        ({"dataset": "ring", "ring": RingConfig(modes=12)}, 60),
+        ({"dataset": "ring", "ring": RingConfig(modes=1000)}, 90),
+        ({"dataset": "grid", "grid": GridConfig(side=3)}, 45),
+        ({"dataset": "grid"}, 90),
+        ({"dataset": "grid", "steps": 5}, 0),
+        ({"dataset": "grid", "seconds": 7.0}, 7),
+    ],
+)
+def test_many_modes_are_trained_for_longer(options, seconds):
+    assert TrainConfig(**options).seconds == seconds
 
 
 @pytest.mark.parametrize("space", ["samples", "features"])

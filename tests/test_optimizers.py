@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from hessreg.gan import (
+    DEFAULTS,
     NonSaturating,
     PlayerConfig,
     Procedure,
@@ -273,3 +275,11 @@ def test_a_schedule_goes_by_what_it_is_told_or_says_that_it_has_no_end():
     warm = small_trainer(d=PlayerConfig(lr=0.1, warmup=2))  # which needs no end
     warm.step()
     assert warm.metrics()["lr_d"] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("dataset", DEFAULTS)
+def test_every_optimizer_goes_with_the_defaults_of_every_data_set(dataset):
+    defaults = DEFAULTS[dataset]
+    for name in OPTIMIZERS:
+        player = replace(defaults.d, optimizer=name)
+        assert replace(defaults, d=player).d.optimizer == name
