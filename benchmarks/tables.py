@@ -67,6 +67,23 @@ def percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.0f} %"
 
 
+def limit_rows(limits: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the machine can do at most."""
+    names = [name for name in limits if name.endswith((" flops", " exps"))]
+    rates = [(name, f"{limits[name] / 1e9:.1f} G/s") for name in names]
+    traffic = [
+        (f"{what} {_size(size)}", f"{rate / 1e9:.1f} GB/s")
+        for what in ("read", "copied")
+        for size, rate in limits[what]
+    ]
+    return [*rates, *traffic]
+
+
+def _size(num_bytes: float) -> str:
+    kilobytes = num_bytes / 1024
+    return f"{kilobytes:.0f} kB" if kilobytes < 1024 else f"{kilobytes / 1024:.0f} MB"
+
+
 # ---- on the terminal ---------------------------------------------------------------------------
 
 
