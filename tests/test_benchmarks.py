@@ -62,9 +62,16 @@ def test_ratios_leave_out_units_and_ours():
     assert tables.share_of_floor(row()) == 0.25
 
 
+def test_units_are_shown_but_a_floor_is_none():
+    made = row(references=["unit", "floor: dot"], milliseconds=times(hessreg=2.0, unit=0.5))
+    assert tables.in_units(made) == {"unit": 4.0}
+    assert "ours in `unit`" in tables.group_table([made])
+    assert "  ours takes 4.00 x unit" in tables.row_lines(made)
+
+
 def test_a_row_where_a_rival_wins_is_shown_everywhere():
     results = document(row())
-    assert "| **0.50** | 4.00 | missing |" in tables.group_table([row()])
+    assert "| 4.00 | **0.50** | 4.00 | missing |" in tables.group_table([row()])
     assert any("fast" in line and "(wins)" in line for line in summary.lines(results))
     assert any("0.50 x ours" in line for line in tables.row_lines(row()))
 
