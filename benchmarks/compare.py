@@ -2,8 +2,8 @@
 
 Both are checked out and built in temporary folders. The suites of this checkout then time what is
 ours in one and the other by turns, a process each time, so that a machine that drifts drifts for
-both; printed are the ratios of neighbours, HEAD over BASE: above 1 it became slower. A row that one
-of the commits cannot run is left out.
+both; printed are the ratios of neighbours, HEAD over BASE: above 1 it became slower, and it says so
+where all of at least five pairs do. A row that one of the commits cannot run is left out.
 
     python -m benchmarks.compare main HEAD --family spectral,projection --rounds 5
 """
@@ -28,28 +28,29 @@ ROOT = Path(__file__).resolve().parent.parent
 Times = dict[str, float]  # milliseconds by title of a row
 
 
+_FEWEST = 5  # pairs for a verdict
+
+
 class Ratio(NamedTuple):
-    """HEAD over BASE: the median of pairs, with quartiles."""
+    """HEAD over BASE: the median of pairs, the extremes, and how many there are."""
 
     median: float
     low: float
     high: float
+    pairs: int
 
     @classmethod
     def of(cls, base: list[float], head: list[float]) -> Ratio:
         """The pairs that lie side by side in time."""
-        pairs = [after / before for before, after in zip(base, head, strict=True)]
-        if len(pairs) == 1:
-            return cls(*(3 * pairs))
-        low, median, high = statistics.quantiles(pairs, n=4, method="inclusive")
-        return cls(median, low, high)
+        found = [after / before for before, after in zip(base, head, strict=True)]
+        return cls(statistics.median(found), min(found), max(found), len(found))
 
     @property
     def verdict(self) -> str:
-        """Whether the spread leaves a doubt."""
-        if self.low > 1:
-            return "slower"
-        return "faster" if self.high < 1 else ""
+        """What all pairs say, if there are enough."""
+        if self.pairs < _FEWEST or self.low <= 1 <= self.high:
+            return ""
+        return "slower" if self.low > 1 else "faster"
 
 
 def ratios(base: list[Times], head: list[Times]) -> dict[str, Ratio]:
@@ -124,7 +125,7 @@ def times_of(rows: list[dict[str, Any]]) -> Times:
 
 def show(found: dict[str, Ratio]) -> None:
     """Prints the ratios, the largest first."""
-    print("\nHEAD over BASE, median of pairs (quartiles)")
+    print("\nHEAD over BASE, median of pairs (extremes)")
     for title, ratio in sorted(found.items(), key=lambda pair: -pair[1].median):
         spread = f"{ratio.median:6.3f} ({digits(ratio.low)} - {digits(ratio.high)})"
         print(f"  {title[:96]:96s} {spread:24s} {ratio.verdict}".rstrip())

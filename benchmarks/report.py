@@ -11,7 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import Row, best_rival, digits, group_table, groups, less_exact, table
+from benchmarks.tables import (
+    Row,
+    best_rival,
+    digits,
+    group_table,
+    groups,
+    less_exact,
+    limit_rows,
+    table,
+)
 from benchmarks.targets import CPU, GPU, Target
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +63,8 @@ because calls from Python take longer than the arithmetic.
 is what the same bytes cost torch's own single passes over flat vectors in the same rounds: half a
 `dot` for each vector read, and one `sub` into memory that is there already. With one direction a
 loop over tensors is above it by what reading one of its vectors again costs, mostly from the
-caches: where memory is the limit, that is about what there is to gain on it. `torchjd`,
+caches: where memory is the limit, that is about what there is to gain on it. OrthoGrad's floor is
+the `sub` alone: tensor by tensor, what it needs again may still be in the caches. `torchjd`,
 `conflictfree` and `libmtl` start from lists of gradients, as we do, and leave lists, but for
 "already flat".
 
@@ -148,19 +158,7 @@ def _group(name: str, rows: Sequence[Row]) -> str:
 def _limits(limits: dict[str, Any]) -> str:
     if not limits:
         return "\nThe limits of this machine were not measured.\n"
-    names = [f"{dtype} {what}" for what in ("flops", "exps") for dtype in ("float32", "float64")]
-    rates = [[name, f"{limits[name] / 1e9:.1f} G/s"] for name in names if name in limits]
-    traffic = [
-        [f"{what} {_size(size)}", f"{rate / 1e9:.1f} GB/s"]
-        for what in ("read", "copied")
-        for size, rate in limits[what]
-    ]
-    return "\n**Limits**, measured\n" + table(["", ""], [*rates, *traffic])
-
-
-def _size(num_bytes: float) -> str:
-    kilobytes = num_bytes / 1024
-    return f"{kilobytes:.0f} kB" if kilobytes < 1024 else f"{kilobytes / 1024:.0f} MB"
+    return "\n**Limits**, measured\n" + table(["", ""], limit_rows(limits))
 
 
 def asked(suites: dict[str, Any], targets: Sequence[Target], threads: int) -> str:

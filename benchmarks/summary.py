@@ -11,7 +11,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import Row, best_rival, digits, less_exact, percent, share_of_floor
+from benchmarks.tables import (
+    Row,
+    best_rival,
+    digits,
+    less_exact,
+    limit_rows,
+    percent,
+    share_of_floor,
+)
 from benchmarks.targets import CPU, GPU
 
 _AHEAD, _BEHIND = "#2f7d4f", "#b5443a"
@@ -19,7 +27,10 @@ _AHEAD, _BEHIND = "#2f7d4f", "#b5443a"
 
 def lines(results: dict[str, Any]) -> list[str]:
     """What there is to print."""
-    found = []
+    limits = results.get("limits")
+    found = ["", "the limits of this machine"]
+    found += [f"  {what:16s} {rate:>12s}" for what, rate in limit_rows(limits)] if limits else []
+    found += [] if limits else ["  not measured"]
     for name, suite in results["suites"].items():
         found += [
             "",

@@ -35,6 +35,12 @@ def best_rival(row: Row, among: Sequence[str] = ()) -> tuple[str, float] | None:
     return min(((who, found[who]) for who in names), key=lambda pair: pair[1], default=None)
 
 
+def in_units(row: Row) -> dict[str, float]:
+    """What we take in each unit, such as plain steps; a floor is none."""
+    units = [who for who in row["references"] if not who.startswith("floor") and row["ours"]]
+    return {who: cost(row, row["ours"][0]) / cost(row, who) for who in units}
+
+
 def less_exact(row: Row, who: str) -> str:
     """A rival's error, where it is ten times ours, to stand behind its name."""
     errors = row["errors"]
@@ -67,6 +73,23 @@ def percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.0f} %"
 
 
+def limit_rows(limits: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the machine can do at most."""
+    names = [name for name in limits if name.endswith((" flops", " exps"))]
+    rates = [(name, f"{limits[name] / 1e9:.1f} G/s") for name in names]
+    traffic = [
+        (f"{what} {_size(size)}", f"{rate / 1e9:.1f} GB/s")
+        for what in ("read", "copied")
+        for size, rate in limits[what]
+    ]
+    return [*rates, *traffic]
+
+
+def _size(num_bytes: float) -> str:
+    kilobytes = num_bytes / 1024
+    return f"{kilobytes:.0f} kB" if kilobytes < 1024 else f"{kilobytes / 1024:.0f} MB"
+
+
 # ---- on the terminal ---------------------------------------------------------------------------
 
 
@@ -85,6 +108,7 @@ def row_lines(row: Row) -> list[str]:
         line += f"   error {row['errors'][who]:.1e}" if who in row["errors"] else ""
         lines.append(line.rstrip())
     lines += [f"  {who:{width}s} left out: {why}" for who, why in row["left out"].items()]
+    lines += [f"  ours takes {digits(n)} x {who}" for who, n in in_units(row).items()]
     return [*lines, *_floor_line(row)]
 
 
@@ -131,15 +155,16 @@ def group_table(rows: Sequence[Row]) -> str:
     others = [who for row in good for who in row["references"]]
     names = [who for who in dict.fromkeys(everyone) if who not in others]
     main = {row["ours"][0] for row in good if row["ours"]}
+    units = list(dict.fromkeys(who for row in good for who in in_units(row)))
     columns = [who for who in names if who not in main]
     has_errors = any(row["errors"] for row in good)
     head = ["", "ours, ms", *(["error"] if has_errors else []), "floor, ms", "reached"]
-    lines = [_line(row, columns, has_errors) for row in rows]
-    return table([*head, *(f"`{who}`" for who in columns)], lines)
+    head += [*(f"ours in `{who}`" for who in units), *(f"`{who}`" for who in columns)]
+    return table(head, [_line(row, columns, units, has_errors) for row in rows])
 
 
-def _line(row: Row, columns: list[str], has_errors: bool) -> list[str]:
-    filler = [""] * (len(columns) + 2 + has_errors)
+def _line(row: Row, columns: list[str], units: list[str], has_errors: bool) -> list[str]:
+    filler = [""] * (len(columns) + len(units) + 2 + has_errors)
     if "failed" in row:
         return [row["case"], f"failed: {row['failed']}", *filler]
     if not row["ours"]:
@@ -152,6 +177,8 @@ def _line(row: Row, columns: list[str], has_errors: bool) -> list[str]:
     floor = row.get("floor")
     limit = f"{digits(floor['milliseconds'])}, {floor['bound']}" if floor else ""
     cells = [_cell(row, who) for who in columns]
+    found = in_units(row)
+    cells = [*(digits(found[who]) if who in found else "" for who in units), *cells]
     return [row["case"], spread(t) + again, *error, limit, percent(share_of_floor(row)), *cells]
 
 

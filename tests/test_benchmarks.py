@@ -62,9 +62,16 @@ def test_ratios_leave_out_units_and_ours():
     assert tables.share_of_floor(row()) == 0.25
 
 
+def test_units_are_shown_but_a_floor_is_none():
+    made = row(references=["unit", "floor: dot"], milliseconds=times(hessreg=2.0, unit=0.5))
+    assert tables.in_units(made) == {"unit": 4.0}
+    assert "ours in `unit`" in tables.group_table([made])
+    assert "  ours takes 4.00 x unit" in tables.row_lines(made)
+
+
 def test_a_row_where_a_rival_wins_is_shown_everywhere():
     results = document(row())
-    assert "| **0.50** | 4.00 | missing |" in tables.group_table([row()])
+    assert "| 4.00 | **0.50** | 4.00 | missing |" in tables.group_table([row()])
     assert any("fast" in line and "(wins)" in line for line in summary.lines(results))
     assert any("0.50 x ours" in line for line in tables.row_lines(row()))
 
@@ -131,6 +138,13 @@ def test_the_floor_is_the_longer_of_traffic_and_arithmetic():
     assert floor_of(Work(bytes=8), {}, cold=False, device="cpu") is None
 
 
+def test_limits_are_printed_or_said_to_be_missing():
+    lines = summary.lines(document(row(), limits=LIMITS))
+    assert "  float32 flops        10.0 G/s" in lines
+    assert "  read 95 MB           1.0 GB/s" in lines
+    assert "  not measured" in summary.lines(document(row(), limits={}))
+
+
 def test_products_are_counted_also_in_second_derivatives():
     x, w = torch.randn(3, 5), torch.randn(7, 5, requires_grad=True)
     assert limits.counted_work(lambda: x @ w.T, [w]) == Work(bytes=2 * 4 * 35, flops=2 * 3 * 5 * 7)
@@ -167,6 +181,25 @@ def test_contestants_take_turns_and_slow_ones_fewer(monkeypatch):
     assert calls[4:8] == ["a", "b", "a", "a"]  # after two warm-up calls of each
     assert (calls.count("a"), calls.count("b")) == (12, 7)
     assert found["b"]["median"] == 100.0
+
+
+def test_small_calls_are_replayed_as_graphs_on_a_gpu(monkeypatch):
+    def captured(run):
+        if run() == "waits":
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        return lambda: None
+
+    monkeypatch.setattr(harness, "_captured", captured)
+    monkeypatch.setattr(harness, "time_once", lambda run, device: 0.25)
+    found = {name: {"median": t} for name, t in (("small", 0.5), ("waits", 0.5), ("large", 5.0))}
+    harness._replay({name: lambda name=name: name for name in found}, found, 3, "cuda")
+    assert found["small"]["graph"] == 0.25
+    assert found["waits"]["graph"] == "cannot: operation not permitted when stream is capturing"
+    assert "graph" not in found["large"]
+    shown = tables.row_lines(
+        row(milliseconds=times(hessreg=1.0) | {"unit": {**times(unit=1.0)["unit"], "graph": 0.25}})
+    )
+    assert any("as a graph 0.25" in line for line in shown)
 
 
 class Tiny(harness.Suite):
@@ -287,17 +320,19 @@ def test_the_readme_has_the_table_that_the_files_say():
 
 
 def test_commits_are_compared_by_neighbouring_pairs():
-    ratio = compare.Ratio.of([1.0, 2.0, 4.0], [1.5, 3.0, 6.0])
-    assert ratio == (1.5, 1.5, 1.5)
+    drifting = [1.0, 2.0, 4.0, 8.0, 2.0]
+    ratio = compare.Ratio.of(drifting, [1.5 * t for t in drifting])
+    assert ratio == (1.5, 1.5, 1.5, 5)
     assert ratio.verdict == "slower"
-    assert compare.Ratio.of([1.0, 1.0, 1.0], [0.5, 1.0, 2.0]) == (1.0, 0.75, 1.5)
-    assert compare.Ratio.of([1.0, 1.0, 1.0], [0.5, 1.0, 2.0]).verdict == ""
-    assert compare.Ratio.of([2.0], [1.0]) == (0.5, 0.5, 0.5)
+    assert compare.Ratio.of(drifting, [0.5 * t for t in drifting]).verdict == "faster"
+    assert compare.Ratio.of([1.0, 1.0, 1.0], [0.5, 1.0, 2.0]) == (1.0, 0.5, 2.0, 3)
+    assert compare.Ratio.of([1.0] * 5, [0.9, 2.0, 2.0, 2.0, 2.0]).verdict == ""
+    assert compare.Ratio.of([1.0] * 4, [2.0] * 4).verdict == ""  # too few to say
 
 
 def test_rows_that_one_commit_cannot_run_are_left_out():
     base, head = [{"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 1.0}], [{"a": 2.0}, {"a": 2.0, "b": 3.0}]
-    assert compare.ratios(base, head) == {"a": (2.0, 2.0, 2.0)}
+    assert compare.ratios(base, head) == {"a": (2.0, 2.0, 2.0, 2)}
 
 
 def test_times_have_a_row_for_each_of_our_ways():
