@@ -17,6 +17,7 @@ from hessreg.gan import (
     Generator,
     ImageJudge,
     InfoGAN,
+    Procedure,
     Trainer,
     load_dataset,
 )
@@ -88,7 +89,8 @@ class Recorded(R1):
         return super().loss_terms(ctx)
 
 
-def test_generated_samples_have_the_classes_of_the_real_batch():
+@pytest.mark.parametrize("parts", [1, 2])
+def test_generated_samples_have_the_classes_of_the_real_batch(parts):
     labels = torch.arange(40) % 5
     data = labels.view(-1, 1).float().expand(-1, 2).contiguous()
     recorded = Recorded()
@@ -99,10 +101,11 @@ def test_generated_samples_have_the_classes_of_the_real_batch():
         [recorded],
         batch_size=10,
         labels=labels,
+        procedure=Procedure(accumulate=parts),
     )
     for _ in range(3):
         trainer.step()
-    assert len(recorded.contexts) == 6
+    assert len(recorded.contexts) == 6 * parts
     for context in recorded.contexts:
         wanted = context.real[:, 0].long()
         assert context.noise[:, 4:].argmax(1).tolist() == wanted.tolist()

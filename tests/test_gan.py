@@ -416,6 +416,15 @@ def test_gradient_hooks_are_applied_in_order():
         torch.testing.assert_close(2 * a.grad + 1, b.grad)
 
 
+def test_averaged_generator_has_the_newest_buffers():
+    trainer = small_trainer(architecture="dcgan")
+    before = [buffer.clone() for buffer in trainer.ema.buffers()]
+    trainer.step()
+    newest = list(trainer.generator.buffers())
+    assert equal(list(trainer.ema.buffers()), newest)
+    assert not any(map(torch.equal, before, newest))
+
+
 def test_averaged_generator_follows_with_a_short_memory_at_first():
     trainer = small_trainer()
     before = [p.clone() for p in trainer.ema.parameters()]

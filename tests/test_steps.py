@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from hessreg.gan import (
     GrowthConfig,
     InstanceNoiseConfig,
+    NonFiniteError,
+    NonSaturating,
     Orthogonal,
     PlayerConfig,
     Procedure,
@@ -15,8 +19,9 @@ from hessreg.gan import (
 )
 from hessreg.kernels import mmd2
 from hessreg.optim import MODES
-from hessreg.regularizers import HSN1R, R1, R2, WGANGP
+from hessreg.regularizers import HSN1R, R1, R2, WGANGP, BaseRegularizer
 from tests.small_trainers import Noted, check_resume, small_trainer, weights
+from tests.states import equal
 
 PROCEDURES = {
     "discriminator steps": Procedure(discriminator_steps=3),
@@ -110,6 +115,39 @@ def test_the_discriminator_sees_noise_that_fades():
         assert torch.equal(made, blurred.generator(latent).detach())
         difference = seen[3 * step + 2].detach() - made
         assert difference.std().item() == pytest.approx(wanted, rel=0.05, abs=1e-6)
+
+
+class Shaken(BaseRegularizer):
+    """Draws from torch's own random numbers, as dropout does."""
+
+    def precondition(self, network, grads, ctx):
+        return [grad + torch.randn_like(grad) for grad in grads]
+
+
+def test_the_random_numbers_of_torch_are_resumed():
+    first, second = small_trainer([Shaken()]), small_trainer([Shaken()])
+    first.step()
+    state = copy.deepcopy(first.state_dict())
+    first.step()
+    torch.set_rng_state(torch.Generator().manual_seed(9).get_state())
+    second.load_state_dict(state)
+    second.step()
+    assert equal(weights(first), weights(second))
+
+
+class Endless(NonSaturating):
+    """The gradient is finite, the loss is not."""
+
+    def generator(self, fake, real):
+        return super().generator(fake, real) + torch.inf
+
+
+def test_an_infinite_loss_with_a_finite_gradient_stops_the_training():
+    trainer = small_trainer(loss=Endless())
+    before = [p.clone() for p in trainer.generator.parameters()]
+    with pytest.raises(NonFiniteError, match="step 1: generator loss is not finite"):
+        trainer.step()
+    assert all(map(torch.equal, before, trainer.generator.parameters()))
 
 
 # Accumulation

@@ -97,26 +97,39 @@ class Trainer:
             Player("d", self.discriminator, d or PlayerConfig(), own[1], is_half),
         ]
         self.batch_sizes = [player.config.batch_size or batch_size for player in self.players]
-        names = [player.batch_option for player in self.players]
-        sizes = dict(zip(names, self.batch_sizes, strict=True))
-        self.procedure.check(sizes, len(data), self.regularizers, orthogonal, shard)
         self.loss = gathered(loss or NonSaturating(), shard)
         self.orthogonal = orthogonal
-        if orthogonal is not None:
+        self._check_and_wrap()
+        self.batches = self._make_batches(seed)
+        self._game = self._make_game()
+        self.steps_done = 0
+        self._means = RunningMeans()
+
+    def _check_and_wrap(self) -> None:
+        """Refuse what does not go together, and let optimisers project if they are to."""
+        names = [player.batch_option for player in self.players]
+        sizes = dict(zip(names, self.batch_sizes, strict=True))
+        rest = self.regularizers, self.orthogonal, self.shard
+        self.procedure.check(sizes, len(self.data), *rest)
+        if self.orthogonal is not None:
             pair = self.players[0].optimizer, self.players[1].optimizer
-            wrappers = orthogonal.wrap(*pair, group=shard.group)
+            wrappers = self.orthogonal.wrap(*pair, group=self.shard.group)
             for player, wrapper in zip(self.players, wrappers, strict=True):
                 player.wrapper = wrapper
-        self.batches = Batches(
-            data,
-            labels,
-            ShuffledSampler(len(data), self.batch_sizes[1], seed),
+
+    def _make_batches(self, seed: int) -> Batches:
+        return Batches(
+            self.data,
+            self.labels,
+            ShuffledSampler(len(self.data), self.batch_sizes[1], seed),
             self.generator,
             seed=seed,
             parts=self.procedure.accumulate,
-            shard=shard,
+            shard=self.shard,
         )
-        self._game = Game(
+
+    def _make_game(self) -> Game:
+        return Game(
             self.generator,
             self.discriminator,
             self.loss,
@@ -124,11 +137,9 @@ class Trainer:
             self.batches,
             precision=self.procedure.precision,
             instance_noise=self.procedure.instance_noise,
-            has_rival=orthogonal is not None and orthogonal.mode == "game",
-            shard=shard,
+            has_rival=self.orthogonal is not None and self.orthogonal.mode == "game",
+            shard=self.shard,
         )
-        self.steps_done = 0
-        self._means = RunningMeans()
 
     @property
     def ema(self) -> Generator:
