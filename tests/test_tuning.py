@@ -160,7 +160,7 @@ def test_neighbours_differ_in_two_values_from_the_start():
     changed = [{n for n in start if point.get(n, start[n]) != start[n]} for point in points]
     # One where the other does not matter any more, as r1.gamma without r1.
     assert {len(names) for names in changed} <= {1, 2}
-    assert sum(len(names) == 2 for names in changed) > 180
+    assert sum(len(names) == 2 for names in changed) > 150
     assert set.union(*changed) >= {"g.lr", "batch_size", "regularizer", "label_smoothing"}
     assert all(
         set(start) >= set(point) or "regularizer" in names
@@ -442,10 +442,15 @@ def test_a_process_that_is_killed_every_time_fails_its_trial(tmp_path, stand_in,
     assert len(trials) == 3  # the search went on, and it counts
 
 
-def test_best_and_default_are_compared_on_fresh_seeds(tmp_path, stand_in):
+def test_best_and_default_are_compared_on_fresh_seeds(tmp_path, stand_in, monkeypatch):
     base = with_values(BASE, {"g.lr": 2e-4, "seed": 5})
     outcome, _ = search(tmp_path, {"g.lr": [2e-4, 1e-3]}, base, sampler="grid")
+    started = []
+    monkeypatch.setattr(
+        TrialRun, "_command", lambda self: (started.append(self.path.name), stand_in(self))[1]
+    )
     table = outcome.confirm(3, workers=2)
+    assert [name.partition("-")[0] for name in started] == ["default", "best"] * 3
     for name, rate in (("default", 2e-4), ("best", 1e-3)):
         files = sorted((tmp_path / "out/confirm").glob(f"{name}-*.yaml"))
         configs = [TrainConfig.from_dict(yaml.safe_load(file.read_text())) for file in files]
