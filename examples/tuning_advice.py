@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from scipy import stats
 
 from hessreg.gan import DEFAULTS, TrainConfig
@@ -191,6 +192,11 @@ def _metric(folder: Path, name: str) -> float:
     return float(RunFolder(folder).read_result()[name])
 
 
+def _option(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    return name, yaml.safe_load(value)
+
+
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
@@ -199,13 +205,17 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="CPU time of each run")
     parser.add_argument("--steps", type=int, default=0, help="a limit of steps in place of it")
     parser.add_argument("--rows", type=int, default=len(ADVICE), help="only the first so many")
+    parser.add_argument(
+        "--base", type=_option, nargs="+", default=[], metavar="NAME=VALUE", help="other defaults"
+    )
     options = parser.parse_args(arguments)
     if options.seeds < 2:
         parser.error(f"--seeds must be at least 2, for an interval, got {options.seeds}")
     seconds = 0.0 if options.steps else options.seconds
     limits = {"steps": options.steps, "seconds": seconds, "tensorboard": False}
     rarely = {"eval_every": 10**6, "save_every": 10**6}  # neither is what is measured
-    bases = {name: with_values(DEFAULTS[name], limits | rarely) for name in options.data.split(",")}
+    fixed = dict(options.base) | limits | rarely
+    bases = {name: with_values(DEFAULTS[name], fixed) for name in options.data.split(",")}
     table = Table(options.out, bases, ADVICE[: options.rows], options.seeds)
     table.train()
     print(table.markdown())

@@ -160,7 +160,7 @@ def test_neighbours_differ_in_two_values_from_the_start():
     changed = [{n for n in start if point.get(n, start[n]) != start[n]} for point in points]
     # One where the other does not matter any more, as r1.gamma without r1.
     assert {len(names) for names in changed} <= {1, 2}
-    assert sum(len(names) == 2 for names in changed) > 180
+    assert sum(len(names) == 2 for names in changed) > 150
     assert set.union(*changed) >= {"g.lr", "batch_size", "regularizer", "label_smoothing"}
     assert all(
         set(start) >= set(point) or "regularizer" in names
@@ -180,7 +180,7 @@ def frozen(point):
 
 
 def test_no_point_is_tried_twice_where_there_are_few():
-    space = SearchSpace(BASE, {"batch_size": [128, 256]})
+    space = SearchSpace(with_values(BASE, {"batch_size": 256}), {"batch_size": [128, 256]})
     assert space.neighbours(20, random.Random(0)) == [{"batch_size": 128}]
     outside = SearchSpace(with_values(BASE, {"batch_size": 64}), {"batch_size": [128, 256]})
     assert outside.neighbours(20, random.Random(0)) == []
@@ -442,10 +442,15 @@ def test_a_process_that_is_killed_every_time_fails_its_trial(tmp_path, stand_in,
     assert len(trials) == 3  # the search went on, and it counts
 
 
-def test_best_and_default_are_compared_on_fresh_seeds(tmp_path, stand_in):
+def test_best_and_default_are_compared_on_fresh_seeds(tmp_path, stand_in, monkeypatch):
     base = with_values(BASE, {"g.lr": 2e-4, "seed": 5})
     outcome, _ = search(tmp_path, {"g.lr": [2e-4, 1e-3]}, base, sampler="grid")
+    started = []
+    monkeypatch.setattr(
+        TrialRun, "_command", lambda self: (started.append(self.path.name), stand_in(self))[1]
+    )
     table = outcome.confirm(3, workers=2)
+    assert [name.partition("-")[0] for name in started] == ["default", "best"] * 3
     for name, rate in (("default", 2e-4), ("best", 1e-3)):
         files = sorted((tmp_path / "out/confirm").glob(f"{name}-*.yaml"))
         configs = [TrainConfig.from_dict(yaml.safe_load(file.read_text())) for file in files]
@@ -582,16 +587,16 @@ def test_killed_trials_and_killed_searches_lose_nothing(tmp_path):
 # --- what guides advise, measured ----------------------------------------------------------------
 
 
-def advice_table(tmp_path, capsys, *more):
-    tuning_advice.main(
-        [f"--out={tmp_path / 'advice'}", "--data=ring", "--rows=2", "--steps=10", *more]
-    )
+def advice_table(tmp_path, capsys):
+    fixed = ["--data=ring", "--rows=2", "--steps=10", "--seeds=2"]
+    base = ["--base", "batch_size=16", "g.beta2=0.9"]
+    tuning_advice.main([f"--out={tmp_path / 'advice'}", *fixed, *base])
     return [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
 
 
 @pytest.mark.slow
 def test_advice_is_a_table_that_goes_on(tmp_path, capsys, monkeypatch):
-    rows = advice_table(tmp_path, capsys, "--seeds=2")
+    rows = advice_table(tmp_path, capsys)
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
     assert cells[0][3:5] == ["ring: mmd with", "without"]
     assert [row[1] for row in cells[2:]] == ["`--g.lr 0.0002 --d.lr 0.0002`", "`--ttur g2`"]
@@ -604,11 +609,13 @@ def test_advice_is_a_table_that_goes_on(tmp_path, capsys, monkeypatch):
     shown = f"{statistics.fmean(values):.3g} ± {statistics.stdev(values):.2g}"
     assert [row[4] for row in cells[2:]] == [shown] * 2
     assert {row[5] for row in cells[2:]} <= {"confirmed", "no effect", "wrong here"}
+    found = yaml.safe_load((tmp_path / "advice/ring/ttur=g2/1/config.yaml").read_text())
+    assert (found["batch_size"], found["g"]["beta2"], found["ttur"]) == (16, 0.9, "g2")
     monkeypatch.setattr(tuning_advice.Run, "create", None)  # all there: nothing is trained
-    assert advice_table(tmp_path, capsys, "--seeds=2") == rows
+    assert advice_table(tmp_path, capsys) == rows
     shutil.rmtree(tmp_path / "advice/ring/ttur=g2/1")
     with pytest.raises(TypeError):
-        advice_table(tmp_path, capsys, "--seeds=2")
+        advice_table(tmp_path, capsys)
 
 
 def test_advice_that_ends_in_numbers_not_finite_is_wrong(tmp_path):

@@ -102,7 +102,8 @@ class Outcome:
                 run = TrialRun((self.path / "confirm" / f"{name}-{seed}").resolve())
                 run.prepare(replace(config, seed=seed))
                 runs[name].append(run)
-        _finish_all([run for group in runs.values() for run in group], workers)
+        # By seeds: the load of the machine changes, and both should have as much of it.
+        _finish_all([run for pair in zip(*runs.values(), strict=True) for run in pair], workers)
         task = make_task(self.space.base)
         judge = task.judge(task.load())
         rows = {name: [run.result() for run in group] for name, group in runs.items()}
