@@ -103,5 +103,11 @@ def test_compare_methods_with_settings(tmp_path, capfd):
     assert [(row["name"], float(row["x"])) for row in steps] == [
         (name, x) for name in methods for x in (2, 4, 6)
     ]
+    written = [(folder / name / "result.json").stat().st_mtime_ns for name in ("r1-0", "r1-1")]
+    (folder / "r1-0" / "result.json").unlink()
+    assert main(["compare", "ring", *args, f"--out={folder}", *SMALL]) == 0
+    again = [(folder / name / "result.json").stat().st_mtime_ns for name in ("r1-0", "r1-1")]
+    assert again[0] > written[0]
+    assert again[1] == written[1]
     last = confidence_interval([row["mmd"] for row in runs[:2]])
     assert (float(steps[2]["mmd"]), float(steps[2]["margin"])) == (last.mean, last.margin)

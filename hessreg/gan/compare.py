@@ -127,7 +127,8 @@ class Comparison:
             Interrupted: If Ctrl-C was pressed; every run has saved its state.
         """
         folders = [folder for by_seed in self._folders.values() for folder in by_seed.values()]
-        _train_all(self.path, folders, self.jobs)
+        unfinished = [folder for folder in folders if not (folder / "result.json").exists()]
+        _train_all(self.path, unfinished, self.jobs)
         rows = {
             method: [RunFolder(folder).read_result() for folder in by_seed.values()]
             for method, by_seed in self._folders.items()

@@ -437,8 +437,8 @@ class Run:
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
-        self.folder.write_result(result)
         pictures_beside = self._draw()
+        self.folder.write_result(result)  # last: with it the run counts as finished
         return (
             f"{self.folder.path / 'samples.png'}: {self.task.shown} by {self.config.title}"
             f" after {result['steps']} steps, {self.cpu_seconds:.0f} CPU-s;"
