@@ -25,6 +25,7 @@ from hessreg.cli import main
 from hessreg.commands import train
 from hessreg.commands._options import train_config
 from hessreg.gan import DEFAULTS, TrainConfig
+from hessreg.gan.config import with_values
 from hessreg.gan.run import Interrupted
 from hessreg.tuning import (
     DEFAULT_SPACE,
@@ -34,7 +35,6 @@ from hessreg.tuning import (
     TuneConfig,
     Tuner,
     TuningError,
-    with_values,
 )
 from hessreg.tuning.trial_run import TrialRun
 
@@ -440,6 +440,34 @@ def test_a_process_that_is_killed_every_time_fails_its_trial(tmp_path, stand_in,
     assert trials[1].user_attrs["reason"] == "killed repeatedly"
     assert (tmp_path / "out/trials/0001.log").read_text() == "started\n" * 3
     assert len(trials) == 3  # the search went on, and it counts
+
+
+LUCK = """
+row["mmd"] += {5: -0.9, 6: 0.0}.get(config["seed"], 0.01 * (config["seed"] % 7))
+(folder / "result.json").write_text(json.dumps(row | {"modes": 8, "tv": 0.1, "cpu_seconds": 0.1}))
+"""
+
+
+@pytest.mark.parametrize("leaders", [1, 2, 9])
+def test_the_best_of_several_leaders_is_not_the_luckiest(tmp_path, monkeypatch, leaders):
+    def command(self):
+        return [sys.executable, "-c", STAND_IN + LUCK, str(self.path)]
+
+    monkeypatch.setattr(TrialRun, "_command", command)
+    base = with_values(BASE, {"seed": 5})
+    rates = {5: 2e-4, 6: 1e-3}  # by seed: the worse one is lucky
+    monkeypatch.setattr("random.Random.shuffle", lambda self, points: points.sort(key=str))
+    outcome, trials = search(tmp_path, {"g.lr": list(rates.values())}, base, sampler="grid")
+    found = {trial.user_attrs["folder"][-1]: trial.values[0] for trial in trials}
+    assert found["0"] < found["1"]  # by luck
+    said = outcome.choose(leaders, workers=2)
+    chosen = yaml.safe_load(outcome.write()[0].read_text())
+    assert chosen["g"]["lr"] == (2e-4 if leaders == 1 else 1e-3)
+    assert chosen["seed"] == 5
+    assert len(said.splitlines()) == min(leaders, 2)
+    files = sorted(file.name for file in (tmp_path / "out/leaders").glob("*.yaml"))
+    numbers = ["0", "1"][: min(leaders, 2)]
+    assert files == [f"{n}-{seed}.yaml" for n in numbers for seed in (500_005, 500_006)]
 
 
 def test_best_and_default_are_compared_on_fresh_seeds(tmp_path, stand_in, monkeypatch):

@@ -390,6 +390,7 @@ TUNE = {
     "tune ring --trials many": "--trials: Expected int. Got value: many",
     "tune ring --workers 0": "workers must be at least 1, got 0",
     "tune ring --workers 2000": "workers must be at most 1024, got 2000",
+    "tune ring --leaders=0": "leaders must be at least 1, got 0",
     "tune ring --confirm=-1": "confirm must be at least 0, got -1",
     "tune ring --sampler luck": "--sampler: Expected one of 'tpe', 'random', 'grid', 'cmaes'",
     "tune ring --pruner axe": "--pruner: Expected one of 'median', 'hyperband', 'none'",

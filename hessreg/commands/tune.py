@@ -47,6 +47,8 @@ def run(options: dict[str, Any]) -> None:
 
 def _search(tuner: Tuner, config: TuneConfig) -> None:
     outcome = tuner.run()
+    if config.leaders > 1 and len(outcome.objectives) == 1:
+        say(outcome.choose(config.leaders, config.workers))
     files = outcome.write()
     say(outcome.describe())
     if config.confirm and len(outcome.objectives) == 1:

@@ -28,6 +28,8 @@ class TuneConfig:
         storage: Where the study is, to be shared by several searches: an SQLAlchemy URL such as
             sqlite:///study.db, or journal:FILE. By default a file in the folder.
         study: Name of the study in the storage; by default that of the data set.
+        leaders: Trials with the best values that are trained with two further seeds each before one
+            of them is named the best; 1 for none.
         confirm: Fresh seeds on which the best configuration is trained beside the one the search
             started from; 0 for none.
     """
@@ -41,10 +43,11 @@ class TuneConfig:
     space: str = ""
     storage: str = ""
     study: str = ""
+    leaders: int = 3
     confirm: int = 3
 
     def __post_init__(self) -> None:
         check_types(self)
-        require_at_least(self, 1, "trials", "workers")
+        require_at_least(self, 1, "trials", "workers", "leaders")
         require_at_least(self, 0, "confirm")
         require(self.workers <= 1024, "workers", "at most 1024", self.workers)

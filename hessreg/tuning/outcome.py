@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Outcome", "OutcomeError"]
 
-_FRESH = 1_000_000  # far from the seeds of trials
+_FRESH, _SECOND = 1_000_000, 500_000  # far from the seeds of trials and from each other
+_RUNS = 2  # of each leader, beside its trial
 _POLL = 0.2  # seconds
 
 
@@ -48,11 +50,55 @@ class Outcome:
         self, path: Path, study: Study, space: SearchSpace, objectives: Sequence[str]
     ) -> None:
         self.path, self.study, self.space, self.objectives = path, study, space, objectives
+        self._chosen: FrozenTrial | None = None
 
     @property
     def best(self) -> list[FrozenTrial]:
         """The best trial, or with several objectives those that none beats in all."""
-        return self.study.best_trials
+        return [self._chosen] if self._chosen else self.study.best_trials
+
+    def choose(self, leaders: int, workers: int) -> str:
+        """Name the best of the leading trials by further runs: one is first by luck, too.
+
+        Args:
+            leaders: Trials with the best values, each of which is trained with two other seeds, the
+                same for all; the value of its trial no longer counts.
+            workers: Runs at once.
+
+        Returns:
+            What was found, a line for each leader.
+
+        Raises:
+            OutcomeError: If a run does not finish.
+        """
+        trials = self._leaders(leaders)
+        configs = {str(trial.number): self.config_of(trial) for trial in trials}
+        found = {
+            number: statistics.fmean(run.result()[self.objectives[0]] for run in runs)
+            for number, runs in self._train("leaders", configs, _SECOND, _RUNS, workers).items()
+        }
+        best = (min if self._sign > 0 else max)(found, key=lambda number: found[number])
+        self._chosen = next(trial for trial in trials if str(trial.number) == best)
+        name = self.objectives[0]
+        lines = [
+            f"trial {trial.number}: {name} {trial.values[0]:.4g},"
+            f" {found[str(trial.number)]:.4g} with {_RUNS} other seeds"
+            for trial in trials
+        ]
+        return "\n".join(lines)
+
+    def _leaders(self, count: int) -> list[FrozenTrial]:
+        from optuna.trial import TrialState
+
+        done = self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+        return sorted(done, key=lambda trial: self._sign * trial.values[0])[:count]
+
+    @property
+    def _sign(self) -> int:
+        """1 if a smaller value is better, else -1."""
+        from optuna.study import StudyDirection
+
+        return 1 if self.study.direction == StudyDirection.MINIMIZE else -1
 
     def config_of(self, trial: FrozenTrial) -> TrainConfig:
         """Return the configuration of a trial, with the seed of the search."""
@@ -94,20 +140,32 @@ class Outcome:
             OutcomeError: If a run does not finish.
         """
         configs = {"default": self.space.base, "best": self.config_of(self.best[0])}
-        runs: dict[str, list[TrialRun]] = {}
-        for name, config in configs.items():
-            runs[name] = []
-            for index in range(seeds):
-                seed = config.seed + _FRESH + index
-                run = TrialRun((self.path / "confirm" / f"{name}-{seed}").resolve())
-                run.prepare(replace(config, seed=seed))
-                runs[name].append(run)
-        # By seeds: the load of the machine changes, and both should have as much of it.
-        _finish_all([run for pair in zip(*runs.values(), strict=True) for run in pair], workers)
+        runs = self._train("confirm", configs, _FRESH, seeds, workers)
         task = make_task(self.space.base)
         judge = task.judge(task.load())
         rows = {name: [run.result() for run in group] for name, group in runs.items()}
         return format_table(rows, {}, judge.columns)
+
+    def _train(
+        self,
+        folder: str,
+        configs: Mapping[str, TrainConfig],
+        first: int,
+        seeds: int,
+        workers: int,
+    ) -> dict[str, list[TrialRun]]:
+        """Train each configuration with the same seeds, counted from the search's + ``first``."""
+        runs: dict[str, list[TrialRun]] = {name: [] for name in configs}
+        for index in range(seeds):
+            for name, config in configs.items():
+                seed = config.seed + first + index
+                run = TrialRun((self.path / folder / f"{name}-{seed}").resolve())
+                run.prepare(replace(config, seed=seed))
+                runs[name].append(run)
+        # By seeds: the load of the machine changes, and all should have as much of it.
+        turns = zip(*runs.values(), strict=True)
+        _finish_all([run for turn in turns for run in turn], workers)
+        return runs
 
     def _table(self) -> bytes:
         names = [parameter.name for parameter in self.space.parameters]
