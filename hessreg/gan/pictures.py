@@ -377,7 +377,8 @@ def save_bands(path: Path, panels: Mapping[str, Mapping[str, Curve]], quantity: 
             axes.fill_between(curve.x, mean - margin, mean + margin, alpha=0.2, **style)
         axes.set(xlabel=title, title=f"{quantity}: mean and 95 % interval")
         axes.set_yscale("log", nonpositive="clip")
-    row[0].legend(fontsize="small")
+    lines = row[0].get_legend_handles_labels()
+    figure.legend(*lines, loc="outside lower center", ncols=2, fontsize="small")
     _save_figure(path, figure)
 
 
