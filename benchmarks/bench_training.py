@@ -79,7 +79,9 @@ class ByHand:
         self.noise = torch.Generator().manual_seed(0)
         self.batches = batches(self.data, self.size)
         self.optimizers = [
-            torch.optim.Adam(network.parameters(), lr=player.lr, betas=(0.5, 0.999), fused=True)
+            torch.optim.Adam(
+                network.parameters(), lr=player.lr, betas=(player.beta1, player.beta2), fused=True
+            )
             for network, player in ((self.g, config.g), (self.d, config.d))
         ]
         self.parameters = [list(self.g.parameters()), list(self.d.parameters())]

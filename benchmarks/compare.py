@@ -99,13 +99,16 @@ def timed(place: Path, families: list[str], more: list[str]) -> Times:
         path.unlink(missing_ok=True)
         command = [sys.executable, "-m", f"benchmarks.bench_{name}", "--only-ours", *more]
         # Only what is in the place, not what is installed; -m puts the current folder first.
-        subprocess.run(
+        done = subprocess.run(
             [*command, f"--json={path}"],
             cwd=place,
             env={**os.environ, "PYTHONPATH": str(place)},
             capture_output=True,
+            text=True,
             check=False,
         )
+        if done.returncode:
+            print(f"{name} at {place} failed: {done.stderr.strip()[-200:]}", file=sys.stderr)
         if path.exists():
             found |= times_of(json.loads(path.read_text())["suites"][name]["cases"])
     return found

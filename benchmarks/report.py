@@ -269,7 +269,7 @@ def readme_table() -> str:
         return "\nNot yet measured.\n"
     suites, card = chosen[0]["suites"], chosen[0]["machine"]
     rows = [line for highlight in _HIGHLIGHTS for line in _highlight(suites, *highlight)]
-    head = ["float32, one thread", "ours, ms", "the fastest rival takes"]
+    head = ["one thread", "ours, ms", "the fastest rival takes"]
     where = card.get("gpu") or f"{card['processor']} ({card['build']['isa']})"
     return f"{table(head, rows)}\nMeasured on {where} with torch {card['torch']}.\n"
 

@@ -94,6 +94,8 @@ def verdict(followed: Sequence[float], ignored: Sequence[float]) -> str:
     """What the values of a metric say of the advice, if a smaller one is better."""
     better = sum(followed) / len(followed) < sum(ignored) / len(ignored)
     is_finite = math.isfinite(sum(followed) + sum(ignored))
+    if math.isinf(sum(followed)) and math.isinf(sum(ignored)):
+        return "no effect"
     if is_finite and not stats.ttest_ind(followed, ignored).pvalue < 0.05:
         return "no effect"
     return "confirmed" if better else "wrong here"

@@ -72,6 +72,25 @@ def test_a_table_shows_the_way_of_the_slowest():
     ]
 
 
+@pytest.mark.parametrize("steps", [(10, 12), (10, 10)])
+def test_runs_that_were_evaluated_once_are_drawn_as_far_as_they_can_be(tmp_path, steps):
+    runs = {"r1": [rows([step], [2.0], pace) for step, pace in zip(steps, (1.0, 1.1), strict=True)]}
+    found = Convergence.of(runs, "fdd", "FDD", ".1f", every=100)
+    found.save(tmp_path)
+    assert [cell for cell in found.table()[1][1:] if cell != "-"] == []
+    written = (tmp_path / "convergence.csv").read_text().splitlines()[1:]
+    assert written == (["r1,step,10,2.0,0.0"] if steps == (10, 10) else [])
+    assert (tmp_path / "convergence.png").exists()
+
+
+def test_a_setting_may_have_commas():
+    from hessreg.commands.compare import _names
+
+    text = "none, gaussian@gaussian.sigma=0.25,0.5,r1@g.lr=1e-3,hsc"
+    wanted = ["none", "gaussian@gaussian.sigma=0.25,0.5", "r1@g.lr=1e-3", "hsc"]
+    assert _names(text) == wanted
+
+
 def test_settings_of_a_method():
     base = TrainConfig(loss="wasserstein")
     chosen = with_method(base, "wgan_gp@wgan_gp.weight=0.1@g.schedule=linear@d.lr=2e-4")

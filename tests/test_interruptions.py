@@ -243,7 +243,7 @@ print("imported")
 _IMPORT = """
 import time
 from hessreg import _interrupt
-_interrupt._PATIENCE = 0.3
+_interrupt._PATIENCE = {patience}
 with _interrupt.Interrupts():
     try:
         import slow_module
@@ -254,12 +254,17 @@ with _interrupt.Interrupts():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "wanted"), [(0.1, "imported\ninterrupted\n"), (30, "interrupted\n")]
+    ("seconds", "patience", "wanted"),
+    [(0.1, 20, "imported\ninterrupted\n"), (30, 0.3, "interrupted\n")],
 )
-def test_an_import_is_interrupted_only_if_it_takes_long(tmp_path, seconds, wanted):
+def test_an_import_is_interrupted_only_if_it_takes_long(tmp_path, seconds, patience, wanted):
     (tmp_path / "slow_module.py").write_text(_SLOW_MODULE.format(seconds=seconds))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.getcwd()])}
-    process = start(_IMPORT, command=[sys.executable, "-W", "error", "-c"], env=environment)
+    process = start(
+        _IMPORT.format(patience=patience),
+        command=[sys.executable, "-W", "error", "-c"],
+        env=environment,
+    )
     assert process.communicate(timeout=25) == (wanted, "")
 
 

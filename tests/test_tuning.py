@@ -467,7 +467,23 @@ def test_the_best_of_several_leaders_is_not_the_luckiest(tmp_path, monkeypatch, 
     assert len(said.splitlines()) == min(leaders, 2)
     files = sorted(file.name for file in (tmp_path / "out/leaders").glob("*.yaml"))
     numbers = ["0", "1"][: min(leaders, 2)]
-    assert files == [f"{n}-{seed}.yaml" for n in numbers for seed in (500_005, 500_006)]
+    assert files == [f"trial-{n}-{seed}.yaml" for n in numbers for seed in (500_005, 500_006)]
+
+
+def test_a_leader_that_fails_with_another_seed_is_not_the_best(tmp_path, stand_in, monkeypatch):
+    code = "import sys; sys.exit('hessreg: step 3: generator loss is not finite')"
+
+    def command(self):
+        return (
+            [sys.executable, "-c", code] if "trial-1-500001" in self.path.name else stand_in(self)
+        )
+
+    monkeypatch.setattr(TrialRun, "_command", command)
+    monkeypatch.setattr("random.Random.shuffle", lambda self, points: points.sort(key=str))
+    outcome, _ = search(tmp_path, {"g.lr": [2e-4, 1e-3]}, sampler="grid")
+    said = outcome.choose(2, workers=1)
+    assert "trial 1: mmd 0, inf with 2 other seeds" in said
+    assert yaml.safe_load(outcome.write()[0].read_text())["g"]["lr"] == 2e-4
 
 
 def test_best_and_default_are_compared_on_fresh_seeds(tmp_path, stand_in, monkeypatch):
@@ -478,9 +494,11 @@ def test_best_and_default_are_compared_on_fresh_seeds(tmp_path, stand_in, monkey
         TrialRun, "_command", lambda self: (started.append(self.path.name), stand_in(self))[1]
     )
     table = outcome.confirm(3, workers=2)
-    assert [name.partition("-")[0] for name in started] == ["default", "best"] * 3
-    for name, rate in (("default", 2e-4), ("best", 1e-3)):
+    best = f"trial-{outcome.best[0].number}"
+    assert [name.rpartition("-")[0] for name in started] == ["default", best] * 3
+    for name, rate in (("default", 2e-4), (best, 1e-3)):
         files = sorted((tmp_path / "out/confirm").glob(f"{name}-*.yaml"))
+        assert len(files) == 3
         configs = [TrainConfig.from_dict(yaml.safe_load(file.read_text())) for file in files]
         seeds = range(1_000_005, 1_000_008)
         assert configs == [with_values(base, {"g.lr": rate, "seed": seed}) for seed in seeds]

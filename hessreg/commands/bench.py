@@ -54,8 +54,8 @@ def run(options: dict[str, Any]) -> None:
     path = _results_file(options["json"])
     end = time.monotonic() + 60 * options["minutes"]
     outcomes = {name: _suite(root, name, [*command, f"--json={path}"], end) for name in families}
-    if path.exists():
-        _python(root, ["-m", "benchmarks.summary", str(path)], math.inf)
+    if path.exists() and (code := _python(root, ["-m", "benchmarks.summary", str(path)], math.inf)):
+        outcomes["summary"] = f"exit code {code}"
     failed = [f"{name} ({why})" for name, why in outcomes.items() if why]
     if failed:
         raise FailedError(f"not everything was measured: {', '.join(failed)}")
@@ -121,7 +121,7 @@ def _suite(root: Path, name: str, arguments: list[str], end: float) -> str:
 
 def _python(root: Path, arguments: list[str], seconds: float) -> int:
     """Run Python with the checkout on its path, and nothing of it goes on after this."""
-    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(  # noqa: S603
         [sys.executable, *arguments],
         env={**os.environ, "PYTHONPATH": path},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from hessreg.commands._errors import bad_input
@@ -30,13 +31,19 @@ def make_parser(dataset: str) -> ArgumentParser:
 
 def run(options: dict[str, Any]) -> None:
     """Do what the options say."""
-    names = [name.strip() for name in options["methods"].split(",")]
+    names = _names(options["methods"])
     with bad_input():
         config = train_config(options)
         out = out_folder(options, f"{config.dataset}-compare")
         seeds = _seeds(options["seeds"])
         comparison = Comparison.create(out, names, config, seeds, options["jobs"])
     say(comparison.train())
+
+
+def _names(text: str) -> list[str]:
+    """Methods; a number after a comma goes on with the setting before it."""
+    parts = re.split(r",(?!\s*[-+.\d])", text)
+    return [part.strip() for part in parts]
 
 
 def _seeds(text: str) -> list[int]:

@@ -47,6 +47,7 @@ def run(options: dict[str, Any]) -> None:
 
 def _search(tuner: Tuner, config: TuneConfig) -> None:
     outcome = tuner.run()
+    outcome.write()  # what was found is there also if what follows does not get to its end
     if config.leaders > 1 and len(outcome.objectives) == 1:
         say(outcome.choose(config.leaders, config.workers))
     files = outcome.write()

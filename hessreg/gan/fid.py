@@ -45,7 +45,8 @@ def feature_network(features: str, judge: Judge) -> nn.Module:
         return cast(nn.Module, network)
     require(is_factory(features), "fid.features", "judge or module:factory", features)
     factory = find_factory(features)
-    with torch.random.fork_rng(devices=[]):  # training draws the same numbers with and without it
+    # Training draws the same numbers with and without it.
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(0)
         made = call_safely(factory, features)
     if not isinstance(made, nn.Module):

@@ -18,7 +18,9 @@ __all__ = ["with_method"]
 
 _MODES = ("terms", "previous", "game", "weights")
 _ORTHOGONAL = {f"orthogonal_{mode}": mode for mode in _MODES}  # by what methods call them
-_SHARED = ("dataset", "data", "seed", "seconds", "steps")  # what makes methods comparable
+# What makes methods comparable: the data, the limits, and where they run.
+_DATA = ("dataset", "data", "ring", "grid", "mnist", "images", "arrays")
+_SHARED = (*_DATA, "seed", "seconds", "steps", "eval_every", "threads", "device")
 
 
 def with_method(config: TrainConfig, name: str) -> TrainConfig:
@@ -28,7 +30,7 @@ def with_method(config: TrainConfig, name: str) -> TrainConfig:
         config: Everything else.
         name: ``none``, or any of the regularisers, one loss, ``hsc``, and one of
             ``orthogonal_terms`` and its kin: ``relativistic+r1+r2``. Settings of any options but
-            the data, the seed and the limits may follow, each after an @.
+            the data, the seed, the limits and the device may follow, each after an @.
 
     Raises:
         ValueError: If a part or an option is unknown or there twice, or they cannot be used
@@ -50,7 +52,7 @@ def _settings(texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         name, equals, value = text.partition("=")
         require(bool(equals), "setting of a method", "option=value", text)
-        fits = name not in _SHARED and name not in values
+        fits = name.partition(".")[0] not in _SHARED and name not in values
         require(fits, "setting of a method", f"given once, of none of {', '.join(_SHARED)}", text)
         values[name] = _value(value)
     return values

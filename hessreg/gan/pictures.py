@@ -374,9 +374,13 @@ def save_bands(path: Path, panels: Mapping[str, Mapping[str, Curve]], quantity: 
             margin = np.array([each.margin for each in curve.intervals])
             style: dict[str, Any] = {"color": f"C{number}", "linewidth": 1}
             axes.plot(curve.x, mean, label=name, marker=".", **style)
-            axes.fill_between(curve.x, mean - margin, mean + margin, alpha=0.2, **style)
+            if len(mean):
+                axes.fill_between(curve.x, mean - margin, mean + margin, alpha=0.2, **style)
         axes.set(xlabel=title, title=f"{quantity}: mean and 95 % interval")
-        axes.set_yscale("log", nonpositive="clip")
+    if any(
+        each.mean > 0 for axes in panels.values() for c in axes.values() for each in c.intervals
+    ):
+        row[0].set_yscale("log", nonpositive="clip")  # of all: they share it
     lines = row[0].get_legend_handles_labels()
     figure.legend(*lines, loc="outside lower center", ncols=2, fontsize="small")
     _save_figure(path, figure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import statistics
 import time
 import warnings
@@ -62,30 +63,29 @@ class Outcome:
 
         Args:
             leaders: Trials with the best values, each of which is trained with two other seeds, the
-                same for all; the value of its trial no longer counts.
+                same for all; the value of its trial no longer counts. A run that fails is worse
+                than all others.
             workers: Runs at once.
 
         Returns:
             What was found, a line for each leader.
-
-        Raises:
-            OutcomeError: If a run does not finish.
         """
         trials = self._leaders(leaders)
-        configs = {str(trial.number): self.config_of(trial) for trial in trials}
-        found = {
-            number: statistics.fmean(run.result()[self.objectives[0]] for run in runs)
-            for number, runs in self._train("leaders", configs, _SECOND, _RUNS, workers).items()
-        }
-        best = (min if self._sign > 0 else max)(found, key=lambda number: found[number])
-        self._chosen = next(trial for trial in trials if str(trial.number) == best)
+        configs = {_name(trial): self.config_of(trial) for trial in trials}
+        runs = self._train("leaders", configs, _SECOND, _RUNS, workers)
+        found = {name: statistics.fmean(map(self._value, group)) for name, group in runs.items()}
+        self._chosen = min(trials, key=lambda trial: self._sign * found[_name(trial)])
         name = self.objectives[0]
         lines = [
             f"trial {trial.number}: {name} {trial.values[0]:.4g},"
-            f" {found[str(trial.number)]:.4g} with {_RUNS} other seeds"
+            f" {found[_name(trial)]:.4g} with {_RUNS} other seeds"
             for trial in trials
         ]
         return "\n".join(lines)
+
+    def _value(self, run: TrialRun) -> float:
+        value = run.result().get(self.objectives[0], math.nan) if run.is_finished else math.nan
+        return value if math.isfinite(value) else self._sign * math.inf
 
     def _leaders(self, count: int) -> list[FrozenTrial]:
         from optuna.trial import TrialState
@@ -139,11 +139,16 @@ class Outcome:
         Raises:
             OutcomeError: If a run does not finish.
         """
-        configs = {"default": self.space.base, "best": self.config_of(self.best[0])}
+        best = self.best[0]
+        configs = {"default": self.space.base, _name(best): self.config_of(best)}
         runs = self._train("confirm", configs, _FRESH, seeds, workers)
         task = make_task(self.space.base)
         judge = task.judge(task.load())
-        rows = {name: [run.result() for run in group] for name, group in runs.items()}
+        for run in (run for group in runs.values() for run in group):
+            if not run.is_finished:
+                raise OutcomeError(f"{run.path} did not finish: {run.reason()}")
+        pairs = zip(("default", "best"), runs.values(), strict=True)
+        rows = {name: [run.result() for run in group] for name, group in pairs}
         return format_table(rows, {}, judge.columns)
 
     def _train(
@@ -205,6 +210,10 @@ class Outcome:
         return files
 
 
+def _name(trial: FrozenTrial) -> str:
+    return f"trial-{trial.number}"
+
+
 def _first_value(trial: FrozenTrial) -> float:
     return trial.values[0]
 
@@ -228,17 +237,14 @@ def _save(file: Path, axes: Any, width: float) -> Path:
 
 
 def _finish_all(runs: Sequence[TrialRun], workers: int) -> None:
+    """Run all to their ends, good or bad."""
     waiting: list[TrialRun] = list(runs)
     active: list[TrialRun] = []
     try:
         while waiting or active:
             while waiting and len(active) < workers:
                 active.append(waiting.pop(0))
-            states = {run: run.poll() for run in active}
-            for run, state in states.items():
-                if state not in ("running", "finished"):
-                    raise OutcomeError(f"{run.path} {state}: {run.reason()}")
-            active = [run for run, state in states.items() if state == "running"]
+            active = [run for run in active if run.poll() == "running"]
             time.sleep(_POLL)
     finally:
         for run in active:

@@ -47,6 +47,11 @@ class TrialRun:
         """Whether it is written down what is to be trained."""
         return self.path.with_suffix(".yaml").exists()
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether it got to its end."""
+        return (self.path / "result.json").exists()
+
     def prepare(self, config: TrainConfig) -> None:
         """Write down what is to be trained."""
         import yaml
@@ -73,8 +78,9 @@ class TrialRun:
         with self.path.with_suffix(".lock").open("ab") as lock:
             if not _take(lock.fileno()):  # a process that outlived the search it was started by
                 return "running"
-            if (self.path / "result.json").exists():
+            if self.is_finished:
                 return "finished"
+            lock.truncate(0)
             with self.path.with_suffix(".log").open("ab") as log:
                 # In a session of its own: Ctrl-C is for the search, which then stops its trials.
                 self._process = subprocess.Popen(  # noqa: S603
@@ -84,7 +90,6 @@ class TrialRun:
                     start_new_session=True,
                     pass_fds=() if sys.platform == "win32" else [lock.fileno()],
                 )
-            lock.truncate(0)
             lock.write(str(self._process.pid).encode())
         return "running"
 
@@ -113,7 +118,7 @@ class TrialRun:
             return
         with file.open("ab") as lock:
             if not _take(lock.fileno()):
-                with suppress(ProcessLookupError):
+                with suppress(ProcessLookupError, PermissionError):
                     os.kill(int(number), signal.SIGTERM)
             while not _take(lock.fileno()):
                 time.sleep(_POLL)
