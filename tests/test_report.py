@@ -407,7 +407,8 @@ def test_a_test_of_the_real_data_finds_no_difference(runs, monkeypatch):
 
     trained_generator = TrainedGenerator.load(runs / "r1-0")
     real = trained_generator.dataset.train_samples
-    monkeypatch.setattr(TrainedGenerator, "sample", lambda self, count, seed: real[:count])
+    drawn = lambda self, count, seed, labels: real[:count]  # noqa: E731
+    monkeypatch.setattr(TrainedGenerator, "sample", drawn)
     assert trained_generator.evaluate(0, 99, "")["p_value"] > 0.05
 
 
