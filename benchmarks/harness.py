@@ -6,10 +6,12 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,7 +85,7 @@ class Contest:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-class Suite:
+class Suite(ABC):
     """A family of benchmarks; a subclass says what is timed."""
 
     name = ""
@@ -94,15 +96,15 @@ class Suite:
         self.args = args
         self.device: str = args.device
 
+    @abstractmethod
     def cases(self) -> list[Any]:
         """What is to be timed; little of it with ``--quick``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def contest(self, case: Any) -> Contest:
         """Prepares one case, and checks that all contestants agree."""
-        raise NotImplementedError
 
-    def measured(self, case: Any, row: dict[str, Any]) -> None:
+    def measured(self, case: Any, row: dict[str, Any]) -> None:  # noqa: B027 (most need not)
         """Takes note of what was measured."""
 
     def extras(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -363,11 +365,19 @@ def save(path: Path, results: dict[str, Any]) -> None:
     """Writes JSON whole or not at all; suites of the file that are not in ``results`` stay."""
     others = json.loads(path.read_text()) if path.exists() else {}
     suites = {**others.get("suites", {}), **results["suites"]}
-    text = json.dumps({**others, **results, "suites": suites}, indent=1) + "\n"
+    text = _readable({**others, **results, "suites": suites})
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_text(text)
     unfinished.replace(path)
+
+
+def _readable(results: dict[str, Any]) -> str:
+    """JSON with six digits of every number, and a line for each of the innermost groups."""
+    rounded = json.loads(json.dumps(results), parse_float=lambda text: float(f"{float(text):.6g}"))
+    innermost = re.compile(r"[{\[][^{}\[\]]*[}\]]")
+    lines = json.dumps(rounded, indent=1)
+    return innermost.sub(lambda found: re.sub(r"\n *", " ", found[0]), lines) + "\n"
 
 
 def check_file(path: Path, head: dict[str, Any]) -> None:

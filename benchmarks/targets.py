@@ -6,7 +6,7 @@ what was asked; what was measured, and whether that is enough, comes from the fi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,28 +119,33 @@ def _floor(row: Row, rival: str) -> str:
 _SMALL, _LARGE = "20 tensors, 3.6 million", "161 tensors, 25.6 million"
 
 
+def _faster(
+    suite: str,
+    group: str,
+    case: str,
+    whom: str,
+    names: Sequence[str],
+    factor: float,
+    why: Callable[[Row], str] = lambda row: "",
+) -> Target:
+    """Faster than the fastest of some rivals."""
+    what = f"{group}, {case}: faster than {whom}"
+    return Target(what, suite, factor, than(*names), group, case, why=why)
+
+
 def _projection() -> Iterator[Target]:
-    kinds: dict[str, list[tuple[str, tuple[float, float], tuple[str, ...]]]] = {
-        "one direction": [
-            ("the loop over tensors", (1.9, 1.9), ("dot_loop",)),
-            ("the best of `_foreach`", (2.4, 2.4), ("foreach",)),
-        ],
-        "eight directions": [
-            ("the Gram solve in torch", (3.6, 3.6), ("gram_solve",)),
-            ("Gram-Schmidt by tensor", (2.5, 2.5), ("gram_schmidt",)),
-        ],
-        "PCGrad of two losses": [
-            ("TorchJD's fastest", (2.4, 2.2), ("torchjd",)),
-            ("LibMTL and conflictfree", (9.0, 8.0), ("libmtl", "conflictfree")),
-        ],
-        "OrthoGrad": [("the published one", (5.0, 5.0), ("published",))],
-    }
-    for kind, asked in kinds.items():
-        for rival, factors, names in asked:
-            for case, factor in zip((_SMALL, _LARGE), factors, strict=True):
-                what = f"{kind}, {case}: faster than {rival}"
-                why = _why_memory(names[0])
-                yield Target(what, "projection", factor, than(*names), kind, case, why=why)
+    asked = [  # kind, than whom, by what factor in the small and in the large case
+        ("one direction", "the loop over tensors", ("dot_loop",), (1.9, 1.9)),
+        ("one direction", "the best of `_foreach`", ("foreach",), (2.4, 2.4)),
+        ("eight directions", "the Gram solve in torch", ("gram_solve",), (3.6, 3.6)),
+        ("eight directions", "Gram-Schmidt by tensor", ("gram_schmidt",), (2.5, 2.5)),
+        ("PCGrad of two losses", "TorchJD's fastest", ("torchjd",), (2.4, 2.2)),
+        ("PCGrad of two losses", "LibMTL and conflictfree", ("libmtl", "conflictfree"), (9.0, 8.0)),
+        ("OrthoGrad", "the published one", ("published",), (5.0, 5.0)),
+    ]
+    for kind, whom, names, factors in asked:
+        for case, factor in zip((_SMALL, _LARGE), factors, strict=True):
+            yield _faster("projection", kind, case, whom, names, factor, _why_memory(names[0]))
     for case in (_SMALL, _LARGE):
         what = f"one direction, {case}: time over the floor of two passes"
         yield Target(
@@ -174,13 +179,11 @@ def _gaussian() -> Iterator[Target]:
     ]
     for derivative, d, whom, names, factor in faster:
         group, case = f"mmd2, {derivative}", f"d = {d}, n = 4096"
-        what = f"{group}, {case}: faster than {whom}"
-        yield Target(what, "gaussian", factor, than(*names), group, case)
+        yield _faster("gaussian", group, case, whom, names, factor)
     for derivative in ("forward", "forward+backward", "hvp"):
         for d in (2, 64, 784):
             group, case = f"mmd2, {derivative}", f"d = {d}, n = 256"
-            what = f"{group}, {case}: faster than the best of torch"
-            yield Target(what, "gaussian", 1.0, than(*_TORCH), group, case)
+            yield _faster("gaussian", group, case, "the best of torch", _TORCH, 1.0)
     where = "mmd2, forward+backward, d = 64, n = 4096"
     yield Target(f"{where}: faster than eager torch as it comes", "gaussian", 5.0, _eager)
     memory = f"{where}: peak memory"
@@ -216,9 +219,8 @@ def _spectral() -> Iterator[Target]:
         *(("symmetric_eigvalsh", n, "`eigvalsh`", "eigvalsh", 3.0) for n in (32, 64)),
     ]
     for operator, n, whom, rival, factor in asked:
-        what = f"{operator}, 256 of n = {n}: faster than {whom}"
-        case = f"256 of n = {n}"
-        yield Target(what, "spectral", factor, than(rival), operator, case, why=_why_cold(rival))
+        case, why = f"256 of n = {n}", _why_cold(rival)
+        yield _faster("spectral", operator, case, whom, (rival,), factor, why)
     for n in (32, 64):
         yield Target(
             f"symmetric_eigvalsh, 256 of n = {n}: error over that of `eigvalsh`",
@@ -266,19 +268,23 @@ def _curvature() -> Iterator[Target]:
     )
 
 
+def _step(every: int, factor: float) -> Target:
+    return Target(
+        f"a step of `hessreg train digits` with HSN1R, every={every}",
+        "regularizers",
+        factor,
+        relative_to("none"),
+        "16 training steps on digits",
+        f"HSN1R, every={every}",
+        "plain steps",
+        at_most=True,
+        why=_why_products,
+    )
+
+
 def _training() -> Iterator[Target]:
-    for every, factor in ((1, 4.0), (16, 1.3)):
-        yield Target(
-            f"a step of `hessreg train digits` with HSN1R, every={every}",
-            "regularizers",
-            factor,
-            relative_to("none"),
-            "16 training steps on digits",
-            f"HSN1R, every={every}",
-            "plain steps",
-            at_most=True,
-            why=_why_products,
-        )
+    yield _step(1, 4.0)
+    yield _step(16, 1.3)
     for dataset in ("digits", "ring"):
         for name in ("none", "r1"):
             yield Target(
@@ -310,11 +316,8 @@ def _share_of_copy(row: Row) -> float | None:
     return None if copying is None else 100 * copying / cost(row, row["ours"][0])
 
 
-CPU = [*_projection(), *_gaussian(), *_spectral(), *_curvature(), *_training()]
-
-# On a GPU: what was asked of an H200, in words until it is measured.
-GPU = [
-    Target(
+def _gpu() -> Iterator[Target]:
+    yield Target(
         f"one direction, {_LARGE}: share of the bandwidth of a copy",
         "projection",
         85.0,
@@ -322,67 +325,34 @@ GPU = [
         "one direction",
         _LARGE,
         "%",
-    ),
-    *(
-        Target(
-            f"gaussian_kernel, d = 128, n = 8192: faster than {whom}",
+    )
+    kernel, many = ("gaussian_kernel, forward", "d = 128, n = 8192"), "4096 of n = 32"
+    products = "Products with the Hessian in the parameters, eight vectors at once"
+    network = "784-512-256-1, leaky_relu, batch 64"
+    asked: list[tuple[str, str, str, str, Sequence[str], float]] = [
+        ("gaussian", *kernel, "cdist and exp", ("cdist",), 3.0),
+        ("gaussian", *kernel, "torch.compile", ("compiled",), 1.5),
+        (
             "gaussian",
-            factor,
-            than(name),
-            "gaussian_kernel, forward",
-            "d = 128, n = 8192",
-        )
-        for whom, name, factor in (
-            ("cdist and exp", "cdist", 3.0),
-            ("torch.compile", "compiled", 1.5),
-        )
-    ),
-    Target(
-        "mmd2, forward+backward, d = 64, n = 16384: faster than the best of torch and KeOps",
-        "gaussian",
-        2.0,
-        than(*_TORCH, "pykeops"),
-        "mmd2, forward+backward",
-        "d = 64, n = 16384",
-    ),
-    *(
-        Target(
-            f"{operator}, 4096 of n = 32: faster than {whom}",
-            "spectral",
-            factor,
-            than(name),
-            operator,
-            "4096 of n = 32",
-        )
-        for operator, whom, name, factor in (
-            ("power_iteration", "the loop of `bmm`", "bmm", 20.0),
-            ("power_iteration", "`eigvalsh`", "eigvalsh", 10.0),
-            ("lanczos", "the loop of `bmm`", "torch", 20.0),
-            ("lanczos", "`eigvalsh`", "eigvalsh", 10.0),
-        )
-    ),
-    *(
-        Target(
-            f"784-512-256-1, batch 64, k = 8 products: faster than {whom}",
-            "hvp",
-            factor,
-            than(name),
-            "Products with the Hessian in the parameters, eight vectors at once",
-            "784-512-256-1, leaky_relu, batch 64",
-        )
-        for whom, name, factor in (
-            ("torch.func", "jvp(grad)", 5.0),
-            ("torch.compile", "compiled", 2.0),
-        )
-    ),
-    Target(
-        "a step of `hessreg train digits` with HSN1R, every=1",
-        "regularizers",
-        2.5,
-        relative_to("none"),
-        "16 training steps on digits",
-        "HSN1R, every=1",
-        "plain steps",
-        at_most=True,
-    ),
-]
+            "mmd2, forward+backward",
+            "d = 64, n = 16384",
+            "the best of torch and KeOps",
+            (*_TORCH, "pykeops"),
+            2.0,
+        ),
+        ("spectral", "power_iteration", many, "the loop of `bmm`", ("bmm",), 20.0),
+        ("spectral", "power_iteration", many, "`eigvalsh`", ("eigvalsh",), 10.0),
+        ("spectral", "lanczos", many, "the loop of `bmm`", ("torch",), 20.0),
+        ("spectral", "lanczos", many, "`eigvalsh`", ("eigvalsh",), 10.0),
+        ("hvp", products, network, "torch.func", ("jvp(grad)",), 5.0),
+        ("hvp", products, network, "torch.compile", ("compiled",), 2.0),
+    ]
+    for each in asked:
+        yield _faster(*each)
+    yield _step(1, 2.5)
+
+
+CPU = [*_projection(), *_gaussian(), *_spectral(), *_curvature(), *_training()]
+
+# What was asked of an H200, in words until it is measured.
+GPU = [*_gpu()]

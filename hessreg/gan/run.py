@@ -40,9 +40,7 @@ from hessreg.gan.run_folder import RunFolder
 from hessreg.gan.tasks import make_task
 from hessreg.gan.trainer import NonFiniteError
 from hessreg.gan.walk import latent_walk
-from hessreg.regularizers import (
-    GaussianKernel,
-)
+from hessreg.regularizers import GaussianKernel
 
 if TYPE_CHECKING:
     from hessreg.gan.fid import FeatureDistances
@@ -130,6 +128,7 @@ class Run:
         self.distances = _feature_distances(config, self.judge, self.dataset)
         self.cpu_seconds = 0.0
         self.best: dict[str, Any] = {}  # the step and the judge's value of the best evaluation
+        self._evaluated: tuple[int, dict[str, float]] = -1, {}  # the last step that was, and how
 
     @classmethod
     def create(cls, path: Path, config: TrainConfig) -> Run:
@@ -347,6 +346,13 @@ class Run:
         return samples
 
     def _evaluate(self) -> dict[str, float]:
+        """Judge and draw the averaged generator, once after each step."""
+        step = self.trainer.steps_done
+        if self._evaluated[0] != step:
+            self._evaluated = step, self._judged()
+        return self._evaluated[1]
+
+    def _judged(self) -> dict[str, float]:
         with self._naming_the_checkpoint():
             samples = shown = self._samples()
             if self.trainer.labels is not None:  # pictures have each class in turn
