@@ -40,7 +40,7 @@ TORCH = ("broadcast", "expanded", "cdist", "chunked", "compiled")
 PACKAGES = {"pykeops": "pykeops", "gpytorch": "gpytorch", "geomloss": "geomloss"}
 
 SLOWEST = 8.0  # seconds a run; slower contestants are left out
-SECONDS = 0.5  # for each contestant of a case, about
+SECONDS = 0.3  # for each contestant of a case, about
 CHECKED = 1.0  # seconds: slower runs are checked at smaller sizes only
 CHECKED_AT = 128  # points, for the comparison with float64
 TOLERANCE = 1e-3
