@@ -502,12 +502,30 @@ def test_best_and_default_are_compared_on_fresh_seeds(tmp_path, stand_in, monkey
         configs = [TrainConfig.from_dict(yaml.safe_load(file.read_text())) for file in files]
         seeds = range(1_000_005, 1_000_008)
         assert configs == [with_values(base, {"g.lr": rate, "seed": seed}) for seed in seeds]
-    heads, default, best = (re.split("  +", line.strip()) for line in table.splitlines())
+    *table, gain = table.splitlines()
+    assert gain.endswith("mean and 95 % interval: 0.7 ± 0: the best is better")
+    heads, default, best = (re.split("  +", line.strip()) for line in table)
     assert heads == ["modes", "quality", "TV", "MMD", "steps", "CPU s"]
     shown = [f"{abs(math.log10(rate) + 3):.4f} ± 0.0000" for rate in (2e-4, 1e-3)]
     assert [(line[0], line[4]) for line in (default, best)] == list(
         zip(("default", "best"), shown, strict=True)
     )
+
+
+@pytest.mark.parametrize(
+    ("best", "wanted"),
+    [
+        ([0.1, 0.11, 0.12], "0.091 ± 0.021: the best is better"),
+        ([0.1, 0.15, 0.4], "-0.015 ± 0.4: which may be chance"),
+        ([0.31, 0.32, 0.33], "-0.12 ± 0.021: the default is better"),
+        ([0.2, 0.201, 0.203], "0 ± 0: which may be chance"),
+    ],
+)
+def test_what_may_be_chance_is_said_to_be(tmp_path, stand_in, best, wanted):
+    outcome, _ = search(tmp_path, {"g.lr": [2e-4, 1e-3]}, sampler="grid")
+    rows = {"default": [0.2, 0.201, 0.203], "best": best}
+    found = outcome._gain({name: [{"mmd": x} for x in each] for name, each in rows.items()})
+    assert found == f"gain in mmd with each seed, mean and 95 % interval: {wanted}"
 
 
 def sleeper(tmp_path, monkeypatch):

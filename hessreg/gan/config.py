@@ -375,11 +375,11 @@ _RING = TrainConfig(
     regularizer="r1",
     activation="relu",  # the generator has to jump between modes
     latent_dim=2,
-    batch_size=128,
+    batch_size=256,
     g=PlayerConfig(lr=2e-3, beta2=0.95),
     d=PlayerConfig(lr=2e-3, beta2=0.95),
-    r1=R1Config(gamma=0.1),
-    r2=R2Config(gamma=0.1),
+    r1=R1Config(gamma=0.03),
+    r2=R2Config(gamma=0.03),
     hsn1r=HSN1RConfig(weight=1e-5, discriminator_weight=3e-5),
     gaussian=GaussianConfig(interaction_weight=100.0, sigma="0.25,0.5,1,2"),
 )

@@ -17,8 +17,8 @@ __all__ = ["RING", "Mixture", "MixtureJudge", "grid_mixture", "load_mixture", "r
 
 _NEAR = 3.0  # standard deviations: holds 98.9 % of a Gaussian in the plane
 _POINTS, _TEST_SIZE = 50_000, 10_000
-_MMD_POINTS = 2000  # the cost grows with the square
 _RADIUS = 2.0  # root mean square distance of the centres from 0, as networks see them
+_FARTHEST = 1.6  # of neighbours: penalties would not let a discriminator reach from one to the next
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Mixture:
     """Gaussians of one width and equal shares in the plane, around 0.
 
     Networks see them scaled, so that training does not depend on the unit: their centres are at a
-    root mean square distance of 2 from 0.
+    root mean square distance of 2 from 0, or nearer if neighbours would be more than 1.6 apart.
 
     Attributes:
         name: Of the data set.
@@ -44,7 +44,9 @@ class Mixture:
     def scaled(cls, name: str, centres: Tensor, std: float) -> Mixture:
         """Make a mixture from centres and a width in its own unit."""
         size = centres.square().sum(1).mean().sqrt().item()
-        unit = size / _RADIUS if size else 1.0
+        gaps = torch.nn.functional.pdist(centres)
+        spacing = gaps.min().item() if len(gaps) else 0.0
+        unit = max(size / _RADIUS, spacing / _FARTHEST) or 1.0
         return cls(name, centres / unit, std / unit, unit)
 
 
@@ -142,8 +144,8 @@ class MixtureJudge:
         distance, mode = self._nearest(samples)
         good = distance < _NEAR * self.mixture.std
         shares = torch.bincount(mode, minlength=self._modes).double() / len(mode)
-        real, drawn = self._test[:_MMD_POINTS], samples[:_MMD_POINTS]
-        discrepancy = mmd2(real, drawn.to(real), self._sigmas)
+        drawn = samples[: self.num_samples].to(self._test)
+        discrepancy = mmd2(self._test, drawn, self._sigmas)
         return {
             "modes": classes_covered(mode[good], self._modes, len(mode)),
             "quality": float(good.double().mean()),

@@ -44,7 +44,7 @@ class TuneConfig:
     storage: str = ""
     study: str = ""
     leaders: int = 3
-    confirm: int = 3
+    confirm: int = 5
 
     def __post_init__(self) -> None:
         check_types(self)

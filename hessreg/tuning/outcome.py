@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hessreg.gan.checkpoint import write_atomically
 from hessreg.gan.compare import format_table
 from hessreg.gan.config import TrainConfig, with_values
+from hessreg.gan.intervals import confidence_interval
 from hessreg.gan.tasks import make_task
 from hessreg.tuning.space import SearchSpace
 from hessreg.tuning.trial_run import TrialRun
@@ -134,7 +135,7 @@ class Outcome:
             workers: Runs at once.
 
         Returns:
-            A table with means and standard deviations.
+            A table with means and standard deviations, and by how much the best is better.
 
         Raises:
             OutcomeError: If a run does not finish.
@@ -149,7 +150,19 @@ class Outcome:
                 raise OutcomeError(f"{run.path} did not finish: {run.reason()}")
         pairs = zip(("default", "best"), runs.values(), strict=True)
         rows = {name: [run.result() for run in group] for name, group in pairs}
-        return format_table(rows, {}, judge.columns)
+        return f"{format_table(rows, {}, judge.columns)}\n{self._gain(rows)}"
+
+    def _gain(self, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+        """By how much the best beats the default with the same seeds, and whether by chance."""
+        name, sign = self.objectives[0], self._sign
+        pairs = zip(rows["default"], rows["best"], strict=True)
+        gain = confidence_interval([sign * (old[name] - new[name]) for old, new in pairs])
+        if not gain.margin < abs(gain.mean):  # nor with one seed, of which there is no margin
+            verdict = "which may be chance"
+        else:
+            verdict = "the best is better" if gain.mean > 0 else "the default is better"
+        what = f"gain in {name} with each seed, mean and 95 % interval"
+        return f"{what}: {gain.text('.2g')}: {verdict}"
 
     def _train(
         self,
