@@ -85,6 +85,10 @@ class CurvatureGraph(ABC):
         """As :meth:`ParameterOperator.absolute_form`."""
         return None
 
+    def spectral_form(self, z: Tensor, num_steps: int) -> tuple[Tensor, Tensor, float] | None:
+        """As :meth:`ParameterOperator.spectral_form`."""
+        return None
+
     def products(self, vectors: Tensor, max_bytes: int) -> Tensor:
         """Products with k vectors [k, n], several at a time as far as memory goes."""
         if self._batched and len(vectors) > 1:
@@ -249,6 +253,22 @@ class ParameterOperator(SymmetricOperator):
             return None
         with full_precision(self.device):
             return self._graph.absolute_form(z, num_steps, smoothing, weight)
+
+    def spectral_form(self, z: Tensor, num_steps: int) -> tuple[Tensor, Tensor, float] | None:
+        """The largest modulus of a Ritz value in one call, likewise.
+
+        Args:
+            z: unit vector [n] to begin with.
+            num_steps: of Lanczos.
+
+        Returns:
+            The modulus [] with its graph, the Ritz vector [n] and the norm of its residual; None as
+            for :meth:`absolute_form`.
+        """
+        if self._graph is None or self._group is not None:
+            return None
+        with full_precision(self.device):
+            return self._graph.spectral_form(z, num_steps)
 
     def check_finite(self, product: Tensor) -> None:
         """Reports NaN or infinity in a product [n] by parameter and position.
