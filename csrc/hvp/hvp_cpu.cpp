@@ -564,10 +564,8 @@ class AdjointPass : Pass<C> {
 // ---- tangent of second order -------------------------------------------------------------------
 
 // What there is of R_12: half of it where both directions are one.
-template <typename Problem>
-HESSREG_HD constexpr float share(const Problem& problem) {
-  return problem.directions == 2 ? 1.f : 0.5f;
-}
+template <int kBoth>
+constexpr float kShare = kBoth == 2 ? 1.f : 0.5f;
 
 // R_1, R_2 and R_12 stand side by side everywhere, numbered 0, 1, 2; of one direction R_1 and
 // R_11 / 2, numbered 0, 1.
@@ -624,8 +622,9 @@ class SecondTangentPass : Pass<C> {
         if (j < both() && layer.bias_offset >= 0)
           this->add_to_rows(v(j) + layer.bias_offset + first, rows, blocks[j]);
       }
-      l == depth() ? finish_outputs(first, rows, start, columns, blocks)
-                   : finish(l, first, rows, start, columns, blocks);
+      l == depth()  ? finish_outputs(first, rows, start, columns, blocks)
+      : both() == 2 ? finish<2>(l, first, rows, start, columns, blocks)
+                    : finish<1>(l, first, rows, start, columns, blocks);
     });
   }
 
@@ -647,23 +646,26 @@ class SecondTangentPass : Pass<C> {
     return count;
   }
 
+  template <int kBoth>
   HESSREG_HD void finish(int64_t l, int64_t first, int64_t rows, int64_t start, int64_t columns,
                          Block<C>* blocks) const {
-    const int64_t size = this->width(l) * this->batch_;
+    const C *slopes = at<C>(p_.first, l), *bends = at<C>(p_.second, l);
+    C *rz = at<C>(p_.rz, l), *ra = at<C>(p_.ra, l), *panels[kBoth + 1];
+    for (int j = 0; j <= kBoth; ++j) panels[j] = this->ra(j, l, start) + first * kPanel<C>;
+    const int64_t size = this->width(l) * this->batch_, batch = this->batch_;
     this->each_vector(rows, columns, [&](int64_t r, int64_t h, int64_t count) {
-      const int64_t place = (first + r) * this->batch_ + start + h;
-      const Vector<C> slope = load_some(at<C>(p_.first, l) + place, count);
-      Vector<C> z[3] = {}, a[3];
-      for (int64_t j = 0; j <= both(); ++j) {
+      const int64_t place = (first + r) * batch + start + h;
+      const Vector<C> slope = load_some(slopes + place, count);
+      Vector<C> z[kBoth + 1], a[kBoth + 1];
+      for (int j = 0; j <= kBoth; ++j) {
         z[j] = load<C, kLanes<C>>(blocks[j].row(r) + h);
         a[j] = slope * z[j];
       }
-      const Vector<C> bend = load_some(at<C>(p_.second, l) + place, count);
-      a[both()] += share(p_) * bend * z[0] * z[both() - 1];
-      for (int64_t j = 0; j <= both(); ++j) {
-        store(ra(j, l, start) + (first + r) * kPanel<C> + h, a[j]);
-        store_some<C>(at<C>(p_.rz, l) + j * size + place, z[j], count);
-        store_some<C>(at<C>(p_.ra, l) + j * size + place, a[j], count);
+      a[kBoth] += kShare<kBoth> * load_some(bends + place, count) * z[0] * z[kBoth - 1];
+      for (int j = 0; j <= kBoth; ++j) {
+        store(panels[j] + r * kPanel<C> + h, a[j]);
+        store_some<C>(rz + j * size + place, z[j], count);
+        store_some<C>(ra + j * size + place, a[j], count);
       }
     });
   }
@@ -786,7 +788,8 @@ class SecondAdjointPass : Pass<C> {
         const int count = find_terms(l, j, first, start, terms);
         sum_products(terms, count, rows, columns, blocks[j].data, kPanel<C>);
       }
-      finish(l - 1, first, rows, start, columns, blocks);
+      both() == 2 ? finish<2>(l - 1, first, rows, start, columns, blocks)
+                  : finish<1>(l - 1, first, rows, start, columns, blocks);
     });
   }
 
@@ -808,25 +811,27 @@ class SecondAdjointPass : Pass<C> {
     return count;
   }
 
+  template <int kBoth>
   HESSREG_HD void finish(int64_t l, int64_t first, int64_t rows, int64_t start, int64_t columns,
                          Block<C>* blocks) const {
-    const int64_t width = this->width(l), size = width * this->batch_;
+    const int64_t width = this->width(l), size = width * this->batch_, batch = this->batch_;
+    const C *slopes = at<C>(p_.first, l), *bends = at<C>(p_.second, l), *rz = at<C>(p_.rz, l);
+    const C *s = at<C>(p_.s, l), *t = at<C>(p_.t, l);
+    C* panels[kBoth + 1];
+    for (int j = 0; j <= kBoth; ++j) panels[j] = r(j, l).data + start * width + first * kPanel<C>;
     this->each_vector(rows, columns, [&](int64_t i, int64_t h, int64_t count) {
-      const int64_t place = (first + i) * this->batch_ + start + h;
-      const Vector<C> slope = load_some(at<C>(p_.first, l) + place, count);
-      const Vector<C> s = load_some(at<C>(p_.s, l) + place, count);
-      Vector<C> z[3] = {}, g[3] = {}, moved[3];
-      for (int64_t j = 0; j <= both(); ++j) {
-        z[j] = load_some(at<C>(p_.rz, l) + j * size + place, count);
+      const int64_t place = (first + i) * batch + start + h;
+      const Vector<C> slope = load_some(slopes + place, count), bent = load_some(s + place, count);
+      Vector<C> z[kBoth + 1], g[kBoth + 1], moved[kBoth + 1];
+      for (int j = 0; j <= kBoth; ++j) {
+        z[j] = load_some(rz + j * size + place, count);
         g[j] = load<C, kLanes<C>>(blocks[j].row(i) + h);
-        moved[j] = slope * g[j] + s * z[j];
+        moved[j] = slope * g[j] + bent * z[j];
       }
-      const Vector<C> z2 = z[both() - 1], g2 = g[both() - 1];
-      moved[both()] +=
-          share(p_) * (load_some(at<C>(p_.second, l) + place, count) * (z[0] * g2 + z2 * g[0]) +
-                       load_some(at<C>(p_.t, l) + place, count) * z[0] * z2);
-      for (int64_t j = 0; j <= both(); ++j)
-        store(r(j, l).data + start * width + (first + i) * kPanel<C> + h, moved[j]);
+      const Vector<C> z2 = z[kBoth - 1], crossed = z[0] * g[kBoth - 1] + z2 * g[0];
+      moved[kBoth] += kShare<kBoth> * (load_some(bends + place, count) * crossed +
+                                       load_some(t + place, count) * z[0] * z2);
+      for (int j = 0; j <= kBoth; ++j) store(panels[j] + i * kPanel<C> + h, moved[j]);
     });
   }
 

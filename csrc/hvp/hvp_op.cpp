@@ -437,12 +437,75 @@ Tensor second_adjoint_op(Tensor x, std::vector<Tensor> weights, std::vector<Tens
                         bias_offsets);
 }
 
-Tensor multiply(const Tensor& a, const Tensor& b) {
+Tensor product_of(const Tensor& a, const Tensor& b) {
   std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::mul", "Tensor", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
+
+// Products with one vector after another, of the Hessian of a loss that is a sum over the outputs.
+// What they leave on the way has its memory once.
+class SumProducts {
+ public:
+  SumProducts(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& a,
+              const std::vector<Tensor>& d1, const std::vector<Tensor>& delta,
+              const std::vector<Tensor>& s, const Tensor& curvature, const Offsets& weight_offsets,
+              const Offsets& bias_offsets, int64_t length, bool gauss_newton)
+      : arguments_(x, weights), curvature_(curvature), length_(length) {
+    const Network& network = arguments_.network();
+    const int64_t hidden = arguments_.hidden();
+    arguments_.set_offsets(weight_offsets, bias_offsets, length);
+    const void* from = arguments_.inputs().take(x, "x", {network.batch, network.inputs()});
+    a_ = arguments_.take_hidden(a, "a", hidden);
+    first_ = arguments_.take_hidden(d1, "d1", hidden);
+    delta_ = arguments_.take_hidden(delta, "delta", gauss_newton ? 0 : network.depth);
+    s_ = arguments_.take_hidden(s, "s", gauss_newton ? 0 : hidden);
+    moved_.push_back(torch::stable::new_empty(x, {1, network.batch, network.outputs()}));
+    rz_ = append_hidden(moved_, x, network, hidden, 1);
+    moved_.push_back(torch::stable::new_empty(x, {length}));
+    if (!arguments_.covers_all()) torch::stable::zero_(moved_.back());
+    tangent_ = {network,
+                from,
+                a_.data(),
+                first_.data(),
+                nullptr,
+                nullptr,
+                1,
+                length,
+                moved_[0].mutable_data_ptr(),
+                rz_.data()};
+    adjoint_ = {network,       from,
+                a_.data(),     first_.data(),
+                delta_.data(), s_.data(),
+                rz_.data(),    nullptr,
+                nullptr,       1,
+                length,        nullptr,
+                gauss_newton,  moved_.back().mutable_data_ptr(),
+                nullptr};
+  }
+
+  // With v [length]; the next call writes over it.
+  const Tensor& multiply(const Tensor& v) {
+    tangent_.v = adjoint_.v = arguments_.inputs().take(v, "v", {length_});
+    run(tangent_, v);
+    const Tensor r_delta = product_of(moved_[0], curvature_);
+    adjoint_.r_delta_out = arguments_.inputs().take(
+        r_delta, "r_delta", {1, tangent_.network.batch, tangent_.network.outputs()});
+    run(adjoint_, v);
+    return moved_.back();
+  }
+
+ private:
+  Arguments arguments_;
+  Tensor curvature_;
+  int64_t length_;
+  std::vector<const void*> a_, first_, delta_, s_;
+  std::vector<void*> rz_;
+  std::vector<Tensor> moved_;  // R y, Rz of the hidden layers and the product
+  Tangent tangent_{};
+  Adjoint adjoint_{};
+};
 
 std::vector<Tensor> lanczos_op(Tensor basis, int64_t first, int64_t num_steps, double breakdown,
                                Tensor largest, Tensor x, std::vector<Tensor> weights,
@@ -452,19 +515,12 @@ std::vector<Tensor> lanczos_op(Tensor basis, int64_t first, int64_t num_steps, d
   STD_TORCH_CHECK(
       basis.dim() == 2 && 0 <= first && 0 <= num_steps && first + num_steps < basis.size(0),
       "hvp: basis must have a row after the last of ", num_steps, " from ", first);
-  const Tensor none = torch::stable::new_empty(x, {0});
+  SumProducts products(x, weights, a, d1, delta, s, curvature, weight_offsets, bias_offsets,
+                       basis.size(1), gauss_newton);
   std::vector<Tensor> results;
   for (int64_t row = first; row < first + num_steps; ++row) {
-    const Tensor v = torch::stable::narrow(basis, 0, row, 1);
-    std::vector<Tensor> moved =
-        tangent_op(x, weights, a, d1, none, v, weight_offsets, bias_offsets);
-    const Tensor r_delta = multiply(moved.front(), curvature);
-    moved.erase(moved.begin());
-    if (gauss_newton) moved.clear();
-    const Tensor product = adjoint_op(x, weights, a, d1, delta, s, moved, none, v, r_delta,
-                                      weight_offsets, bias_offsets, gauss_newton, false)[0];
-    results.push_back(spectral::lanczos_step_op(basis, torch::stable::select(product, 0, 0),
-                                                row + 1, largest, breakdown));
+    const Tensor product = products.multiply(torch::stable::select(basis, 0, row));
+    results.push_back(spectral::lanczos_step_op(basis, product, row + 1, largest, breakdown));
     largest = torch::stable::narrow(results.back(), 0, row + 3, 1);
   }
   return results;
@@ -589,7 +645,8 @@ void combine_rows(const Tensor& rows, const std::vector<double>& coefficients, T
 template <typename C>
 void scale(Tensor& x, double factor) {
   C* to = static_cast<C*>(x.mutable_data_ptr());
-  for (int64_t i = 0; i < x.numel(); ++i) to[i] *= static_cast<C>(factor);
+  const int64_t count = x.numel();
+  for (int64_t i = 0; i < count; ++i) to[i] *= static_cast<C>(factor);
 }
 
 // A perceptron, linearised at a batch, and the derivatives of a loss that is a sum over its
