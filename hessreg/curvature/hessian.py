@@ -212,8 +212,7 @@ class HessianGraph(CurvatureGraph):
     @cached_property
     def _depends_on_params_only(self) -> bool:
         known = set(map(id, self.params.tensors))
-        leaves = self._nodes.leaves.values()
-        return self._only_params or all(id(leaf) in known for leaf in leaves)
+        return self._only_params or all(id(t) in known for t in self._nodes.leaves.values())
 
     def third_derivative(
         self, w: Tensor, z: Tensor, scale: Tensor, create_graph: bool

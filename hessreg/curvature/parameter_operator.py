@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -332,7 +333,7 @@ def check_loss(loss: Any) -> Tensor:
         raise ValueError(f"loss must be a scalar, got shape {tuple(loss.shape)}")
     if not loss.requires_grad:
         raise ValueError("loss must have a graph, got one that requires no gradient")
-    if not torch.isfinite(loss):
+    if not math.isfinite(loss.item()):
         raise NonFiniteError(f"loss must be finite, got {loss.item()}")
     return loss
 
