@@ -13,7 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hessreg.ops.hvp import absolute_form_reference, lanczos_reference
+from hessreg.ops.hvp import (
+    absolute_form_reference,
+    lanczos_reference,
+    spectral_form_reference,
+)
 from hessreg.ops.projection import _SCOPES, _shape
 from tests.cuda_emulator.build import load
 
@@ -119,9 +123,11 @@ class Hvp:
         "mlp_second_adjoint",
         "mlp_lanczos",
         "mlp_absolute_form",
+        "mlp_spectral_form",
     )
     mlp_lanczos = staticmethod(lanczos_reference)  # which calls the others
     mlp_absolute_form = staticmethod(absolute_form_reference)
+    mlp_spectral_form = staticmethod(spectral_form_reference)
 
     def __init__(self, module: ModuleType) -> None:
         self.module = module

@@ -10,7 +10,7 @@ import hessreg
 from hessreg.curvature import GaussNewtonOperator, HessianOperator
 from hessreg.curvature.fused import FusedHessian
 from hessreg.curvature.mlp_graph import find_chains
-from hessreg.curvature.norms import nuclear_norm
+from hessreg.curvature.norms import nuclear_norm, spectral_norm
 from hessreg.curvature.parameters import FlatParameters
 
 DOUBLE = torch.float64
@@ -578,6 +578,30 @@ def test_norms_of_both_players_are_those_of_autograd(player):
         torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 100])
+@pytest.mark.parametrize("player", ["generator", "discriminator"])
+def test_spectral_norms_of_both_players_are_those_of_autograd(player, num_steps):
+    loss, network = gan_losses()[player]
+    params = list(network.parameters())
+
+    def found():
+        op = HessianOperator(loss, params, only_params=True)
+        norm = spectral_norm(op, num_steps=num_steps)
+        first = torch.autograd.grad(norm.value, params, retain_graph=True)
+        gradient = torch.autograd.grad(norm.value, params, create_graph=True)
+        flat = FlatParameters(params).flatten(gradient)
+        again = torch.autograd.grad(flat.norm(), params, retain_graph=True)
+        with torch.no_grad():
+            number = spectral_norm(op, num_steps=num_steps)
+        assert norm.converged is number.converged
+        return *norm[:3], *number[:3], *first, *gradient, *again
+
+    ours = found()
+    with hessreg.backend("reference"):
+        expected = found()
+    torch.testing.assert_close(ours, expected)
+
+
 def test_products_that_are_not_finite_are_reported_by_norms():
     model = nn.Sequential(nn.Linear(3, 5), nn.Softplus(), nn.Linear(5, 1))
     with torch.no_grad():
@@ -586,3 +610,5 @@ def test_products_that_are_not_finite_are_reported_by_norms():
     op = HessianOperator(loss, model.parameters(), only_params=True)
     with pytest.raises(ValueError, match=r"product of params\[\d\], shape .* is (nan|-?inf) at"):
         nuclear_norm(op, num_steps=3)
+    with pytest.raises(ValueError, match=r"product of params\[\d\], shape .* is (nan|-?inf) at"):
+        spectral_norm(op, num_steps=3)

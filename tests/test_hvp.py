@@ -1102,11 +1102,11 @@ def test_operators_refuse_wrong_caches():
 # --- losses that are sums over the outputs
 
 
-def summed(device, widths=(5, 7, 6, 2), rows=9, dtype=torch.float64):
+def summed(device, widths=(5, 7, 6, 2), rows=9, dtype=torch.float64, **offsets):
     """A network, linearised at the mean of a softplus of its outputs, and that loss."""
     weights, biases = network(widths, dtype, device)
     x = torch.randn(rows, widths[0], dtype=torch.float64).to(device, dtype)
-    curvature = MLPHessian(weights, biases, "silu", x, with_third=True)
+    curvature = MLPHessian(weights, biases, "silu", x, with_third=True, **offsets)
     scale = 1 / curvature.outputs.numel()
     loss = loss_terms(curvature.outputs, [rows], ["softplus"], [-1.0], [scale])
     curvature.linearize(loss[0])
@@ -1210,6 +1210,82 @@ def test_absolute_form_of_what_is_not_finite(device):
     assert curvature.absolute_form(z, 3, loss, **options) == []
 
 
+@pytest.mark.parametrize(
+    "offsets",
+    [
+        {},
+        {"weight_offsets": [-1, 0, 42], "bias_offsets": [-1, -1, 54]},
+        {"weight_offsets": [3, -1, -1], "bias_offsets": [45, -1, -1]},
+        {"weight_offsets": [-1, -1, -1], "bias_offsets": [0, -1, 7]},
+    ],
+    ids=["all", "last", "first", "biases"],
+)
+def test_spectral_form_of_a_whole_krylov_space(device, offsets):
+    curvature, loss = summed(device, rows=70, **offsets)
+    H = dense(curvature, loss)
+    values, vectors = torch.linalg.eigh((H + H.mT) / 2)
+    k = values.abs().argmax()
+    z = torch.nn.functional.normalize(torch.randn(len(H), dtype=torch.float64), dim=0).to(device)
+    ends, v, gradient = curvature.spectral_form(z, len(H) + 5, loss, with_gradient=True)
+    assert ends.tolist() == pytest.approx([values[k].item(), 0.0], rel=1e-9, abs=1e-9)
+    assert abs(v @ vectors[:, k]).item() == pytest.approx(1.0, rel=1e-9)
+    assert v @ z > 0
+
+    def head(y_w, y_z, y_wz):
+        return loss[1] * y_wz + loss[2] * y_w * y_z, loss[1] * y_z, loss[1] * y_w
+
+    third = values[k].sign() * curvature.third(v, v, head)
+    torch.testing.assert_close(gradient, third, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_spectral_form_after_a_few_steps(device, sign):
+    """The residual is that of the pair, and the gradient that of the modulus."""
+    curvature, loss = summed(device)
+    loss = sign * loss
+    curvature.linearize(loss[0])
+    H = dense(curvature, loss)
+    z = torch.nn.functional.normalize(torch.randn(len(H), dtype=torch.float64), dim=0).to(device)
+    (theta, residual), v, gradient = curvature.spectral_form(z, 4, loss, with_gradient=True)
+    assert theta.item() == pytest.approx((v @ H @ v).item(), rel=1e-10)
+    assert residual.item() == pytest.approx((H @ v - theta.item() * v).norm().item(), rel=1e-8)
+
+    def head(y_w, y_z, y_wz):
+        return loss[1] * y_wz + loss[2] * y_w * y_z, loss[1] * y_z, loss[1] * y_w
+
+    third = math.copysign(1, theta) * curvature.third(v, v, head)
+    torch.testing.assert_close(gradient, third, rtol=1e-10, atol=1e-12)
+    assert len(curvature.spectral_form(z, 4, loss, with_gradient=False)) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_spectral_form_is_its_reference(device, dtype):
+    curvature, loss = summed(device, dtype=dtype)
+    z = torch.nn.functional.normalize(torch.randn(curvature._length), dim=0).to(loss)
+    found = curvature.spectral_form(z, 4, loss, with_gradient=True)
+    with hessreg.backend("reference"):
+        expected = curvature.spectral_form(z, 4, loss, with_gradient=True)
+    tolerance = 1e-10 if dtype is torch.float64 else 1e-3
+    for ours, theirs in zip(found, expected, strict=True):
+        size = float(theirs.abs().max())
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * size)
+
+
+def test_spectral_form_ends_at_an_invariant_space(device):
+    curvature, loss = summed(device, (3, 1), rows=1)  # a Hessian of rank one
+    H = dense(curvature, loss)
+    for num_steps in 1, 2, 4:
+        ends, v = curvature.spectral_form(H[0] / H[0].norm(), num_steps, loss, with_gradient=False)
+        assert ends.tolist() == pytest.approx([H.trace().item(), 0.0], rel=1e-12, abs=1e-12)
+        torch.testing.assert_close(v, H[0] / H[0].norm())
+
+
+def test_spectral_form_of_what_is_not_finite(device):
+    curvature, loss = summed(device)
+    z = torch.full((curvature._length,), torch.nan, dtype=torch.float64, device=device)
+    assert curvature.spectral_form(z, 3, loss, with_gradient=True) == []
+
+
 def test_sums_over_outputs_refuse_wrong_arguments():
     curvature, loss = summed("cpu")
     z, options = loss.new_ones(curvature._length), {"smoothing": 0.0, "weight": 1.0}
@@ -1226,3 +1302,5 @@ def test_sums_over_outputs_refuse_wrong_arguments():
         new.absolute_form(z, 3, loss, **options, with_gradient=False)
     with pytest.raises(RuntimeError, match="third needs"):
         new.absolute_form(z, 3, loss, **options, with_gradient=True)
+    with pytest.raises(RuntimeError, match="third needs"):
+        new.spectral_form(z, 3, loss, with_gradient=True)

@@ -113,16 +113,19 @@ struct Adjoint {
 // For two directions, R_1 and R_2 and both of them, R_12 = R_1 R_2, of z_l and a_l:
 // R_12 z_l = W_l R_12 a_{l-1} + V_1l R_2 a_{l-1} + V_2l R_1 a_{l-1},
 // R_12 a_l = f''(z_l) o R_1 z_l o R_2 z_l + f'(z_l) o R_12 z_l. x stays.
+// On the CPU there may be one direction only. Then R_2 is left out, and R_11 / 2 stands for R_12: a
+// Taylor coefficient, R_11 z_l / 2 = W_l R_11 a_{l-1} / 2 + V_1l R_1 a_{l-1}, in as many products
+// as R_1 takes.
 struct SecondTangent {
   Network network;
   const void* x;
   const void* const* a;
   const void* const* first;
   const void* const* second;
-  const void* v;  // [2, length]
-  int64_t length;
-  void* ry;         // [3, batch, n_L]: R_1, R_2, R_12
-  void* const* rz;  // [3, n_l, batch], layers 1 ... L - 1
+  const void* v;  // [directions, length]
+  int64_t directions, length;
+  void* ry;         // [directions + 1, batch, n_L]: R_1, R_2, R_12
+  void* const* rz;  // [directions + 1, n_l, batch], layers 1 ... L - 1
   void* const* ra;  // likewise
 };
 
@@ -145,8 +148,8 @@ struct SecondAdjoint {
   const void* const* rz;
   const void* const* ra;
   const void* v;
-  int64_t length;
-  const void* r_delta_out;  // [3, batch, n_L]
+  int64_t directions, length;
+  const void* r_delta_out;  // [directions + 1, batch, n_L]
   void* result;             // [length]; written where an offset points, and only there
 };
 

@@ -563,7 +563,12 @@ class AdjointPass : Pass<C> {
 
 // ---- tangent of second order -------------------------------------------------------------------
 
-// R_1, R_2 and R_12 stand side by side everywhere, numbered 0, 1, 2.
+// What there is of R_12: half of it where both directions are one.
+template <int kBoth>
+constexpr float kShare = kBoth == 2 ? 1.f : 0.5f;
+
+// R_1, R_2 and R_12 stand side by side everywhere, numbered 0, 1, 2; of one direction R_1 and
+// R_11 / 2, numbered 0, 1.
 template <typename C>
 class SecondTangentPass : Pass<C> {
   using Base = Pass<C>;
@@ -574,13 +579,13 @@ class SecondTangentPass : Pass<C> {
         p_(problem),
         size_(this->sample_panels_size(depth())),
         a_(this->arena_.template take<C>(size_)),
-        ra_(this->arena_.template take<C>(3 * size_)) {}
+        ra_(this->arena_.template take<C>((both() + 1) * size_)) {}
 
   HESSREG_HD int64_t bytes() const { return this->arena_.used(); }
   HESSREG_HD int64_t stages() const { return depth() + 1; }
   HESSREG_HD Stage stage(int64_t l) const {
     if (l == 0) return {depth(), this->batch_ * this->units(depth())};
-    return {this->chunks(l), 14 * this->multiplications(l)};
+    return {this->chunks(l), (both() == 2 ? 14 : 8) * this->multiplications(l)};
   }
 
   void run(int64_t l, int64_t begin, int64_t end) const {
@@ -594,6 +599,8 @@ class SecondTangentPass : Pass<C> {
 
  private:
   HESSREG_HD int64_t depth() const { return p_.network.depth; }
+  // The number of the derivative along all directions.
+  HESSREG_HD int64_t both() const { return p_.directions; }
   HESSREG_HD bool moves(int64_t l) const { return l >= this->first_moving_; }
   HESSREG_HD const C* v(int64_t j) const { return static_cast<const C*>(p_.v) + j * p_.length; }
   HESSREG_HD C* panel(C* region, int64_t l, int64_t start) const {
@@ -608,15 +615,16 @@ class SecondTangentPass : Pass<C> {
     const int64_t rows = smaller(kRows, layer.out - first);
     Block<C> blocks[3];
     this->each_panel([&](int64_t start, int64_t columns) {
-      for (int64_t j = 0; j < 3; ++j) {
+      for (int64_t j = 0; j <= both(); ++j) {
         Term<C> terms[3];
         const int count = find_terms(l, j, first, start, terms);
         sum_products(terms, count, rows, columns, blocks[j].data, kPanel<C>);
-        if (j < 2 && layer.bias_offset >= 0)
+        if (j < both() && layer.bias_offset >= 0)
           this->add_to_rows(v(j) + layer.bias_offset + first, rows, blocks[j]);
       }
-      l == depth() ? finish_outputs(first, rows, start, columns, blocks)
-                   : finish(l, first, rows, start, columns, blocks);
+      l == depth()  ? finish_outputs(first, rows, start, columns, blocks)
+      : both() == 2 ? finish<2>(l, first, rows, start, columns, blocks)
+                    : finish<1>(l, first, rows, start, columns, blocks);
     });
   }
 
@@ -629,31 +637,35 @@ class SecondTangentPass : Pass<C> {
     if (moves(l - 1))
       terms[count++] = rows_of<C>(this->weight(l) + first * in, in, ra(j, l - 1, start));
     if (layer.weight_offset < 0) return count;
-    if (j < 2) {
+    if (j < both()) {
       terms[count++] = rows_of<C>(v(j) + place, in, panel(a_, l - 1, start));
     } else if (moves(l - 1)) {
-      for (int64_t i = 0; i < 2; ++i)
-        terms[count++] = rows_of<C>(v(i) + place, in, ra(1 - i, l - 1, start));
+      for (int64_t i = 0; i < both(); ++i)
+        terms[count++] = rows_of<C>(v(i) + place, in, ra(both() - 1 - i, l - 1, start));
     }
     return count;
   }
 
+  template <int kBoth>
   HESSREG_HD void finish(int64_t l, int64_t first, int64_t rows, int64_t start, int64_t columns,
                          Block<C>* blocks) const {
-    const int64_t size = this->width(l) * this->batch_;
+    const C *slopes = at<C>(p_.first, l), *bends = at<C>(p_.second, l);
+    C *rz = at<C>(p_.rz, l), *ra = at<C>(p_.ra, l), *panels[kBoth + 1];
+    for (int j = 0; j <= kBoth; ++j) panels[j] = this->ra(j, l, start) + first * kPanel<C>;
+    const int64_t size = this->width(l) * this->batch_, batch = this->batch_;
     this->each_vector(rows, columns, [&](int64_t r, int64_t h, int64_t count) {
-      const int64_t place = (first + r) * this->batch_ + start + h;
-      const Vector<C> slope = load_some(at<C>(p_.first, l) + place, count);
-      Vector<C> z[3], a[3];
-      for (int j = 0; j < 3; ++j) {
+      const int64_t place = (first + r) * batch + start + h;
+      const Vector<C> slope = load_some(slopes + place, count);
+      Vector<C> z[kBoth + 1], a[kBoth + 1];
+      for (int j = 0; j <= kBoth; ++j) {
         z[j] = load<C, kLanes<C>>(blocks[j].row(r) + h);
         a[j] = slope * z[j];
       }
-      a[2] += load_some(at<C>(p_.second, l) + place, count) * z[0] * z[1];
-      for (int64_t j = 0; j < 3; ++j) {
-        store(ra(j, l, start) + (first + r) * kPanel<C> + h, a[j]);
-        store_some<C>(at<C>(p_.rz, l) + j * size + place, z[j], count);
-        store_some<C>(at<C>(p_.ra, l) + j * size + place, a[j], count);
+      a[kBoth] += kShare<kBoth> * load_some(bends + place, count) * z[0] * z[kBoth - 1];
+      for (int j = 0; j <= kBoth; ++j) {
+        store(panels[j] + r * kPanel<C> + h, a[j]);
+        store_some<C>(rz + j * size + place, z[j], count);
+        store_some<C>(ra + j * size + place, a[j], count);
       }
     });
   }
@@ -661,7 +673,7 @@ class SecondTangentPass : Pass<C> {
   HESSREG_HD void finish_outputs(int64_t first, int64_t rows, int64_t start, int64_t columns,
                                  Block<C>* blocks) const {
     const int64_t out = this->width(depth());
-    for (int64_t j = 0; j < 3; ++j)
+    for (int64_t j = 0; j <= both(); ++j)
       transpose_matrix(blocks[j].data, kPanel<C>, rows, columns,
                        static_cast<C*>(p_.ry) + (j * this->batch_ + start) * out + first, out);
   }
@@ -684,16 +696,16 @@ class SecondAdjointPass : Pass<C> {
         r_size_(this->sample_panels_size(depth() + 1)),
         units_size_(this->unit_panels_size(depth())),
         delta_(this->arena_.template take<C>(r_size_)),
-        r_(this->arena_.template take<C>(3 * r_size_)),
+        r_(this->arena_.template take<C>((both() + 1) * r_size_)),
         a_(this->arena_.template take<C>(units_size_)),
-        ra_(this->arena_.template take<C>(3 * units_size_)) {}
+        ra_(this->arena_.template take<C>((both() + 1) * units_size_)) {}
 
   HESSREG_HD int64_t bytes() const { return this->arena_.used(); }
   HESSREG_HD int64_t stages() const { return depth() + 1; }
   HESSREG_HD Stage stage(int64_t index) const {
     if (index == 0) return {depth(), 5 * this->batch_ * this->units(depth() + 1)};
     const int64_t l = depth() + 1 - index;
-    return {tasks(l), 22 * this->multiplications(l)};
+    return {tasks(l), (both() == 2 ? 22 : 14) * this->multiplications(l)};
   }
 
   void run(int64_t index, int64_t begin, int64_t end) const {
@@ -703,6 +715,8 @@ class SecondAdjointPass : Pass<C> {
 
  private:
   HESSREG_HD int64_t depth() const { return p_.network.depth; }
+  // The number of the derivative along all directions.
+  HESSREG_HD int64_t both() const { return p_.directions; }
   HESSREG_HD bool moves(int64_t l) const { return l >= this->first_moving_; }
   HESSREG_HD const C* v(int64_t j) const { return static_cast<const C*>(p_.v) + j * p_.length; }
   HESSREG_HD Panels<C> r(int64_t j, int64_t l) const { return this->samples(r_ + j * r_size_, l); }
@@ -726,7 +740,7 @@ class SecondAdjointPass : Pass<C> {
   // What layer l and delta_{l+1} are multiplied as, and R delta_L.
   void prepare(int64_t l) const {
     if (l == 0)
-      for (int64_t j = 0; j < 3; ++j)
+      for (int64_t j = 0; j <= both(); ++j)
         r(j, depth())
             .load_columns(
                 static_cast<const C*>(p_.r_delta_out) + j * this->batch_ * this->width(depth()),
@@ -734,7 +748,7 @@ class SecondAdjointPass : Pass<C> {
     if (this->layer(l + 1).weight_offset < 0) return;
     this->load_units(a_, l, p_.x, p_.a);
     this->samples(delta_, l + 1).load_rows(at<C>(p_.delta, l + 1), this->batch_);
-    for (int64_t j = 0; moves(l) && j < 3; ++j)
+    for (int64_t j = 0; moves(l) && j <= both(); ++j)
       ra(j, l).load_columns(at<C>(p_.ra, l) + j * this->width(l) * this->batch_, this->width(l));
   }
 
@@ -743,22 +757,23 @@ class SecondAdjointPass : Pass<C> {
     const int64_t rows = smaller(kRows, layer.out - first);
     C* result = static_cast<C*>(p_.result);
     if (layer.bias_offset >= 0)
-      this->sum_samples(r(2, l), first, rows, result + layer.bias_offset + first);
+      this->sum_samples(r(both(), l), first, rows, result + layer.bias_offset + first);
     if (layer.weight_offset >= 0)
       weight_chunk(l, first, rows, result + layer.weight_offset + first * layer.in);
   }
 
   void weight_chunk(int64_t l, int64_t first, int64_t rows, C* to) const {
     const int64_t in = this->width(l - 1), batch = this->batch_;
-    const C* left[] = {r(2, l).data, r(1, l).data, r(0, l).data, this->samples(delta_, l).data};
-    const C* right[] = {this->unit_panels(a_, l - 1).data, ra(0, l - 1).data, ra(1, l - 1).data,
-                        ra(2, l - 1).data};
-    const int count = moves(l - 1) ? 4 : 1;
     for (int64_t start = 0; start < in; start += kPanel<C>) {
       Term<C> terms[4];
-      for (int i = 0; i < count; ++i)
-        terms[i] = samples_of<C>(left[i] + first * kPanel<C>, this->width(l), batch,
-                                 right[i] + start * batch);
+      int count = 0;
+      const auto add = [&](const Panels<C>& left, const Panels<C>& right) {
+        terms[count++] = samples_of<C>(left.data + first * kPanel<C>, this->width(l), batch,
+                                       right.data + start * batch);
+      };
+      add(r(both(), l), this->unit_panels(a_, l - 1));
+      for (int64_t j = 0; moves(l - 1) && j < both(); ++j) add(r(both() - 1 - j, l), ra(j, l - 1));
+      if (moves(l - 1)) add(this->samples(delta_, l), ra(both(), l - 1));
       this->store_products(terms, count, rows, in - start, to + start, in);
     }
   }
@@ -768,12 +783,13 @@ class SecondAdjointPass : Pass<C> {
     const int64_t rows = smaller(kRows, this->layer(l).in - first);
     Block<C> blocks[3];
     this->each_panel([&](int64_t start, int64_t columns) {
-      for (int64_t j = 0; j < 3; ++j) {
+      for (int64_t j = 0; j <= both(); ++j) {
         Term<C> terms[3];
         const int count = find_terms(l, j, first, start, terms);
         sum_products(terms, count, rows, columns, blocks[j].data, kPanel<C>);
       }
-      finish(l - 1, first, rows, start, columns, blocks);
+      both() == 2 ? finish<2>(l - 1, first, rows, start, columns, blocks)
+                  : finish<1>(l - 1, first, rows, start, columns, blocks);
     });
   }
 
@@ -784,33 +800,38 @@ class SecondAdjointPass : Pass<C> {
     int count = 0;
     terms[count++] = columns_of<C>(this->weight(l) + first, in, out, r(j, l).data + place);
     if (offset < 0) return count;
-    if (j < 2) {
+    if (j < both()) {
       const C* delta = this->samples(delta_, l).data + place;
       terms[count++] = columns_of<C>(v(j) + offset + first, in, out, delta);
     } else {
-      for (int64_t i = 0; i < 2; ++i)
-        terms[count++] = columns_of<C>(v(i) + offset + first, in, out, r(1 - i, l).data + place);
+      for (int64_t i = 0; i < both(); ++i)
+        terms[count++] =
+            columns_of<C>(v(i) + offset + first, in, out, r(both() - 1 - i, l).data + place);
     }
     return count;
   }
 
+  template <int kBoth>
   HESSREG_HD void finish(int64_t l, int64_t first, int64_t rows, int64_t start, int64_t columns,
                          Block<C>* blocks) const {
-    const int64_t width = this->width(l), size = width * this->batch_;
+    const int64_t width = this->width(l), size = width * this->batch_, batch = this->batch_;
+    const C *slopes = at<C>(p_.first, l), *bends = at<C>(p_.second, l), *rz = at<C>(p_.rz, l);
+    const C *s = at<C>(p_.s, l), *t = at<C>(p_.t, l);
+    C* panels[kBoth + 1];
+    for (int j = 0; j <= kBoth; ++j) panels[j] = r(j, l).data + start * width + first * kPanel<C>;
     this->each_vector(rows, columns, [&](int64_t i, int64_t h, int64_t count) {
-      const int64_t place = (first + i) * this->batch_ + start + h;
-      const Vector<C> slope = load_some(at<C>(p_.first, l) + place, count);
-      const Vector<C> s = load_some(at<C>(p_.s, l) + place, count);
-      Vector<C> z[3], g[3], moved[3];
-      for (int j = 0; j < 3; ++j) {
-        z[j] = load_some(at<C>(p_.rz, l) + j * size + place, count);
+      const int64_t place = (first + i) * batch + start + h;
+      const Vector<C> slope = load_some(slopes + place, count), bent = load_some(s + place, count);
+      Vector<C> z[kBoth + 1], g[kBoth + 1], moved[kBoth + 1];
+      for (int j = 0; j <= kBoth; ++j) {
+        z[j] = load_some(rz + j * size + place, count);
         g[j] = load<C, kLanes<C>>(blocks[j].row(i) + h);
-        moved[j] = slope * g[j] + s * z[j];
+        moved[j] = slope * g[j] + bent * z[j];
       }
-      moved[2] += load_some(at<C>(p_.second, l) + place, count) * (z[0] * g[1] + z[1] * g[0]) +
-                  load_some(at<C>(p_.t, l) + place, count) * z[0] * z[1];
-      for (int64_t j = 0; j < 3; ++j)
-        store(r(j, l).data + start * width + (first + i) * kPanel<C> + h, moved[j]);
+      const Vector<C> z2 = z[kBoth - 1], crossed = z[0] * g[kBoth - 1] + z2 * g[0];
+      moved[kBoth] += kShare<kBoth> * (load_some(bends + place, count) * crossed +
+                                       load_some(t + place, count) * z[0] * z2);
+      for (int j = 0; j <= kBoth; ++j) store(panels[j] + i * kPanel<C> + h, moved[j]);
     });
   }
 

@@ -359,38 +359,52 @@ std::vector<Tensor> adjoint_op(Tensor x_, std::vector<Tensor> weights, std::vect
   return out;
 }
 
-std::vector<Tensor> second_tangent_op(Tensor x_, std::vector<Tensor> weights,
-                                      std::vector<Tensor> a_, std::vector<Tensor> d1,
-                                      std::vector<Tensor> d2, Tensor v_, Offsets weight_offsets,
-                                      Offsets bias_offsets) {
-  STD_TORCH_CHECK(v_.dim() == 2, "hvp: v must have 2 dimensions, got ", v_.dim());
+// Along two directions, or one on the CPU.
+std::vector<Tensor> second_tangent(const Tensor& x_, const std::vector<Tensor>& weights,
+                                   const std::vector<Tensor>& a_, const std::vector<Tensor>& d1,
+                                   const std::vector<Tensor>& d2, const Tensor& v_,
+                                   const Offsets& weight_offsets, const Offsets& bias_offsets) {
   Arguments arguments(x_, weights);
   const Network& network = arguments.network();
-  const int64_t length = v_.size(1), hidden = arguments.hidden();
+  const int64_t directions = v_.size(0), length = v_.size(1), hidden = arguments.hidden();
   arguments.set_offsets(weight_offsets, bias_offsets, length);
   const void* x = arguments.inputs().take(x_, "x", {network.batch, network.inputs()});
-  const void* v = arguments.inputs().take(v_, "v", {2, length});
+  const void* v = arguments.inputs().take(v_, "v", {directions, length});
   const auto a = arguments.take_hidden(a_, "a", hidden);
   const auto first = arguments.take_hidden(d1, "d1", hidden);
   const auto second = arguments.take_hidden(d2, "d2", hidden);
-  std::vector<Tensor> out{torch::stable::new_empty(x_, {3, network.batch, network.outputs()})};
-  const auto rz = append_hidden(out, x_, network, hidden, 3);
-  const auto ra = append_hidden(out, x_, network, hidden, 3);
-  run(SecondTangent{network, x, a.data(), first.data(), second.data(), v, length,
+  std::vector<Tensor> out{
+      torch::stable::new_empty(x_, {directions + 1, network.batch, network.outputs()})};
+  const auto rz = append_hidden(out, x_, network, hidden, directions + 1);
+  const auto ra = append_hidden(out, x_, network, hidden, directions + 1);
+  run(SecondTangent{network, x, a.data(), first.data(), second.data(), v, directions, length,
                     out[0].mutable_data_ptr(), rz.data(), ra.data()},
       x_);
   return out;
 }
 
-Tensor second_adjoint_op(Tensor x_, std::vector<Tensor> weights, std::vector<Tensor> a_,
-                         std::vector<Tensor> d1, std::vector<Tensor> d2, std::vector<Tensor> delta_,
-                         std::vector<Tensor> s_, std::vector<Tensor> t_, std::vector<Tensor> rz_,
-                         std::vector<Tensor> ra_, Tensor v_, Tensor r_delta_,
-                         Offsets weight_offsets, Offsets bias_offsets) {
-  STD_TORCH_CHECK(v_.dim() == 2, "hvp: v must have 2 dimensions, got ", v_.dim());
+void check_pair(const Tensor& v) {
+  STD_TORCH_CHECK(v.dim() == 2 && v.size(0) == 2, "hvp: v must be [2, length]");
+}
+
+std::vector<Tensor> second_tangent_op(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> a,
+                                      std::vector<Tensor> d1, std::vector<Tensor> d2, Tensor v,
+                                      Offsets weight_offsets, Offsets bias_offsets) {
+  check_pair(v);
+  return second_tangent(x, weights, a, d1, d2, v, weight_offsets, bias_offsets);
+}
+
+// Likewise.
+Tensor second_adjoint(const Tensor& x_, const std::vector<Tensor>& weights,
+                      const std::vector<Tensor>& a_, const std::vector<Tensor>& d1,
+                      const std::vector<Tensor>& d2, const std::vector<Tensor>& delta_,
+                      const std::vector<Tensor>& s_, const std::vector<Tensor>& t_,
+                      const std::vector<Tensor>& rz_, const std::vector<Tensor>& ra_,
+                      const Tensor& v_, const Tensor& r_delta_, const Offsets& weight_offsets,
+                      const Offsets& bias_offsets) {
   Arguments arguments(x_, weights);
   const Network& network = arguments.network();
-  const int64_t length = v_.size(1), hidden = arguments.hidden();
+  const int64_t directions = v_.size(0), length = v_.size(1), hidden = arguments.hidden();
   arguments.set_offsets(weight_offsets, bias_offsets, length);
   Inputs& inputs = arguments.inputs();
   const auto a = arguments.take_hidden(a_, "a", hidden);
@@ -399,25 +413,99 @@ Tensor second_adjoint_op(Tensor x_, std::vector<Tensor> weights, std::vector<Ten
   const auto delta = arguments.take_hidden(delta_, "delta", network.depth);
   const auto s = arguments.take_hidden(s_, "s", hidden);
   const auto t = arguments.take_hidden(t_, "t", hidden);
-  const auto rz = arguments.take_hidden(rz_, "rz", hidden, 3);
-  const auto ra = arguments.take_hidden(ra_, "ra", hidden, 3);
+  const auto rz = arguments.take_hidden(rz_, "rz", hidden, directions + 1);
+  const auto ra = arguments.take_hidden(ra_, "ra", hidden, directions + 1);
   Tensor out = torch::stable::new_empty(x_, {length});
   if (!arguments.covers_all()) torch::stable::zero_(out);
   run(SecondAdjoint{network, inputs.take(x_, "x", {network.batch, network.inputs()}), a.data(),
                     first.data(), second.data(), delta.data(), s.data(), t.data(), rz.data(),
-                    ra.data(), inputs.take(v_, "v", {2, length}), length,
-                    inputs.take(r_delta_, "r_delta", {3, network.batch, network.outputs()}),
+                    ra.data(), inputs.take(v_, "v", {directions, length}), directions, length,
+                    inputs.take(r_delta_, "r_delta",
+                                {directions + 1, network.batch, network.outputs()}),
                     out.mutable_data_ptr()},
       x_);
   return out;
 }
 
-Tensor multiply(const Tensor& a, const Tensor& b) {
+Tensor second_adjoint_op(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> a,
+                         std::vector<Tensor> d1, std::vector<Tensor> d2, std::vector<Tensor> delta,
+                         std::vector<Tensor> s, std::vector<Tensor> t, std::vector<Tensor> rz,
+                         std::vector<Tensor> ra, Tensor v, Tensor r_delta, Offsets weight_offsets,
+                         Offsets bias_offsets) {
+  check_pair(v);
+  return second_adjoint(x, weights, a, d1, d2, delta, s, t, rz, ra, v, r_delta, weight_offsets,
+                        bias_offsets);
+}
+
+Tensor product_of(const Tensor& a, const Tensor& b) {
   std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::mul", "Tensor", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
+
+// Products with one vector after another, of the Hessian of a loss that is a sum over the outputs.
+// What they leave on the way has its memory once.
+class SumProducts {
+ public:
+  SumProducts(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& a,
+              const std::vector<Tensor>& d1, const std::vector<Tensor>& delta,
+              const std::vector<Tensor>& s, const Tensor& curvature, const Offsets& weight_offsets,
+              const Offsets& bias_offsets, int64_t length, bool gauss_newton)
+      : arguments_(x, weights), curvature_(curvature), length_(length) {
+    const Network& network = arguments_.network();
+    const int64_t hidden = arguments_.hidden();
+    arguments_.set_offsets(weight_offsets, bias_offsets, length);
+    const void* from = arguments_.inputs().take(x, "x", {network.batch, network.inputs()});
+    a_ = arguments_.take_hidden(a, "a", hidden);
+    first_ = arguments_.take_hidden(d1, "d1", hidden);
+    delta_ = arguments_.take_hidden(delta, "delta", gauss_newton ? 0 : network.depth);
+    s_ = arguments_.take_hidden(s, "s", gauss_newton ? 0 : hidden);
+    moved_.push_back(torch::stable::new_empty(x, {1, network.batch, network.outputs()}));
+    rz_ = append_hidden(moved_, x, network, hidden, 1);
+    moved_.push_back(torch::stable::new_empty(x, {length}));
+    if (!arguments_.covers_all()) torch::stable::zero_(moved_.back());
+    tangent_ = {network,
+                from,
+                a_.data(),
+                first_.data(),
+                nullptr,
+                nullptr,
+                1,
+                length,
+                moved_[0].mutable_data_ptr(),
+                rz_.data()};
+    adjoint_ = {network,       from,
+                a_.data(),     first_.data(),
+                delta_.data(), s_.data(),
+                rz_.data(),    nullptr,
+                nullptr,       1,
+                length,        nullptr,
+                gauss_newton,  moved_.back().mutable_data_ptr(),
+                nullptr};
+  }
+
+  // With v [length]; the next call writes over it.
+  const Tensor& multiply(const Tensor& v) {
+    tangent_.v = adjoint_.v = arguments_.inputs().take(v, "v", {length_});
+    run(tangent_, v);
+    const Tensor r_delta = product_of(moved_[0], curvature_);
+    adjoint_.r_delta_out = arguments_.inputs().take(
+        r_delta, "r_delta", {1, tangent_.network.batch, tangent_.network.outputs()});
+    run(adjoint_, v);
+    return moved_.back();
+  }
+
+ private:
+  Arguments arguments_;
+  Tensor curvature_;
+  int64_t length_;
+  std::vector<const void*> a_, first_, delta_, s_;
+  std::vector<void*> rz_;
+  std::vector<Tensor> moved_;  // R y, Rz of the hidden layers and the product
+  Tangent tangent_{};
+  Adjoint adjoint_{};
+};
 
 std::vector<Tensor> lanczos_op(Tensor basis, int64_t first, int64_t num_steps, double breakdown,
                                Tensor largest, Tensor x, std::vector<Tensor> weights,
@@ -427,19 +515,12 @@ std::vector<Tensor> lanczos_op(Tensor basis, int64_t first, int64_t num_steps, d
   STD_TORCH_CHECK(
       basis.dim() == 2 && 0 <= first && 0 <= num_steps && first + num_steps < basis.size(0),
       "hvp: basis must have a row after the last of ", num_steps, " from ", first);
-  const Tensor none = torch::stable::new_empty(x, {0});
+  SumProducts products(x, weights, a, d1, delta, s, curvature, weight_offsets, bias_offsets,
+                       basis.size(1), gauss_newton);
   std::vector<Tensor> results;
   for (int64_t row = first; row < first + num_steps; ++row) {
-    const Tensor v = torch::stable::narrow(basis, 0, row, 1);
-    std::vector<Tensor> moved =
-        tangent_op(x, weights, a, d1, none, v, weight_offsets, bias_offsets);
-    const Tensor r_delta = multiply(moved.front(), curvature);
-    moved.erase(moved.begin());
-    if (gauss_newton) moved.clear();
-    const Tensor product = adjoint_op(x, weights, a, d1, delta, s, moved, none, v, r_delta,
-                                      weight_offsets, bias_offsets, gauss_newton, false)[0];
-    results.push_back(spectral::lanczos_step_op(basis, torch::stable::select(product, 0, 0),
-                                                row + 1, largest, breakdown));
+    const Tensor product = products.multiply(torch::stable::select(basis, 0, row));
+    results.push_back(spectral::lanczos_step_op(basis, product, row + 1, largest, breakdown));
     largest = torch::stable::narrow(results.back(), 0, row + 3, 1);
   }
   return results;
@@ -491,15 +572,19 @@ Tensor loss_terms_op(Tensor y_, std::vector<int64_t> rows, std::vector<int64_t> 
   return out;
 }
 
-// z' f(T) z of the Lanczos matrix T, f(t) = weight |t| smoothed, and the coefficients of
-// weight sign(T) z in the Krylov basis.
-struct Quadrature {
-  double value;
-  std::vector<double> coefficients;
+// The eigenpairs of the Lanczos matrix [m, m], vectors in columns.
+struct RitzPairs {
+  Tensor values_, vectors_;
+  int64_t m;
+
+  double value(int64_t k) const { return static_cast<const double*>(values_.const_data_ptr())[k]; }
+  double coordinate(int64_t j, int64_t k) const {
+    return static_cast<const double*>(vectors_.const_data_ptr())[j * m + k];
+  }
+  double largest() const { return std::max(std::abs(value(0)), std::abs(value(m - 1))); }
 };
 
-Quadrature absolute_quadrature(const std::vector<Tensor>& steps, int64_t m, double smoothing,
-                               double weight) {
+RitzPairs ritz_pairs(const std::vector<Tensor>& steps, int64_t m) {
   Tensor alpha = new_float64(steps[0], {1, m}), beta = new_float64(steps[0], {1, m - 1});
   for (int64_t j = 0; j < m; ++j) {
     const double* row = static_cast<const double*>(steps[j].const_data_ptr()) + j;
@@ -507,15 +592,24 @@ Quadrature absolute_quadrature(const std::vector<Tensor>& steps, int64_t m, doub
     if (j + 1 < m) static_cast<double*>(beta.mutable_data_ptr())[j] = row[1];
   }
   const std::vector<Tensor> pairs = spectral::tridiagonal_eigh_op(alpha, beta);
-  const double* values = static_cast<const double*>(pairs[0].const_data_ptr());
-  const double* vectors = static_cast<const double*>(pairs[1].const_data_ptr());
-  const double delta = smoothing * std::max(std::abs(values[0]), std::abs(values[m - 1]));
-  Quadrature found{0, std::vector<double>(m)};
-  for (int64_t k = 0; k < m; ++k) {
-    const double size = std::hypot(values[k], delta);
-    const double part = size > 0 ? weight * values[k] / size * vectors[k] : 0;
-    found.value += values[k] * part * vectors[k];
-    for (int64_t j = 0; j < m; ++j) found.coefficients[j] += part * vectors[j * m + k];
+  return {pairs[0], pairs[1], m};
+}
+
+// z' f(T) z of the Lanczos matrix T, f(t) = weight |t| smoothed, and the coefficients of
+// weight sign(T) z in the Krylov basis.
+struct Quadrature {
+  double value;
+  std::vector<double> coefficients;
+};
+
+Quadrature absolute_quadrature(const RitzPairs& ritz, double smoothing, double weight) {
+  const double delta = smoothing * ritz.largest();
+  Quadrature found{0, std::vector<double>(ritz.m)};
+  for (int64_t k = 0; k < ritz.m; ++k) {
+    const double value = ritz.value(k), size = std::hypot(value, delta);
+    const double part = size > 0 ? weight * value / size * ritz.coordinate(0, k) : 0;
+    found.value += value * part * ritz.coordinate(0, k);
+    for (int64_t j = 0; j < ritz.m; ++j) found.coefficients[j] += part * ritz.coordinate(j, k);
   }
   return found;
 }
@@ -531,7 +625,7 @@ int64_t count_steps(const std::vector<Tensor>& steps) {
 }
 
 template <typename C>
-void combine_rows(const Tensor& rows, const std::vector<double>& coefficients, Tensor& out) {
+void sum_rows(const Tensor& rows, const std::vector<double>& coefficients, Tensor& out) {
   const int64_t n = rows.size(1);
   C* to = static_cast<C*>(out.mutable_data_ptr());
   std::fill(to, to + n, C(0));
@@ -542,18 +636,86 @@ void combine_rows(const Tensor& rows, const std::vector<double>& coefficients, T
   }
 }
 
-// What moves with the outputs of a loss that is a sum over them: R_j y times the second derivative,
-// and R_1 y R_2 y times the third.
+// The first row of `out` as a sum of rows.
+void combine_rows(const Tensor& rows, const std::vector<double>& coefficients, Tensor& out) {
+  const bool wide = wide_element_of(out) == Element::kFloat64;
+  (wide ? sum_rows<double> : sum_rows<float>)(rows, coefficients, out);
+}
+
+template <typename C>
+void scale(Tensor& x, double factor) {
+  C* to = static_cast<C*>(x.mutable_data_ptr());
+  const int64_t count = x.numel();
+  for (int64_t i = 0; i < count; ++i) to[i] *= static_cast<C>(factor);
+}
+
+// A perceptron, linearised at a batch, and the derivatives of a loss that is a sum over its
+// outputs.
+struct SumOfOutputs {
+  Tensor x;
+  std::vector<Tensor> weights, a, d1, d2, delta, s, t;
+  Tensor loss;  // [3, batch, outputs]
+  Offsets weight_offsets, bias_offsets;
+};
+
+struct KrylovSpace {
+  Tensor basis;
+  std::vector<Tensor> steps;
+  int64_t m;  // how many of the rows count
+};
+
+KrylovSpace krylov_space(const SumOfOutputs& of, const Tensor& z, int64_t num_steps,
+                         double breakdown) {
+  STD_TORCH_CHECK(z.dim() == 1 && num_steps > 0, "hvp: z must be [n], and num_steps positive");
+  STD_TORCH_CHECK(!of.weights.empty() && of.x.dim() == 2 && of.loss.is_contiguous() &&
+                      of.loss.scalar_type() == z.scalar_type() &&
+                      of.loss.sizes().equals({3, of.x.size(0), of.weights.back().size(0)}),
+                  "hvp: loss must be [3, batch, outputs] of the dtype of z, contiguous");
+  const int64_t n = z.size(0);
+  Tensor basis = torch::stable::new_empty(z, {std::min(num_steps, n) + 1, n});
+  Tensor row = torch::stable::select(basis, 0, 0);
+  torch::stable::copy_(row, z);
+  const Tensor largest = torch::stable::new_zeros(z, {1}, ScalarType::Double);
+  const Tensor curvature = torch::stable::select(of.loss, 0, 1);
+  std::vector<Tensor> steps =
+      lanczos_op(basis, 0, basis.size(0) - 1, breakdown, largest, of.x, of.weights, of.a, of.d1,
+                 of.delta, of.s, curvature, of.weight_offsets, of.bias_offsets, false);
+  const int64_t m = count_steps(steps);
+  return {basis, std::move(steps), m};
+}
+
+// How far the operator leads out of the space from a unit vector in it, by its last coordinate.
+double residual(const KrylovSpace& space, int64_t num_steps, double last) {
+  if (space.m < num_steps || space.m == space.basis.size(1)) return 0;
+  const double* row = static_cast<const double*>(space.steps.back().const_data_ptr()) + space.m - 1;
+  return row[2] > 0 ? 0 : row[1] * std::abs(last);
+}
+
+// What moves with the outputs: R_j y times the second derivative, and what bends with both
+// directions times the third.
 template <typename C>
 void bend(const Tensor& loss, Tensor& ry) {
-  const int64_t count = ry.numel() / 3;
+  const int64_t count = loss.numel() / 3, both = ry.size(0) - 1;
   const C *second = static_cast<const C*>(loss.const_data_ptr()) + count, *third = second + count;
-  C* r = static_cast<C*>(ry.mutable_data_ptr());
+  const C share = both == 2 ? C(1) : C(0.5);
+  C *r = static_cast<C*>(ry.mutable_data_ptr()), *other = r + (both - 1) * count;
   for (int64_t i = 0; i < count; ++i) {
-    const C by_both = third[i] * r[i] * r[count + i];
-    for (int64_t j = 0; j < 3; ++j) r[j * count + i] *= second[i];
-    r[2 * count + i] += by_both;
+    const C by_both = share * third[i] * r[i] * other[i];
+    for (int64_t j = 0; j <= both; ++j) r[j * count + i] *= second[i];
+    r[both * count + i] += by_both;
   }
+}
+
+// The third derivative along two directions, or half of that along one and the same.
+Tensor third_derivative(const SumOfOutputs& of, const Tensor& v) {
+  std::vector<Tensor> moved =
+      second_tangent(of.x, of.weights, of.a, of.d1, of.d2, v, of.weight_offsets, of.bias_offsets);
+  const bool wide = wide_element_of(v) == Element::kFloat64;
+  (wide ? bend<double> : bend<float>)(of.loss, moved[0]);
+  const auto middle = moved.begin() + of.weights.size();
+  return second_adjoint(of.x, of.weights, of.a, of.d1, of.d2, of.delta, of.s, of.t,
+                        {moved.begin() + 1, middle}, {middle, moved.end()}, v, moved[0],
+                        of.weight_offsets, of.bias_offsets);
 }
 
 std::vector<Tensor> absolute_form_op(Tensor z, int64_t num_steps, double smoothing, double weight,
@@ -563,38 +725,45 @@ std::vector<Tensor> absolute_form_op(Tensor z, int64_t num_steps, double smoothi
                                      std::vector<Tensor> delta, std::vector<Tensor> s,
                                      std::vector<Tensor> t, Tensor loss, Offsets weight_offsets,
                                      Offsets bias_offsets) {
-  STD_TORCH_CHECK(z.dim() == 1 && num_steps > 0, "hvp: z must be [n], and num_steps positive");
-  const bool wide = wide_element_of(z) == Element::kFloat64;
-  const int64_t n = z.size(0);
-  STD_TORCH_CHECK(!weights.empty() && x.dim() == 2 && loss.is_contiguous() &&
-                      loss.scalar_type() == z.scalar_type() &&
-                      loss.sizes().equals({3, x.size(0), weights.back().size(0)}),
-                  "hvp: loss must be [3, batch, outputs] of the dtype of z, contiguous");
-  Tensor basis = torch::stable::new_empty(z, {std::min(num_steps, n) + 1, n});
-  Tensor row = torch::stable::select(basis, 0, 0);
-  torch::stable::copy_(row, z);
-  Tensor largest = torch::stable::new_zeros(z, {1}, ScalarType::Double);
-  const Tensor curvature = torch::stable::select(loss, 0, 1);
-  const std::vector<Tensor> steps =
-      lanczos_op(basis, 0, basis.size(0) - 1, breakdown, largest, x, weights, a, d1, delta, s,
-                 curvature, weight_offsets, bias_offsets, false);
-  const int64_t m = count_steps(steps);
-  if (m == 0) return {};
-  const Quadrature found = absolute_quadrature(steps, m, smoothing, weight);
-  Tensor v = torch::stable::new_empty(z, {2, n});
-  (wide ? combine_rows<double> : combine_rows<float>)(basis, found.coefficients, v);
+  const SumOfOutputs of{x, weights, a, d1, d2, delta, s, t, loss, weight_offsets, bias_offsets};
+  const KrylovSpace space = krylov_space(of, z, num_steps, breakdown);
+  if (space.m == 0) return {};
+  const Quadrature found = absolute_quadrature(ritz_pairs(space.steps, space.m), smoothing, weight);
+  Tensor v = torch::stable::new_empty(z, {2, z.size(0)});
+  combine_rows(space.basis, found.coefficients, v);
   Tensor second = torch::stable::select(v, 0, 1);
   torch::stable::copy_(second, z);
   Tensor value = torch::stable::full({}, found.value, z.scalar_type());
   std::vector<Tensor> out{value, torch::stable::select(v, 0, 0)};
+  if (with_gradient) out.push_back(third_derivative(of, v));
+  return out;
+}
+
+// Of the Ritz value of largest modulus: that and the norm of the residual, in float64; the unit
+// vector, on z's side; and the gradient of the modulus.
+std::vector<Tensor> spectral_form_op(Tensor z, int64_t num_steps, double breakdown,
+                                     bool with_gradient, Tensor x, std::vector<Tensor> weights,
+                                     std::vector<Tensor> a, std::vector<Tensor> d1,
+                                     std::vector<Tensor> d2, std::vector<Tensor> delta,
+                                     std::vector<Tensor> s, std::vector<Tensor> t, Tensor loss,
+                                     Offsets weight_offsets, Offsets bias_offsets) {
+  const SumOfOutputs of{x, weights, a, d1, d2, delta, s, t, loss, weight_offsets, bias_offsets};
+  const KrylovSpace space = krylov_space(of, z, num_steps, breakdown);
+  if (space.m == 0) return {};
+  const RitzPairs ritz = ritz_pairs(space.steps, space.m);
+  const int64_t k = ritz.value(space.m - 1) == ritz.largest() ? space.m - 1 : 0;
+  std::vector<double> coordinates;
+  const double side = ritz.coordinate(0, k) < 0 ? -1 : 1;
+  for (int64_t j = 0; j < space.m; ++j) coordinates.push_back(side * ritz.coordinate(j, k));
+  Tensor ends = new_float64(z, {2}), v = torch::stable::new_empty(z, {1, z.size(0)});
+  static_cast<double*>(ends.mutable_data_ptr())[0] = ritz.value(k);
+  static_cast<double*>(ends.mutable_data_ptr())[1] = residual(space, num_steps, coordinates.back());
+  combine_rows(space.basis, coordinates, v);
+  std::vector<Tensor> out{ends, torch::stable::select(v, 0, 0)};
   if (!with_gradient) return out;
-  std::vector<Tensor> moved =
-      second_tangent_op(x, weights, a, d1, d2, v, weight_offsets, bias_offsets);
-  (wide ? bend<double> : bend<float>)(loss, moved[0]);
-  const auto middle = moved.begin() + weights.size();
-  out.push_back(second_adjoint_op(x, weights, a, d1, d2, delta, s, t, {moved.begin() + 1, middle},
-                                  {middle, moved.end()}, v, moved[0], weight_offsets,
-                                  bias_offsets));
+  out.push_back(third_derivative(of, v));
+  const bool wide = wide_element_of(z) == Element::kFloat64;
+  (wide ? scale<double> : scale<float>)(out[2], ritz.value(k) < 0 ? -2 : 2);
   return out;
 }
 
@@ -639,6 +808,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hessreg, m) {
       " bool with_gradient, Tensor x, Tensor[] weights, Tensor[] a, Tensor[] d1, Tensor[] d2,"
       " Tensor[] delta, Tensor[] s, Tensor[] t, Tensor loss, int[] weight_offsets,"
       " int[] bias_offsets) -> Tensor[]");
+  m.def(
+      "mlp_spectral_form(Tensor z, int num_steps, float breakdown, bool with_gradient, Tensor x,"
+      " Tensor[] weights, Tensor[] a, Tensor[] d1, Tensor[] d2, Tensor[] delta, Tensor[] s,"
+      " Tensor[] t, Tensor loss, int[] weight_offsets, int[] bias_offsets) -> Tensor[]");
 }
 #endif
 
@@ -654,6 +827,7 @@ STABLE_TORCH_LIBRARY_IMPL(hessreg, HESSREG_DISPATCH_KEY, m) {
 #ifndef HESSREG_CUDA  // where the small numbers would have to come to the host
   m.impl("mlp_loss_terms", TORCH_BOX(&loss_terms_op));
   m.impl("mlp_absolute_form", TORCH_BOX(&absolute_form_op));
+  m.impl("mlp_spectral_form", TORCH_BOX(&spectral_form_op));
 #endif
 }
 

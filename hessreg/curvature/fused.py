@@ -136,6 +136,20 @@ class FusedHessian:
         )
 
     @torch.no_grad()
+    def spectral_form(self, z: Tensor, num_steps: int, with_gradient: bool) -> list[Tensor]:
+        """As :meth:`MLPHessian.spectral_form`, likewise; nothing where that is not compiled.
+
+        Raises:
+            ValueError: a parameter was changed since.
+        """
+        is_compiled = z.device.type == "cpu"
+        if self._gauss_newton or not isinstance(self._head, _SumHead) or not is_compiled:
+            return []
+        self._check_versions()
+        derivatives = self._head.derivatives
+        return self._network.spectral_form(z, num_steps, derivatives, with_gradient=with_gradient)
+
+    @torch.no_grad()
     def third_derivative(self, w: Tensor, z: Tensor) -> Tensor:
         """The gradient of w' H z in the parameters, for vectors [n]: [n].
 

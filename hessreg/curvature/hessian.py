@@ -175,25 +175,44 @@ class HessianGraph(CurvatureGraph):
         self, z: Tensor, num_steps: int, smoothing: float, weight: float
     ) -> Tensor | None:
         """The number z' |H| z, and its gradient at once if the parameters' is all there can be."""
-        with_gradient = torch.is_grad_enabled()
-        if not isinstance(self._fused, FusedHessian) or not (
-            self._depends_on_params_only or not with_gradient
-        ):
+        fused, with_gradient = self._fused_form, torch.is_grad_enabled()
+        if fused is None:
             return None
-        if with_gradient:
-            require_third_order_safe(self._nodes)
-        found = self._fused.absolute_form(z, num_steps, smoothing, weight, with_gradient)
+        found = fused.absolute_form(z, num_steps, smoothing, weight, with_gradient)
         if len(found) < 3:
             return found[0] if found else None
         value, w, gradient = found
         result: Tensor = _Bilinear.apply(self, w, z, value, gradient, *self.params.tensors)
         return result
 
+    def spectral_form(self, z: Tensor, num_steps: int) -> tuple[Tensor, Tensor, float] | None:
+        """The largest modulus of a Ritz value, likewise."""
+        fused, with_gradient = self._fused_form, torch.is_grad_enabled()
+        found = [] if fused is None else fused.spectral_form(z, num_steps, with_gradient)
+        if not found:
+            return None
+        (theta, residual), v = found[0].tolist(), found[1]
+        value = torch.tensor(abs(theta), dtype=v.dtype)
+        if with_gradient:
+            w = v if theta >= 0 else -v
+            value = _Bilinear.apply(self, w, v, value, found[2], *self.params.tensors)
+        return value, v, residual
+
+    @property
+    def _fused_form(self) -> FusedHessian | None:
+        """What has a number of H and, if gradients are enabled, all of its gradient."""
+        if not isinstance(self._fused, FusedHessian):
+            return None
+        if torch.is_grad_enabled():
+            if not self._depends_on_params_only:
+                return None
+            require_third_order_safe(self._nodes)
+        return self._fused
+
     @cached_property
     def _depends_on_params_only(self) -> bool:
         known = set(map(id, self.params.tensors))
-        leaves = self._nodes.leaves.values()
-        return self._only_params or all(id(leaf) in known for leaf in leaves)
+        return self._only_params or all(id(t) in known for t in self._nodes.leaves.values())
 
     def third_derivative(
         self, w: Tensor, z: Tensor, scale: Tensor, create_graph: bool

@@ -203,16 +203,19 @@ def start_vector(
     """The unit vector [n] along v0, checked, or a random one."""
     if v0 is None:
         generator = generator or torch.Generator().manual_seed(0)
-        v0 = torch.randn(
+        random = torch.randn(
             op.shape[0], dtype=op.dtype, device=generator.device, generator=generator
-        ).to(op.device)
-    elif not isinstance(v0, Tensor):
+        )
+        return normalize(random.to(op.device))
+    if not isinstance(v0, Tensor):
         raise TypeError(f"v0 must be a Tensor, got {type(v0).__name__}")
-    elif v0.shape != op.shape[:1]:
+    if v0.shape != op.shape[:1]:
         raise ValueError(f"v0 must have shape {op.shape[:1]}, got {tuple(v0.shape)}")
-    elif not 0 < v0.abs().max() < float("inf"):
+    v0 = v0.detach().to(op.dtype)
+    norm = norm_of(v0)
+    if not 0 < norm.item() < math.inf:
         raise ValueError("v0 must be finite and not zero")
-    return normalize(v0.detach().to(op.dtype))
+    return v0 / norm
 
 
 def normalize(v: Tensor) -> Tensor:

@@ -238,11 +238,11 @@ class _Graph:
         return user or node
 
 
-def _layer(graph: _Graph, node: Node) -> _Layer | None:
+def _layer(graph: _Graph, node: Any) -> _Layer | None:
     if graph.names[node] == "MmBackward0":
-        bias, (source, transposed) = None, (parent for parent, _ in node.next_functions)
-    elif _saved(node, "alpha", "beta") == [1, 1]:
-        before, source, transposed = (parent for parent, _ in node.next_functions)
+        bias, ((source, _), (transposed, _)) = None, node.next_functions
+    elif node._saved_alpha == 1 and node._saved_beta == 1:
+        (before, _), (source, _), (transposed, _) = node.next_functions
         bias = graph.leaf(before)
         if bias is None:  # one that requires no gradient leaves no trace of its value
             return None
@@ -254,10 +254,6 @@ def _layer(graph: _Graph, node: Node) -> _Layer | None:
     if weight is None or (bias is not None and bias.shape != weight.shape[:1]):
         return None
     return _Layer(node, weight, bias, source)
-
-
-def _saved(node: Any, *names: str) -> list[Any]:
-    return [getattr(node, f"_saved_{name}", None) for name in names]
 
 
 def _follow(
@@ -294,7 +290,7 @@ def _make_chain(path: Sequence[tuple[_Layer, Activation]]) -> Chain | None:
     layers = [layer for layer, _ in path]
     first, last = layers[0], layers[-1]
     tensors = [id(t) for layer in layers for t in layer.tensors]
-    (entered,) = _saved(first.node, "self" if first.bias is None else "mat1")
+    entered = getattr(first.node, "_saved_self" if first.bias is None else "_saved_mat1")
     if entered is None or len(set(tensors)) < len(tensors):
         return None
     kinds = [(t.dtype, t.device, t.layout) for t in (entered, first.weight)]
@@ -309,14 +305,16 @@ def _make_chain(path: Sequence[tuple[_Layer, Activation]]) -> Chain | None:
     )
 
 
-def _activation(graph: _Graph, node: Node) -> Activation | None:
+def _activation(graph: _Graph, node: Any) -> Activation | None:
     found = _ACTIVATIONS.get(graph.names[node])
-    if found is None or _saved(node, "scale", "input_scale") not in ([None, None], [1, 1]):
-        return None  # SELU and CELU have such scales
-    name, attribute = found
-    if name == "softplus" and getattr(node, "_saved_threshold", 0) < _SOFTPLUS_THRESHOLD:
+    if found is None:
         return None
-    if name == "gelu" and getattr(node, "_saved_approximate", "none") == "tanh":
+    name, attribute = found
+    if name == "elu" and (node._saved_scale != 1 or node._saved_input_scale != 1):
+        return None  # SELU and CELU have such scales
+    if name == "softplus" and node._saved_threshold < _SOFTPLUS_THRESHOLD:
+        return None
+    if name == "gelu" and node._saved_approximate == "tanh":
         name = "gelu_tanh"
     return (name, float(getattr(node, attribute))) if attribute else name
 

@@ -228,8 +228,8 @@ def spectral_norm(
         generator: source of the random start.
 
     Returns:
-        The norm [], the Ritz vector [n], and its residual as the error: an eigenvalue of this
-        modulus, to that error, exists.
+        The norm [], the Ritz vector [n] on the side of the start, and its residual as the error: an
+        eigenvalue of this modulus, to that error, exists.
 
     Raises:
         TypeError, ValueError: as :func:`norm`.
@@ -240,11 +240,26 @@ def spectral_norm(
         >>> round(spectral_norm(saddle).value.item(), 4)
         1.0
     """
-    leading = _ritz_pairs(op, num_steps, start_vector(op, v0, generator)).leading(1)
+    check_at_least(1, num_steps=num_steps)
+    value, v, residual = _largest_modulus(op, num_steps, start_vector(op, v0, generator))
+    converged = residual <= default_tol(op.dtype) * value.item()
+    return NormEstimate(value, v, residual + rounding(value), converged)
+
+
+def _largest_modulus(
+    op: LinearOperator, num_steps: int, start: Tensor
+) -> tuple[Tensor, Tensor, float]:
+    """That of a Ritz value [], with its graph, the vector [n] and the norm of the residual."""
+    fast = getattr(op, "spectral_form", None)
+    found = None if fast is None else fast(start, num_steps)
+    if found is not None:
+        return cast("tuple[Tensor, Tensor, float]", found)
+    leading = _ritz_pairs(op, num_steps, start).leading(1)
     v = leading.vectors.squeeze(1)
+    # Its sign means nothing, but a warm start comes of it: it must not depend on the way.
+    v = torch.where(v @ start < 0, -v, v)
     value = bilinear(op, v, v, scalar(op, leading.values[0])).abs()
-    converged = leading.residual <= default_tol(op.dtype) * leading.values.abs().item()
-    return NormEstimate(value, v, scalar(op, leading.residual) + rounding(value), converged)
+    return value, v, leading.residual
 
 
 @of_operator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -83,6 +84,10 @@ class CurvatureGraph(ABC):
         self, z: Tensor, num_steps: int, smoothing: float, weight: float
     ) -> Tensor | None:
         """As :meth:`ParameterOperator.absolute_form`."""
+        return None
+
+    def spectral_form(self, z: Tensor, num_steps: int) -> tuple[Tensor, Tensor, float] | None:
+        """As :meth:`ParameterOperator.spectral_form`."""
         return None
 
     def products(self, vectors: Tensor, max_bytes: int) -> Tensor:
@@ -250,6 +255,22 @@ class ParameterOperator(SymmetricOperator):
         with full_precision(self.device):
             return self._graph.absolute_form(z, num_steps, smoothing, weight)
 
+    def spectral_form(self, z: Tensor, num_steps: int) -> tuple[Tensor, Tensor, float] | None:
+        """The largest modulus of a Ritz value in one call, likewise.
+
+        Args:
+            z: unit vector [n] to begin with.
+            num_steps: of Lanczos.
+
+        Returns:
+            The modulus [] with its graph, the Ritz vector [n] and the norm of its residual; None as
+            for :meth:`absolute_form`.
+        """
+        if self._graph is None or self._group is not None:
+            return None
+        with full_precision(self.device):
+            return self._graph.spectral_form(z, num_steps)
+
     def check_finite(self, product: Tensor) -> None:
         """Reports NaN or infinity in a product [n] by parameter and position.
 
@@ -312,7 +333,7 @@ def check_loss(loss: Any) -> Tensor:
         raise ValueError(f"loss must be a scalar, got shape {tuple(loss.shape)}")
     if not loss.requires_grad:
         raise ValueError("loss must have a graph, got one that requires no gradient")
-    if not torch.isfinite(loss):
+    if not math.isfinite(loss.item()):
         raise NonFiniteError(f"loss must be finite, got {loss.item()}")
     return loss
 

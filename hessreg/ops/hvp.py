@@ -21,9 +21,10 @@ For third derivatives, along two directions and with ``R_12 = R_1 R_2``:
 - ``mlp_second_adjoint``: ``R_12`` of the gradient of the loss, which is the product rule applied
   twice to ``delta_l a_{l-1}'`` and to ``delta_l = d1_l o W_{l+1}' delta_{l+1}``.
 
-Where the loss is a sum over the outputs, three operators spare the calls of many:
+Where the loss is a sum over the outputs, four operators spare the calls of many:
 ``mlp_loss_terms`` has its derivatives, ``mlp_lanczos`` multiplies and orthogonalises step
-after step, and ``mlp_absolute_form`` goes on from there to ``z' |H| z`` and its gradient.
+after step, ``mlp_absolute_form`` goes on from there to ``z' |H| z`` and its gradient, and
+``mlp_spectral_form`` to the Ritz value of largest modulus and its gradient.
 
 ``x``, ``y`` and ``delta_L`` are ``[batch, width]``; what one operator keeps for another is
 ``[width, batch]``. A direction is one flat vector, ``V_l`` and ``c_l`` at given offsets in it (-1:
@@ -395,28 +396,91 @@ def absolute_form_reference(
     bias_offsets: Sequence[int],
 ) -> list[Tensor]:
     """As `MLPHessian.absolute_form`, by the other operators."""
-    offsets = weight_offsets, bias_offsets
-    basis = z.repeat(min(num_steps, len(z)) + 1, 1)
-    start = basis, 0, len(basis) - 1, breakdown, basis.new_zeros(1, dtype=torch.float64)
-    steps = lanczos_reference(*start, x, weights, a, d1, delta, s, loss[1], *offsets, False)
-    ends = torch.stack([step[-4:-1] for step in steps]).cpu()
-    if not ends.isfinite().all():
+    first, second, offsets = (x, weights, a, d1), (delta, s), (weight_offsets, bias_offsets)
+    ritz = _ritz_pairs(z, num_steps, breakdown, *first, *second, loss[1], *offsets, False)
+    if ritz is None:
         return []
-    m = int(torch.cat([ends[:, 2], ends.new_ones(1)]).argmax()) + 1
-    diagonal, off, _ = ends[:m].mT
-    T = torch.diag(diagonal) + torch.diag(off[:-1], 1) + torch.diag(off[:-1], -1)
-    values, V = torch.linalg.eigh(T)
+    values, V, _, basis = ritz
     signs = (values / values.hypot(smoothing * values.abs().max())).nan_to_num(0.0)
     parts = weight * signs * V[0]
-    found = [(values * parts @ V[0]).to(z), (V @ parts).to(z) @ basis[: len(V)]]
-    if not with_gradient:
-        return found
-    v, caches = torch.stack([found[1], z]), (x, weights, a, d1, d2)
+    found = [(values * parts @ V[0]).to(z), (V @ parts).to(z) @ basis]
+    if with_gradient:
+        pair = torch.stack([found[1], z])
+        found.append(_third_derivative(pair, *first, d2, *second, t, loss, *offsets))
+    return found
+
+
+def spectral_form_reference(
+    z: Tensor,
+    num_steps: int,
+    breakdown: float,
+    with_gradient: bool,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    d1: Sequence[Tensor],
+    d2: Sequence[Tensor],
+    delta: Sequence[Tensor],
+    s: Sequence[Tensor],
+    t: Sequence[Tensor],
+    loss: Tensor,
+    weight_offsets: Sequence[int],
+    bias_offsets: Sequence[int],
+) -> list[Tensor]:
+    """As `MLPHessian.spectral_form`, by the other operators."""
+    first, second, offsets = (x, weights, a, d1), (delta, s), (weight_offsets, bias_offsets)
+    ritz = _ritz_pairs(z, num_steps, breakdown, *first, *second, loss[1], *offsets, False)
+    if ritz is None:
+        return []
+    values, V, residuals, basis = ritz
+    k = values.abs().argmax()
+    v = (V[:, k] if V[0, k] >= 0 else -V[:, k]).to(z) @ basis
+    found = [torch.stack([values[k], residuals[k]]), v]
+    if with_gradient:
+        pair = torch.stack([v, v])
+        gradient = _third_derivative(pair, *first, d2, *second, t, loss, *offsets)
+        found.append(gradient if values[k] >= 0 else -gradient)
+    return found
+
+
+def _ritz_pairs(
+    z: Tensor, num_steps: int, breakdown: float, *network: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """Ritz values [m], their vectors' coordinates [m, m], residuals [m] and the basis [m, p]."""
+    basis = z.repeat(min(num_steps, len(z)) + 1, 1)
+    start = basis, 0, len(basis) - 1, breakdown, basis.new_zeros(1, dtype=torch.float64)
+    ends = torch.stack([step[-4:-1] for step in lanczos_reference(*start, *network)]).cpu()
+    if not ends.isfinite().all():
+        return None
+    last = int(torch.cat([ends[:, 2], ends.new_ones(1)]).argmax())  # up to an invariant space
+    diagonal, off, invariant = ends[: last + 1].mT
+    T = torch.diag(diagonal) + torch.diag(off[:-1], 1) + torch.diag(off[:-1], -1)
+    values, V = torch.linalg.eigh(T)
+    is_exact = len(T) == len(z) or bool(invariant[-1])
+    return values, V, 0 * values if is_exact else off[-1] * V[-1].abs(), basis[: len(T)]
+
+
+def _third_derivative(
+    v: Tensor,
+    x: Tensor,
+    weights: Sequence[Tensor],
+    a: Sequence[Tensor],
+    d1: Sequence[Tensor],
+    d2: Sequence[Tensor],
+    delta: Sequence[Tensor],
+    s: Sequence[Tensor],
+    t: Sequence[Tensor],
+    loss: Tensor,
+    *offsets: Sequence[int],
+) -> Tensor:
+    """That along two vectors v [2, p] of a loss that is a sum over the outputs."""
+    caches = x, weights, a, d1, d2
     ry, *moved = mlp_second_tangent(*caches, v, *offsets)
     r_delta = loss[1] * ry
     r_delta[2] += loss[2] * ry[0] * ry[1]
     second = delta, s, t, moved[: len(a)], moved[len(a) :]
-    return [*found, mlp_second_adjoint(*caches, *second, v, r_delta, *offsets)]
+    found: Tensor = mlp_second_adjoint(*caches, *second, v, r_delta, *offsets)
+    return found
 
 
 def loss_terms_reference(
@@ -866,16 +930,35 @@ class MLPHessian:
             RuntimeError: before `linearize`, or a gradient without ``with_third``.
             ValueError: for shapes that do not match.
         """
-        self._check_flat(z, "z", 1)
-        self._check(loss, "loss", (3, *self.outputs.shape))
-        self._check_third() if with_gradient else self._check_linear(False)
-        breakdown = BREAKDOWN * torch.finfo(z.dtype).eps
-        how = num_steps, smoothing, weight, breakdown, with_gradient
-        caches = self._x, self._weights, self._a, self._d1, self._d2
-        second = self._delta, self._s, self._t
         run = _on_host("mlp_absolute_form", z.device) or absolute_form_reference
-        found: list[Tensor] = run(z, *how, *caches, *second, loss.contiguous(), *self._offsets)
-        return found
+        how = num_steps, smoothing, weight
+        return self._run_form(run, z, how, loss, with_gradient)
+
+    def spectral_form(
+        self, z: Tensor, num_steps: int, loss: Tensor, *, with_gradient: bool
+    ) -> list[Tensor]:
+        """The Ritz value of largest modulus, of a loss that is a sum over the outputs.
+
+        With v the Ritz vector after Lanczos steps that begin with z, it is v' H v, and the gradient
+        of its modulus is taken with v held fixed: a third derivative along one direction, in 11
+        products of the sizes of the layers where `third` takes 18. `linearize` comes first.
+
+        Args:
+            z: a unit vector, ``[p]``.
+            num_steps: of Lanczos.
+            loss: the first three derivatives of the loss in the outputs, ``[3, batch, outputs]``.
+            with_gradient: whether that is wanted, which needs ``with_third``.
+
+        Returns:
+            The value and the norm of its residual ``[2]``, in float64 on the CPU, v ``[p]`` with
+            v' z >= 0 and the gradient ``[p]``; nothing if a product has NaN or infinity.
+
+        Raises:
+            RuntimeError: before `linearize`, or a gradient without ``with_third``.
+            ValueError: for shapes that do not match.
+        """
+        run = _on_host("mlp_spectral_form", z.device) or spectral_form_reference
+        return self._run_form(run, z, (num_steps,), loss, with_gradient)
 
     def third(self, w: Tensor, z: Tensor, head: ThirdHead) -> Tensor:
         r"""The third derivative in the parameters, applied to two flat vectors.
@@ -929,6 +1012,20 @@ class MLPHessian:
         r_delta = torch.stack([by_z, by_w, slope])  # the derivative in y_z is that along w
         second = self._delta, self._s, self._t, moved[:hidden], moved[hidden:]
         return mlp_second_adjoint(*caches, *second, v, r_delta, *self._offsets)
+
+    def _run_form(
+        self, run: Any, z: Tensor, how: Sequence[float], loss: Tensor, with_gradient: bool
+    ) -> list[Tensor]:
+        self._check_flat(z, "z", 1)
+        self._check(loss, "loss", (3, *self.outputs.shape))
+        self._check_third() if with_gradient else self._check_linear(False)
+        breakdown = BREAKDOWN * torch.finfo(z.dtype).eps
+        caches = self._x, self._weights, self._a, self._d1, self._d2
+        second = self._delta, self._s, self._t, loss.contiguous()
+        found: list[Tensor] = run(
+            z, *how, breakdown, with_gradient, *caches, *second, *self._offsets
+        )
+        return found
 
     def _check_linear(self, gauss_newton: bool) -> None:
         if not self._delta and not gauss_newton:

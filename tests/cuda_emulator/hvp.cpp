@@ -145,7 +145,7 @@ void second_tangent(const py::array& x, const Arrays& weights, const Arrays& a, 
   arguments.run(
       cuda::second_tangent,
       SecondTangent{arguments.network, arguments.memory.input("x", x), values.data(), slopes.data(),
-                    bends.data(), arguments.memory.input("v", v), v.shape(1),
+                    bends.data(), arguments.memory.input("v", v), v.shape(0), v.shape(1),
                     arguments.memory.output("ry", ry), moved.data(), after.data()});
 }
 
@@ -165,7 +165,7 @@ void second_adjoint(const py::array& x, const Arrays& weights, const Arrays& a, 
                 SecondAdjoint{arguments.network, arguments.memory.input("x", x), values.data(),
                               slopes.data(), bends.data(), deltas.data(), bent.data(), last.data(),
                               moved.data(), after.data(), arguments.memory.input("v", v),
-                              v.shape(1), arguments.memory.input("r_delta", r_delta),
+                              v.shape(0), v.shape(1), arguments.memory.input("r_delta", r_delta),
                               arguments.memory.in_out("result", result)});
 }
 
