@@ -159,7 +159,6 @@ def test_mixtures_are_what_they_are_called(name):
 
 def test_mixtures_have_their_own_unit_and_networks_do_not_see_it():
     ring, grid, _ = MIXTURES.values()
-    assert ring.unit == pytest.approx(15)
     assert ring.std * ring.unit == pytest.approx(0.6)
     angle = math.radians(20)
     first = ring.unit * ring.centres[0]
@@ -167,8 +166,10 @@ def test_mixtures_have_their_own_unit_and_networks_do_not_see_it():
     distances = torch.pdist(grid.unit * grid.centres)
     assert distances.min() == pytest.approx(7)
     assert distances.max() == pytest.approx(14 * 2**0.5)
-    for mixture in (ring, grid):
-        assert mixture.centres.square().sum(1).mean() == pytest.approx(4)
+    assert grid_mixture().centres.square().sum(1).mean() == pytest.approx(4)
+    for modes in range(2, 8):  # few neighbours would be too far apart
+        assert torch.pdist(ring_mixture(modes).centres).min() == pytest.approx(1.6)
+    assert ring_mixture(8).centres.norm(dim=1).tolist() == pytest.approx([2.0] * 8)
     small = load_mixture(ring_mixture(modes=5, radius=0.03, std=0.0006, rotation=20.0))
     torch.testing.assert_close(small.train_samples, load_mixture(ring).train_samples)
 

@@ -62,7 +62,7 @@ def ring_mixture(
         rotation: Angle of the first, in degrees.
 
     Example:
-        >>> mixture = ring_mixture(modes=4, radius=10.0)
+        >>> mixture = ring_mixture(radius=10.0)
         >>> round(mixture.unit, 6), (mixture.unit * mixture.centres[0]).round().tolist()
         (5.0, [10.0, 0.0])
     """
