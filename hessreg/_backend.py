@@ -67,12 +67,13 @@ def compiled() -> bool:
 
 
 _load_libraries(_wish())
+_is_compiled = compiled()
 _in_reference: list[object] = []  # one entry for each ``backend("reference")`` that is open
 
 
 def runs_compiled(device: torch.device) -> bool:
     """Whether compiled kernels serve tensors on a device now."""
-    if _in_reference or not compiled():
+    if _in_reference or not _is_compiled:
         return False
     if device == _CPU:  # the name of a device's type is written anew at every look
         return True

@@ -23,8 +23,8 @@ Tensor checked(const Tensor& tensor, const char* name, const Tensor& model, int6
       tensor.size(0) == model.size(0) && tensor.size(1) == rows && tensor.size(2) == columns,
       "gaussian: ", name, " must be [", model.size(0), ", ", rows, ", ", columns, "], got [",
       tensor.size(0), ", ", tensor.size(1), ", ", tensor.size(2), "]");
-  STD_TORCH_CHECK(tensor.scalar_type() == model.scalar_type() && tensor.device() == model.device(),
-                  "gaussian: ", name, " differs from the points in dtype or device");
+  STD_TORCH_CHECK(are_alike(tensor, model), "gaussian: ", name,
+                  " differs from the points in dtype or device");
   return torch::stable::contiguous(tensor);
 }
 

@@ -52,7 +52,7 @@ class Arguments {
     std::vector<Tensor> result;
     for (int64_t c = 0; c < count; ++c)
       for (int64_t t = 0; t < lists_.num_positions; ++t)
-        result.push_back(torch::stable::new_empty(tensors_[t], tensors_[t].sizes()));
+        result.push_back(new_like(tensors_[t], tensors_[t].sizes()));
     return result;
   }
 
@@ -62,9 +62,8 @@ class Arguments {
       const Tensor &tensor = tensors_[i], &model = tensors_[i % positions];
       STD_TORCH_CHECK(tensor.sizes().equals(model.sizes()), "projection: tensor ", i,
                       " differs in shape from its counterpart in the first list");
-      STD_TORCH_CHECK(tensor.scalar_type() == tensors_[0].scalar_type() &&
-                          tensor.device() == tensors_[0].device(),
-                      "projection: tensor ", i, " differs in dtype or device from the first");
+      STD_TORCH_CHECK(are_alike(tensor, tensors_[0]), "projection: tensor ", i,
+                      " differs in dtype or device from the first");
     }
   }
 

@@ -20,10 +20,11 @@ struct PowerIteration {
   Element element;
 };
 
-// A Q = Q T + r e_m' with T tridiagonal; each new vector is orthogonalised twice against all before
-// it. Where its norm is within rounding error of zero (breakdown_tolerance), beta is zero and the
-// iteration goes on with the unit vector e_j that Q holds least of (the first of several), likewise
-// orthogonalised. A v0 of zero is such a case too.
+// A Q = Q T + r e_m' with T tridiagonal; each new vector is orthogonalised against all before it:
+// twice, or once after the recurrence with the last two. Where its norm is within rounding error of
+// zero (breakdown_tolerance), beta is zero and the iteration goes on with the unit vector e_j that
+// Q holds least of (the first of several), likewise orthogonalised. A v0 of zero is such a case
+// too.
 struct Lanczos {
   const void* a;   // [batch, n, n]
   const void* v0;  // [batch, n]

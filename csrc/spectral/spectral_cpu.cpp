@@ -105,15 +105,22 @@ void multiply(const Rows<T>& a, const T* x, int64_t rows, T* y) {
   }
 }
 
+// In all lanes. Several sums side by side hide each other's latency.
 template <typename T>
-HESSREG_HD T dot(const T* x, const T* y, int64_t stride) {
-  Vector<T> sum = {};
-  for (int64_t i = 0; i < stride; i += kLanes<T>) sum += load(x + i) * load(y + i);
-  return sum_pairwise<T>(sum);
+HESSREG_HD Vector<T> dot(const T* x, const T* y, int64_t stride) {
+  constexpr int kChains = 4;
+  Vector<T> sums[kChains] = {};
+  int64_t i = 0;
+  for (; i + kChains * kLanes<T> <= stride; i += kChains * kLanes<T>)
+#pragma GCC unroll 4
+    for (int u = 0; u < kChains; ++u)
+      sums[u] += load(x + i + u * kLanes<T>) * load(y + i + u * kLanes<T>);
+  for (; i < stride; i += kLanes<T>) sums[0] += load(x + i) * load(y + i);
+  return sum_everywhere<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 template <typename T>
-HESSREG_HD void multiply_by(T* x, T factor, int64_t stride) {
+HESSREG_HD void multiply_by(T* x, Vector<T> factor, int64_t stride) {
   for (int64_t i = 0; i < stride; i += kLanes<T>) store(x + i, load(x + i) * factor);
 }
 
@@ -128,13 +135,14 @@ HESSREG_HD Scale<T> scale_of_all(const T* x, int64_t count) {
     for (int u = 0; u < kChains; ++u)
       largest[u] = larger<T>(largest[u], load(x + i + u * kLanes<T>));
   for (; i < count; i += kLanes<T>) largest[0] = larger<T>(largest[0], load_some(x + i, count - i));
+#pragma GCC unroll 8
   for (int u = 1; u < kChains; ++u) largest[0] = larger<T>(largest[0], (Vector<T>)largest[u]);
   return scale_of(largest_lane<T>((Vector<T>)largest[0]));
 }
 
 template <typename T>
-HESSREG_HD void load_row(const T* from, int64_t count, T factor, T* to) {
-  for (int64_t i = 0; i < count; i += kLanes<T>)
+HESSREG_HD void load_row(const T* from, int64_t count, int64_t stride, T factor, T* to) {
+  for (int64_t i = 0; i < stride; i += kLanes<T>)
     store(to + i, load_some(from + i, count - i) * factor);
 }
 
@@ -151,17 +159,17 @@ HESSREG_HD Ahead matrices_ahead(const Problem& problem, int64_t first, int64_t c
 template <typename T>
 HESSREG_HD Scale<T> load_matrix(const T* from, int64_t n, const Rows<T>& a) {
   const Scale<T> scale = scale_of_all(from, n * n);
-  for (int64_t i = 0; i < n; ++i) load_row(from + i * n, n, scale.factor, a.row(i));
+  for (int64_t i = 0; i < n; ++i) load_row(from + i * n, n, a.stride, scale.factor, a.row(i));
   return scale;
 }
 
 // Loads a start vector and its inverse norm: e_0 where it is zero.
 template <typename T>
-HESSREG_HD T load_start(const T* from, int64_t n, int64_t stride, T* x) {
-  load_row(from, n, scale_of_all(from, n).factor, x);
-  const T square = dot(x, x, stride);
-  if (square == 0) x[0] = 1;
-  return square == 0 ? T(1) : 1 / scalar_root(square);
+HESSREG_HD Vector<T> load_start(const T* from, int64_t n, int64_t stride, T* x) {
+  load_row(from, n, stride, scale_of_all(from, n).factor, x);
+  const Vector<T> square = dot(x, x, stride);
+  if (square[0] == 0) x[0] = 1;
+  return square[0] == 0 ? Vector<T>{} + 1 : inverse_square_root<T>(square);
 }
 
 template <typename T>
@@ -181,19 +189,19 @@ struct PowerSpace {
   Rows<T> a;
   T *x, *y;  // v / inverse_norm, and the next
   Scale<T> scale;
-  T inverse_norm;
+  Vector<T> inverse_norm;  // in all lanes
   PowerSpace(int64_t n, Arena& arena)
       : a(n, n, arena), x(arena.take<T>(a.stride)), y(arena.take<T>(a.stride)) {}
 };
 
 // Makes y the vector, unless it is zero.
 template <typename T>
-HESSREG_HD void advance(PowerSpace<T>& space, T square) {
-  if (square < kSmallestSquare<T>) return;
+HESSREG_HD void advance(PowerSpace<T>& space, Vector<T> square) {
+  if (square[0] < kSmallestSquare<T>) return;
   T* const old = space.x;
   space.x = space.y;
   space.y = old;
-  space.inverse_norm = 1 / scalar_root(square);
+  space.inverse_norm = inverse_square_root<T>(square);
 }
 
 // One iteration of M matrices of at most kMaxWidth vectors a row. A x is divided by |x| when it is
@@ -209,14 +217,14 @@ HESSREG_HD void iterate(PowerSpace<T>* const (&spaces)[M], int64_t n) {
   product.multiply(a, W * kLanes<T>, x, n);
   for (int m = 0; m < M; ++m) {
     Vector<T> squares = {};
-    const T inverse_norm = spaces[m]->inverse_norm;
+    const Vector<T> inverse_norm = spaces[m]->inverse_norm;
     T* const to = spaces[m]->y;
     for (int w = 0; w < W; ++w) {
       const Vector<T> y = product.sums[m][w] * inverse_norm;
       squares += y * y;
       store(to + w * kLanes<T>, y);
     }
-    advance(*spaces[m], sum_pairwise<T>(squares));
+    advance(*spaces[m], sum_everywhere<T>(squares));
   }
 }
 
@@ -238,9 +246,10 @@ void begin_power(const PowerIteration& problem, int64_t b, PowerSpace<T>& space)
 template <typename T>
 void finish_power(const PowerIteration& problem, int64_t b, PowerSpace<T>& space) {
   const int64_t n = problem.n, stride = space.a.stride;
-  multiply_by(space.x, space.inverse_norm, stride);
+  const T norm = scalar_root(dot(space.x, space.x, stride)[0]);
+  for (int64_t i = 0; i < stride; i += kLanes<T>) store(space.x + i, load(space.x + i) / norm);
   multiply(space.a, space.x, n, space.y);
-  const T value = dot(space.x, space.y, stride);
+  const T value = dot(space.x, space.y, stride)[0];
   Vector<T> squares = {};
   for (int64_t i = 0; i < stride; i += kLanes<T>) {
     const Vector<T> rest = load(space.y + i) - load(space.x + i) * value;
@@ -271,24 +280,37 @@ void power_narrow(const PowerIteration& problem, PowerSpace<T>* const (&spaces)[
   }
 }
 
+// What as many matrices need as are worked on together.
+template <typename T>
+struct PowerSpaces {
+  PowerSpace<T> s0, s1, s2, s3;
+  PowerSpaces(int64_t n, Arena& arena) : s0(n, arena), s1(n, arena), s2(n, arena), s3(n, arena) {}
+};
+
+template <typename T>
+void power_wide(const PowerIteration& problem, PowerSpace<T>& space, int64_t begin, int64_t end) {
+  for (int64_t b = begin; b < end; ++b) {
+    begin_power(problem, b, space);
+    for (int64_t k = 0; k < problem.num_iterations; ++k) iterate_wide(space, problem.n);
+    finish_power(problem, b, space);
+  }
+}
+
 template <typename T>
 void power_range(const PowerIteration& problem, void* workspace, int64_t begin, int64_t end) {
   Arena arena(workspace);
-  PowerSpace<T> s0(problem.n, arena), s1(problem.n, arena);
-  const int64_t width = s0.a.stride / kLanes<T>;
-  if (width <= kMaxWidth / 2)
-    return with_width(width, [&](auto w) {
-      constexpr int W = decltype(w)::value < kMaxWidth / 2 ? decltype(w)::value : kMaxWidth / 2;
-      power_narrow<W, 2, T>(problem, {&s0, &s1}, begin, end);
-    });
-  if (width <= kMaxWidth)
-    return with_width(
-        width, [&](auto w) { power_narrow<decltype(w)::value, 1, T>(problem, {&s0}, begin, end); });
-  for (int64_t b = begin; b < end; ++b) {
-    begin_power(problem, b, s0);
-    for (int64_t k = 0; k < problem.num_iterations; ++k) iterate_wide(s0, problem.n);
-    finish_power(problem, b, s0);
-  }
+  PowerSpaces<T> s(problem.n, arena);
+  const int64_t width = s.s0.a.stride / kLanes<T>;
+  if (width > kMaxWidth) return power_wide(problem, s.s0, begin, end);
+  with_width(width, [&](auto w) {
+    constexpr int W = decltype(w)::value;
+    if constexpr (W <= kMaxWidth / 4)
+      power_narrow<W, 4, T>(problem, {&s.s0, &s.s1, &s.s2, &s.s3}, begin, end);
+    else if constexpr (W <= kMaxWidth / 2)
+      power_narrow<W, 2, T>(problem, {&s.s0, &s.s1}, begin, end);
+    else
+      power_narrow<W, 1, T>(problem, {&s.s0}, begin, end);
+  });
 }
 
 // ---- Lanczos -----------------------------------------------------------------------------------
@@ -343,6 +365,18 @@ struct LanczosGroup {
         [](const auto& s) { return s.w; });
   }
 
+  // Takes from w = A q_k what it has of q_k and of the vector before: of a symmetric matrix, all
+  // that it has of the basis but for rounding errors.
+  HESSREG_HD void recur(int64_t k) const {
+    for (LanczosSpace<T>* s : spaces) {
+      const T *own = s->q.row(k), *before = s->q.row(k > 0 ? k - 1 : 0);
+      const T alpha = dot(own, s->w, s->q.stride)[0], beta = k > 0 ? s->beta[k - 1] : T(0);
+      for (int64_t i = 0; i < s->q.stride; i += kLanes<T>)
+        store(s->w + i, load(s->w + i) - load(own + i) * alpha - load(before + i) * beta);
+      s->alpha[k] = alpha;
+    }
+  }
+
   // Takes from w what it has of the first `count` basis vectors; c: how much.
   HESSREG_HD void orthogonalise(int64_t count) const {
     multiply<false>(
@@ -356,7 +390,7 @@ struct LanczosGroup {
 
 // Basis vector k from w.
 template <typename T>
-HESSREG_HD void append(const LanczosSpace<T>& s, int64_t n, int64_t k, T factor) {
+HESSREG_HD void append(const LanczosSpace<T>& s, int64_t n, int64_t k, Vector<T> factor) {
   T* q = s.q.row(k);
   for (int64_t i = 0; i < s.q.stride; i += kLanes<T>) store(q + i, load(s.w + i) * factor);
   for (int64_t i = 0; i < n; ++i) s.columns.row(i)[k] = q[i];
@@ -377,15 +411,17 @@ void append_new(LanczosSpace<T>& s, int64_t n, int64_t m, int64_t count) {
   for (int64_t i = 0; i < s.a.stride; ++i) s.w[i] = i == which;
   const LanczosGroup<1, T> alone{{&s}, n, m};
   for (int pass = 0; pass < 2; ++pass) alone.orthogonalise(count);
-  append(s, n, count, 1 / scalar_root(dot(s.w, s.w, s.a.stride)));
+  append(s, n, count, inverse_square_root<T>(dot(s.w, s.w, s.a.stride)));
 }
 
 // The next basis vector from w, and its norm.
 template <typename T>
 HESSREG_HD T extend(LanczosSpace<T>& s, int64_t n, int64_t m, int64_t count) {
-  const T norm = count == n ? T(0) : scalar_root(dot(s.w, s.w, s.a.stride));
+  const Vector<T> square = dot(s.w, s.w, s.a.stride);
+  const T norm = count == n ? T(0) : scalar_root(square[0]);
   const bool breaks = norm <= s.threshold;
-  if (count < m) breaks ? append_new(s, n, m, count) : append(s, n, count, 1 / norm);
+  if (count < m)
+    breaks ? append_new(s, n, m, count) : append(s, n, count, inverse_square_root<T>(square));
   return breaks ? T(0) : norm;
 }
 
@@ -394,8 +430,7 @@ void lanczos_steps(const LanczosGroup<M, T>& group, Ahead next) {
   for (int64_t k = 0; k < group.m; ++k) {
     next.fetch_part();
     group.apply_matrix(k);
-    group.orthogonalise(k + 1);
-    for (LanczosSpace<T>* s : group.spaces) s->alpha[k] = s->c[k];
+    group.recur(k);
     group.orthogonalise(k + 1);
     for (LanczosSpace<T>* s : group.spaces) s->beta[k] = extend(*s, group.n, group.m, k + 1);
   }
@@ -405,7 +440,7 @@ template <typename T>
 void begin_lanczos(const Lanczos& problem, int64_t b, LanczosSpace<T>& s) {
   const int64_t n = problem.n;
   s.scale = load_matrix(static_cast<const T*>(problem.a) + b * n * n, n, s.a);
-  s.threshold = kBreakdown<T> * scalar_root(dot(s.a.data, s.a.data, n * s.a.stride));
+  s.threshold = kBreakdown<T> * scalar_root(dot(s.a.data, s.a.data, n * s.a.stride)[0]);
   s.columns.clear(n);
   append(s, n, 0, load_start(static_cast<const T*>(problem.v0) + b * n, n, s.a.stride, s.w));
 }
@@ -512,9 +547,8 @@ void symmetric_eigh(const SymmetricEigh& problem, void* workspace, int64_t begin
 
 int64_t power_iteration_workspace(const PowerIteration& problem) {
   return dispatch(problem.element, [&](auto zero) {
-    using T = decltype(zero);
     Arena arena(nullptr);
-    PowerSpace<T> first(problem.n, arena), second(problem.n, arena);
+    PowerSpaces<decltype(zero)> spaces(problem.n, arena);
     return arena.used();
   });
 }

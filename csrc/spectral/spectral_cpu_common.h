@@ -105,16 +105,21 @@ HESSREG_HD T largest_lane(Vector<T> x) {
   }
 }
 
-// The sum of the lanes, pairwise.
+// The sum of the lanes, pairwise, in each of them.
 template <typename T, int kStep = kLanes<T> / 2>
-HESSREG_HD T sum_pairwise(Vector<T> x) {
+HESSREG_HD Vector<T> sum_everywhere(Vector<T> x) {
   if constexpr (kStep == 0) {
-    return x[0];
+    return x;
   } else {
     using Numbers = LaneNumbers<__integer_pack(kLanes<T>)...>;
     x += __builtin_shuffle(x, Numbers::template partners<T, kStep>());
-    return sum_pairwise<T, kStep / 2>(x);
+    return sum_everywhere<T, kStep / 2>(x);
   }
+}
+
+template <typename T>
+HESSREG_HD T sum_pairwise(Vector<T> x) {
+  return sum_everywhere<T>(x)[0];
 }
 
 }  // namespace

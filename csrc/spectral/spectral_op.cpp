@@ -32,8 +32,8 @@ Tensor checked_matrices(const Tensor& a) {
 Tensor checked_vectors(const Tensor& v, const char* name, const Tensor& model, int64_t n) {
   STD_TORCH_CHECK(v.dim() == 2 && v.size(0) == model.size(0) && v.size(1) == n, "spectral: ", name,
                   " must be [", model.size(0), ", ", n, "]");
-  STD_TORCH_CHECK(v.scalar_type() == model.scalar_type() && v.device() == model.device(),
-                  "spectral: ", name, " differs from the first argument in dtype or device");
+  STD_TORCH_CHECK(are_alike(v, model), "spectral: ", name,
+                  " differs from the first argument in dtype or device");
   return as_contiguous(v);
 }
 
@@ -212,9 +212,9 @@ Tensor lanczos_step_op(Tensor basis, Tensor w, int64_t count, Tensor largest, do
                   "spectral: basis must be [rows, n] and contiguous");
   STD_TORCH_CHECK(0 < count && count < basis.size(0),
                   "spectral: count must be a row of the basis after the first, got ", count);
-  STD_TORCH_CHECK(w.dim() == 1 && w.size(0) == basis.size(1) && w.is_contiguous() &&
-                      w.scalar_type() == basis.scalar_type() && w.device() == basis.device(),
-                  "spectral: w must be like a row of the basis");
+  STD_TORCH_CHECK(
+      w.dim() == 1 && w.size(0) == basis.size(1) && w.is_contiguous() && are_alike(w, basis),
+      "spectral: w must be like a row of the basis");
   STD_TORCH_CHECK(largest.numel() == 1 && largest.scalar_type() == ScalarType::Double &&
                       largest.device() == basis.device(),
                   "spectral: largest must be one float64 number beside the basis");

@@ -910,16 +910,16 @@ def _dense(
     vectors: list[list[Tensor | None]], names: list[str], positions: list[int]
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
     """Lists of one dtype without None, and a tensor at each position as the user gave it."""
-    models = [t for t in vectors[0] if t is not None]
     lists = [[t for t in v if t is not None] for v in vectors]
-    if any(len(v) < len(positions) for v in lists):
+    models = lists[0]
+    if min(map(len, lists)) < len(positions):
         models = [next(t for t in column if t is not None) for column in zip(*vectors, strict=True)]
         lists = [
             [torch.zeros_like(m) if t is None else t for t, m in zip(v, models, strict=True)]
             for v in vectors
         ]
     _check_alike(lists, models, names, positions)
-    if all(t.dtype is models[0].dtype for t in models):
+    if len({t.dtype for t in models}) == 1:
         return lists, models
     widest = models[0].dtype
     for model in models:
@@ -940,20 +940,18 @@ def _scattered(
 def _check_alike(
     lists: list[list[Tensor]], models: list[Tensor], names: list[str], positions: list[int]
 ) -> None:
-    shapes = [t.shape for t in models]
-    kinds = [(t.dtype, t.device, t.layout) for t in models]
-    good = all(
-        kind[0] in _DTYPES and kind[1:] == (models[0].device, torch.strided) for kind in kinds
-    )
+    kinds = _kinds(models)
+    allowed = models[0].device, torch.strided
+    good = all(kind[1] in _DTYPES and kind[2:] == allowed for kind in kinds)
     for tensors, name in zip(lists, names, strict=True):
-        if (
-            good
-            and [t.shape for t in tensors] == shapes
-            and [(t.dtype, t.device, t.layout) for t in tensors] == kinds
-        ):
+        if good and (tensors is models or _kinds(tensors) == kinds):
             continue
         for i, tensor, model in zip(positions, tensors, models, strict=True):
             _check_tensor(name.format(i), tensor, model, models[0], names[0].removesuffix("[{}]"))
+
+
+def _kinds(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
+    return [(t.shape, t.dtype, t.device, t.layout) for t in tensors]
 
 
 def _check_tensor(name: str, tensor: Tensor, model: Tensor, first: Tensor, title: str) -> None:

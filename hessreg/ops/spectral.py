@@ -510,7 +510,7 @@ def power_iteration(
         _check_tolerance(tol)
     matrices, starts, batch = _problem(A, v0, generator)
     outputs = power_iteration_op(matrices, starts, num_iterations)
-    value, vector = (_shaped(output, batch, A.dtype) for output in outputs[:2])
+    value, vector = _shaped(outputs[:2], batch, A.dtype)
     if tol is None:
         return value, vector
     converged = (outputs[2] <= tol * outputs[0].abs()).reshape(batch)
@@ -526,7 +526,7 @@ def lanczos(
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Lanczos tridiagonalisation of symmetric matrices, A Q = Q T + r e_m'.
 
-    Each new vector is orthogonalised twice against all before it, so Q is orthonormal to rounding.
+    Each new vector is orthogonalised against all before it, so Q is orthonormal to rounding.
     Where the Krylov space is exhausted (what is left is within 64 epsilons of the Frobenius norm of
     the matrix), ``beta`` is zero and the iteration goes on with a unit vector orthogonal to Q: Q
     always has m orthonormal columns, and T has the eigenvalues of A if m = n. Differentiable in
@@ -562,7 +562,7 @@ def lanczos(
     _check_count(num_steps, "num_steps", least=1)
     matrices, starts, batch = _problem(A, v0, generator)
     outputs = lanczos_op(matrices, starts, num_steps)
-    alpha, beta, q = (_shaped(output, batch, A.dtype) for output in outputs)
+    alpha, beta, q = _shaped(outputs, batch, A.dtype)
     return alpha, beta, q
 
 
@@ -603,7 +603,7 @@ def tridiagonal_eigh(alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     batch = _broadcast("alpha", alpha.shape[:-1], "beta", beta.shape[:-1])
     flat = [_flat(t, batch, 1) for t in (alpha, beta)]
     operator = tridiagonal_eigh_op if m <= _LARGEST_KERNEL else tridiagonal_eigh_reference
-    values, vectors = (_shaped(output, batch, alpha.dtype) for output in operator(*flat))
+    values, vectors = _shaped(operator(*flat), batch, alpha.dtype)
     return values, vectors
 
 
@@ -640,7 +640,7 @@ def symmetric_eigvalsh(A: Tensor) -> Tensor:
     matrices = _flat(A, A.shape[:-2], 2)
     small = A.shape[-1] <= _LARGEST_KERNEL
     values = symmetric_eigvalsh_op(matrices) if small else symmetric_eigvalsh_reference(matrices)
-    return _shaped(values, A.shape[:-2], A.dtype)
+    return _shaped([values], A.shape[:-2], A.dtype)[0]
 
 
 def symmetric_eigh(A: Tensor) -> tuple[Tensor, Tensor]:
@@ -674,7 +674,7 @@ def symmetric_eigh(A: Tensor) -> tuple[Tensor, Tensor]:
     """
     _check_matrices(A)
     batch = A.shape[:-2]
-    values, vectors = (_shaped(output, batch, A.dtype) for output in _eigh(_flat(A, batch, 2)))
+    values, vectors = _shaped(_eigh(_flat(A, batch, 2)), batch, A.dtype)
     return values, vectors
 
 
@@ -741,9 +741,11 @@ def _flat(x: Tensor, batch: torch.Size, dims: int) -> Tensor:
     return wide.expand((*batch, *shape)).reshape((batch.numel(), *shape))
 
 
-def _shaped(output: Tensor, batch: torch.Size, dtype: torch.dtype) -> Tensor:
-    shaped = output if len(batch) == 1 else output.reshape((*batch, *output.shape[1:]))
-    return shaped if shaped.dtype is dtype else shaped.to(dtype)
+def _shaped(outputs: list[Tensor], batch: torch.Size, dtype: torch.dtype) -> list[Tensor]:
+    """The outputs with the batch and in the dtype of the input."""
+    if len(batch) == 1 and dtype in _COMPUTED:
+        return outputs
+    return [output.reshape((*batch, *output.shape[1:])).to(dtype) for output in outputs]
 
 
 def _problem(
@@ -752,11 +754,12 @@ def _problem(
     """The matrices and start vectors, flat, and their batch."""
     v0 = _start(a, generator) if v0 is None else v0
     _check_like(a, v0, "v0", "A")
-    if v0.shape[-1] != a.shape[-1]:
-        raise ValueError(
-            f"v0 must be vectors [..., {a.shape[-1]}] to A, got shape {tuple(v0.shape)}"
-        )
-    batch = _broadcast("A", a.shape[:-2], "v0", v0.shape[:-1])
+    shape = a.shape[:-1]
+    if v0.shape == shape and len(shape) == 2 and a.dtype in _COMPUTED:
+        return a, v0, a.shape[:1]
+    if v0.shape[-1] != shape[-1]:
+        raise ValueError(f"v0 must be vectors [..., {shape[-1]}] to A, got shape {tuple(v0.shape)}")
+    batch = _broadcast("A", shape[:-1], "v0", v0.shape[:-1])
     return _flat(a, batch, 2), _flat(v0, batch, 1), batch
 
 
