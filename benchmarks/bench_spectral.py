@@ -55,18 +55,19 @@ def elementwise(a: Tensor, v0: Tensor) -> Tensor:
 
 
 def torch_lanczos(a: Tensor, v0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A loop of batched products, orthogonalised twice."""
+    """A loop of batched products: the recurrence, then once orthogonal to all before."""
     q = v0[..., None] / v0.norm(dim=1)[:, None, None]
-    basis, alpha, beta = q, [], []
+    basis, alpha, beta = q, [], [torch.zeros_like(v0[:, :1])]
+    before = torch.zeros_like(q)
     for _ in range(STEPS):
-        w = torch.bmm(a, q)
+        w = torch.baddbmm(before * beta[-1][..., None], a, q, beta=-1)
         alpha.append((q * w).sum((1, 2)))
-        for _ in range(2):
-            w = torch.baddbmm(w, basis, torch.bmm(basis.mT, w), alpha=-1)
+        w = w - q * alpha[-1][:, None, None]
+        w = torch.baddbmm(w, basis, torch.bmm(basis.mT, w), alpha=-1)
         beta.append(torch.linalg.vector_norm(w, dim=1))
-        q = w / beta[-1][..., None]
+        before, q = q, w / beta[-1][..., None]
         basis = torch.cat([basis, q], -1)
-    return torch.stack(alpha, 1), torch.cat(beta, 1), basis[..., :-1]
+    return torch.stack(alpha, 1), torch.cat(beta[1:], 1), basis[..., :-1]
 
 
 def peer_lanczos(a: Tensor, v0: Tensor) -> Tensor:
