@@ -596,6 +596,9 @@ def test_spectral_norms_of_both_players_are_those_of_autograd(player, num_steps)
         assert norm.converged is number.converged
         return *norm[:3], *number[:3], *first, *gradient, *again
 
+    start = FlatParameters(params).flatten(params).detach()
+    op = HessianOperator(loss, params, only_params=True)
+    assert op.spectral_form(start / start.norm(), num_steps) is not None
     ours = found()
     with hessreg.backend("reference"):
         expected = found()

@@ -524,8 +524,12 @@ def test_best_and_default_are_compared_on_fresh_seeds(tmp_path, stand_in, monkey
 def test_what_may_be_chance_is_said_to_be(tmp_path, stand_in, best, wanted):
     outcome, _ = search(tmp_path, {"g.lr": [2e-4, 1e-3]}, sampler="grid")
     rows = {"default": [0.2, 0.201, 0.203], "best": best}
-    found = outcome._gain({name: [{"mmd": x} for x in each] for name, each in rows.items()})
-    assert found == f"gain in mmd with each seed, mean and 95 % interval: {wanted}"
+    rows = {name: [{"mmd": x} for x in each] for name, each in rows.items()}
+    assert outcome._gain(rows) == f"gain in mmd with each seed, mean and 95 % interval: {wanted}"
+    unknown = "gain in mmd: not known of one seed, or of values that are not finite"
+    assert outcome._gain({name: each[:1] for name, each in rows.items()}) == unknown
+    for bad in ({"mmd": math.inf}, {}):
+        assert outcome._gain({**rows, "best": [*rows["best"][:2], bad]}) == unknown
 
 
 def sleeper(tmp_path, monkeypatch):

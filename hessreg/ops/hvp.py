@@ -433,7 +433,7 @@ def spectral_form_reference(
     if ritz is None:
         return []
     values, V, residuals, basis = ritz
-    k = values.abs().argmax()
+    k = len(values) - 1 if values[-1] >= -values[0] else 0
     v = (V[:, k] if V[0, k] >= 0 else -V[:, k]).to(z) @ basis
     found = [torch.stack([values[k], residuals[k]]), v]
     if with_gradient:

@@ -526,7 +526,8 @@ def lanczos(
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Lanczos tridiagonalisation of symmetric matrices, A Q = Q T + r e_m'.
 
-    Each new vector is orthogonalised against all before it, so Q is orthonormal to rounding.
+    Each new vector is orthogonalised against all before it, so Q is orthonormal to rounding. Both
+    triangles are read: of a matrix that is not symmetric Q need not be.
     Where the Krylov space is exhausted (what is left is within 64 epsilons of the Frobenius norm of
     the matrix), ``beta`` is zero and the iteration goes on with a unit vector orthogonal to Q: Q
     always has m orthonormal columns, and T has the eigenvalues of A if m = n. Differentiable in

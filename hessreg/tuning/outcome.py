@@ -154,13 +154,15 @@ class Outcome:
 
     def _gain(self, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         """By how much the best beats the default with the same seeds, and whether by chance."""
-        name, sign = self.objectives[0], self._sign
-        pairs = zip(rows["default"], rows["best"], strict=True)
-        gain = confidence_interval([sign * (old[name] - new[name]) for old, new in pairs])
-        if not gain.margin < abs(gain.mean):  # nor with one seed, of which there is no margin
+        name, pairs = self.objectives[0], zip(rows["default"], rows["best"], strict=True)
+        none = math.nan
+        gains = [self._sign * (old.get(name, none) - new.get(name, none)) for old, new in pairs]
+        if len(gains) == 1 or not all(map(math.isfinite, gains)):
+            return f"gain in {name}: not known of one seed, or of values that are not finite"
+        gain = confidence_interval(gains)
+        verdict = "the best is better" if gain.mean > 0 else "the default is better"
+        if gain.margin >= abs(gain.mean):
             verdict = "which may be chance"
-        else:
-            verdict = "the best is better" if gain.mean > 0 else "the default is better"
         what = f"gain in {name} with each seed, mean and 95 % interval"
         return f"{what}: {gain.text('.2g')}: {verdict}"
 
