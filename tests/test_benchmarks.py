@@ -264,6 +264,17 @@ def test_suites_of_a_file_that_are_not_measured_again_stay(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
 
 
+def test_files_have_six_digits_and_a_line_for_each_contestant(tmp_path):
+    times = {"ours": {"median": 1.23456789, "low": 1e-9}, "bmm": {"median": 123456789.0}}
+    suites = {"spectral": {"cases": [{"milliseconds": times, "case": "{a} [b]"}]}}
+    harness.save(tmp_path / "results.json", {"suites": suites})
+    text = (tmp_path / "results.json").read_text()
+    assert '"ours": { "median": 1.23457, "low": 1e-09 },\n' in text
+    (row,) = json.loads(text)["suites"]["spectral"]["cases"]
+    assert row["milliseconds"]["bmm"] == {"median": 123457000.0}
+    assert row["case"] == "{a} [b]"
+
+
 # ---- what was asked ----------------------------------------------------------------------------
 
 

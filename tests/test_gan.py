@@ -314,6 +314,13 @@ def test_a_mode_counts_with_a_fifth_of_its_share_of_good_samples(ring):
     assert values["quality"] == pytest.approx(159 / 200)
 
 
+def test_every_judged_sample_counts_for_mmd(ring):
+    judge, samples = MixtureJudge(ring), ring.train_samples[:10_000].clone()
+    before = judge.evaluate(samples)["mmd"]
+    samples[-1000:] = RING.centres[0]
+    assert judge.evaluate(samples)["mmd"] > before + 0.02
+
+
 # Losses and regularisers
 
 
@@ -1296,3 +1303,18 @@ def test_curves_have_a_panel_for_each_kind_that_was_logged(tmp_path, logged, pan
     save_curves(tmp_path / "curves.png", {"run": rows}, ("fdd", "FDD"))
     with Image.open(tmp_path / "curves.png") as image:
         assert image.width == 550 * panels
+
+
+def test_a_run_judges_each_step_once(tmp_path, monkeypatch):
+    run = Run.create(tmp_path / "run", run_config(regularizer="none", steps=4, eval_every=2))
+    judged, evaluate = [], Run._judged
+
+    def counted(self):
+        judged.append(self.trainer.steps_done)
+        return evaluate(self)
+
+    monkeypatch.setattr(Run, "_judged", counted)
+    run.train()
+    assert judged == [2, 4]
+    rows = [row for row in run.folder.read_metrics() if "fdd" in row]
+    assert rows[0]["fdd"] != rows[1]["fdd"] == run.result["fdd"]

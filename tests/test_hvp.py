@@ -1113,6 +1113,15 @@ def summed(device, widths=(5, 7, 6, 2), rows=9, dtype=torch.float64, **offsets):
     return curvature, loss
 
 
+def third_of(curvature, loss, w, z):
+    """The gradient of w' H z in the parameters, by what takes any loss."""
+
+    def head(y_w, y_z, y_wz):
+        return loss[1] * y_wz + loss[2] * y_w * y_z, loss[1] * y_z, loss[1] * y_w
+
+    return curvature.third(w, z, head)
+
+
 def dense(curvature, loss):
     eye = torch.eye(curvature._length, dtype=loss.dtype, device=loss.device)
     return curvature.product(eye, lambda moved: loss[1] * moved)
@@ -1170,23 +1179,25 @@ def test_absolute_form_of_a_whole_krylov_space(device, smoothing):
     if smoothing:  # the sign of eigenvalues that are rounding errors means nothing
         torch.testing.assert_close(w.cpu(), expected, rtol=1e-7, atol=1e-7)
 
-    def head(y_w, y_z, y_wz):
-        return loss[1] * y_wz + loss[2] * y_w * y_z, loss[1] * y_z, loss[1] * y_w
-
-    third = curvature.third(w, z.to(device), head)
+    third = third_of(curvature, loss, w, z.to(device))
     torch.testing.assert_close(gradient, third, rtol=1e-10, atol=1e-12)
     options["with_gradient"] = False
     assert len(curvature.absolute_form(z.to(device), 3, loss, **options)) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_absolute_form_is_its_reference(device, dtype):
+@pytest.mark.parametrize(
+    ("form", "options"),
+    [("absolute_form", {"smoothing": 0.01, "weight": 2.0}), ("spectral_form", {})],
+    ids=["absolute", "spectral"],
+)
+def test_forms_are_their_references(device, dtype, form, options):
     curvature, loss = summed(device, dtype=dtype)
     z = torch.nn.functional.normalize(torch.randn(curvature._length), dim=0).to(loss)
-    options = {"smoothing": 0.01, "weight": 2.0, "with_gradient": True}
-    found = curvature.absolute_form(z, 4, loss, **options)
+    run = getattr(curvature, form)
+    found = run(z, 4, loss=loss, **options, with_gradient=True)
     with hessreg.backend("reference"):
-        expected = curvature.absolute_form(z, 4, loss, **options)
+        expected = run(z, 4, loss=loss, **options, with_gradient=True)
     tolerance = 1e-10 if dtype is torch.float64 else 1e-3
     for ours, theirs in zip(found, expected, strict=True):
         size = float(theirs.abs().max())
@@ -1231,10 +1242,7 @@ def test_spectral_form_of_a_whole_krylov_space(device, offsets):
     assert abs(v @ vectors[:, k]).item() == pytest.approx(1.0, rel=1e-9)
     assert v @ z > 0
 
-    def head(y_w, y_z, y_wz):
-        return loss[1] * y_wz + loss[2] * y_w * y_z, loss[1] * y_z, loss[1] * y_w
-
-    third = values[k].sign() * curvature.third(v, v, head)
+    third = values[k].sign() * third_of(curvature, loss, v, v)
     torch.testing.assert_close(gradient, third, rtol=1e-10, atol=1e-12)
 
 
@@ -1250,25 +1258,9 @@ def test_spectral_form_after_a_few_steps(device, sign):
     assert theta.item() == pytest.approx((v @ H @ v).item(), rel=1e-10)
     assert residual.item() == pytest.approx((H @ v - theta.item() * v).norm().item(), rel=1e-8)
 
-    def head(y_w, y_z, y_wz):
-        return loss[1] * y_wz + loss[2] * y_w * y_z, loss[1] * y_z, loss[1] * y_w
-
-    third = math.copysign(1, theta) * curvature.third(v, v, head)
+    third = math.copysign(1, theta) * third_of(curvature, loss, v, v)
     torch.testing.assert_close(gradient, third, rtol=1e-10, atol=1e-12)
     assert len(curvature.spectral_form(z, 4, loss, with_gradient=False)) == 2
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_spectral_form_is_its_reference(device, dtype):
-    curvature, loss = summed(device, dtype=dtype)
-    z = torch.nn.functional.normalize(torch.randn(curvature._length), dim=0).to(loss)
-    found = curvature.spectral_form(z, 4, loss, with_gradient=True)
-    with hessreg.backend("reference"):
-        expected = curvature.spectral_form(z, 4, loss, with_gradient=True)
-    tolerance = 1e-10 if dtype is torch.float64 else 1e-3
-    for ours, theirs in zip(found, expected, strict=True):
-        size = float(theirs.abs().max())
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * size)
 
 
 def test_spectral_form_ends_at_an_invariant_space(device):

@@ -532,6 +532,13 @@ def test_what_may_be_chance_is_said_to_be(tmp_path, stand_in, best, wanted):
         assert outcome._gain({**rows, "best": [*rows["best"][:2], bad]}) == unknown
 
 
+def test_a_gain_is_a_rise_where_larger_is_better(tmp_path, stand_in):
+    outcome, _ = search(tmp_path, {"g.lr": [2e-4, 1e-3]}, sampler="grid", objectives="quality")
+    rows = {"default": [{"quality": 0.5}, {"quality": 0.6}]}
+    rows["best"] = [{"quality": 0.9}, {"quality": 1.0}]
+    assert outcome._gain(rows).endswith("0.4 ± 0: the best is better")
+
+
 def sleeper(tmp_path, monkeypatch):
     """A trial whose process notes that it was started and goes on for long."""
     code = f"import time; print('started', file=open({str(tmp_path / 'notes')!r}, 'a'))"

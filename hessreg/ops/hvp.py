@@ -383,21 +383,10 @@ def absolute_form_reference(
     weight: float,
     breakdown: float,
     with_gradient: bool,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    a: Sequence[Tensor],
-    d1: Sequence[Tensor],
-    d2: Sequence[Tensor],
-    delta: Sequence[Tensor],
-    s: Sequence[Tensor],
-    t: Sequence[Tensor],
-    loss: Tensor,
-    weight_offsets: Sequence[int],
-    bias_offsets: Sequence[int],
+    *network: Any,
 ) -> list[Tensor]:
     """As `MLPHessian.absolute_form`, by the other operators."""
-    first, second, offsets = (x, weights, a, d1), (delta, s), (weight_offsets, bias_offsets)
-    ritz = _ritz_pairs(z, num_steps, breakdown, *first, *second, loss[1], *offsets, False)
+    ritz = _ritz_pairs(z, num_steps, breakdown, *network)
     if ritz is None:
         return []
     values, V, _, basis = ritz
@@ -405,16 +394,31 @@ def absolute_form_reference(
     parts = weight * signs * V[0]
     found = [(values * parts @ V[0]).to(z), (V @ parts).to(z) @ basis]
     if with_gradient:
-        pair = torch.stack([found[1], z])
-        found.append(_third_derivative(pair, *first, d2, *second, t, loss, *offsets))
+        found.append(_third_derivative(torch.stack([found[1], z]), *network))
     return found
 
 
 def spectral_form_reference(
+    z: Tensor, num_steps: int, breakdown: float, with_gradient: bool, *network: Any
+) -> list[Tensor]:
+    """As `MLPHessian.spectral_form`, by the other operators."""
+    ritz = _ritz_pairs(z, num_steps, breakdown, *network)
+    if ritz is None:
+        return []
+    values, V, residuals, basis = ritz
+    k = len(values) - 1 if values[-1] >= -values[0] else 0
+    v = (V[:, k] if V[0, k] >= 0 else -V[:, k]).to(z) @ basis
+    found = [torch.stack([values[k], residuals[k]]), v]
+    if with_gradient:
+        gradient = _third_derivative(torch.stack([v, v]), *network)
+        found.append(gradient if values[k] >= 0 else -gradient)
+    return found
+
+
+def _ritz_pairs(
     z: Tensor,
     num_steps: int,
     breakdown: float,
-    with_gradient: bool,
     x: Tensor,
     weights: Sequence[Tensor],
     a: Sequence[Tensor],
@@ -424,31 +428,12 @@ def spectral_form_reference(
     s: Sequence[Tensor],
     t: Sequence[Tensor],
     loss: Tensor,
-    weight_offsets: Sequence[int],
-    bias_offsets: Sequence[int],
-) -> list[Tensor]:
-    """As `MLPHessian.spectral_form`, by the other operators."""
-    first, second, offsets = (x, weights, a, d1), (delta, s), (weight_offsets, bias_offsets)
-    ritz = _ritz_pairs(z, num_steps, breakdown, *first, *second, loss[1], *offsets, False)
-    if ritz is None:
-        return []
-    values, V, residuals, basis = ritz
-    k = len(values) - 1 if values[-1] >= -values[0] else 0
-    v = (V[:, k] if V[0, k] >= 0 else -V[:, k]).to(z) @ basis
-    found = [torch.stack([values[k], residuals[k]]), v]
-    if with_gradient:
-        pair = torch.stack([v, v])
-        gradient = _third_derivative(pair, *first, d2, *second, t, loss, *offsets)
-        found.append(gradient if values[k] >= 0 else -gradient)
-    return found
-
-
-def _ritz_pairs(
-    z: Tensor, num_steps: int, breakdown: float, *network: Any
+    *offsets: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """Ritz values [m], their vectors' coordinates [m, m], residuals [m] and the basis [m, p]."""
     basis = z.repeat(min(num_steps, len(z)) + 1, 1)
     start = basis, 0, len(basis) - 1, breakdown, basis.new_zeros(1, dtype=torch.float64)
+    network: list[Any] = [x, weights, a, d1, delta, s, loss[1], *offsets, False]
     ends = torch.stack([step[-4:-1] for step in lanczos_reference(*start, *network)]).cpu()
     if not ends.isfinite().all():
         return None
