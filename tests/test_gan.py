@@ -383,6 +383,19 @@ def test_step_equals_a_hand_written_one(architecture):
         torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("side", ["generator", "discriminator"])
+@pytest.mark.parametrize("cut", ["frozen", "detached"])
+def test_a_loss_must_reach_its_network(side, cut):
+    trainer = small_trainer()
+    network = getattr(trainer, side)
+    if cut == "frozen":
+        network.requires_grad_(False)
+    else:
+        network.register_forward_hook(lambda module, inputs, output: output.detach())
+    with pytest.raises(ValueError, match=f"the loss of the {side} must depend on a parameter"):
+        trainer.step()
+
+
 def test_each_network_has_its_own_rate():
     torch.manual_seed(0)
     trainer = Trainer(

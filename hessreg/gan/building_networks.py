@@ -99,7 +99,6 @@ def _own_networks(
     return generator, discriminator
 
 
-@torch.no_grad()
 def _probe(
     name: str,
     generator: Generator,
@@ -112,9 +111,15 @@ def _probe(
     noise = generator.draw_latent(_PROBES, torch.Generator())
     samples = _try(f"{name}: generator", generator, noise)
     _check_shape(f"{name}: generator", samples, (_PROBES, *shape))
-    judged = _try(f"{name}: discriminator", discriminator, samples, *labels)
+    judged = _try(f"{name}: discriminator", discriminator, samples.detach(), *labels)
     wanted = (_PROBES,) if outputs == 1 else (_PROBES, outputs)
     _check_shape(f"{name}: discriminator", judged, wanted)
+    for side, result in (("generator", samples), ("discriminator", judged)):
+        if not result.requires_grad:
+            raise FactoryError(
+                f"{name}: {side} must return what depends on a parameter that requires a gradient,"
+                " got what does not: is something frozen or detached?"
+            )
 
 
 def _try(name: str, network: nn.Module, *inputs: Tensor) -> Tensor:

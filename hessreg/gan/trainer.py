@@ -160,7 +160,8 @@ class Trainer:
 
         Raises:
             NonFiniteError: If a loss, penalty or gradient is not finite.
-            ValueError: If a schedule has no end to go by.
+            ValueError: If a schedule has no end to go by, or a network's loss depends on none of
+                its parameters.
         """
         if self.procedure.schedule_steps:
             done = self.steps_done / self.procedure.schedule_steps
@@ -270,10 +271,10 @@ class Trainer:
         grads = self._transformed(side, grads, phase.context)
         grads = player.regularized(parameters, grads)
         means = self.shard.means(phase.loss, phase.penalty)
-        # One wait for the device: the norm of the whole gradient is that of its tensors' norms.
-        norms = torch._foreach_norm([grad for grad in grads if grad is not None])
-        loss, penalty, *numbers = torch.stack([*means, *norms]).tolist()
-        norm = math.hypot(*numbers)
+        # One wait for the device, and one norm: many small ones take longer than a copy.
+        whole = torch.cat([grad.reshape(-1) for grad in grads if grad is not None])
+        found = torch.stack([*means, torch.linalg.vector_norm(whole)])
+        loss, penalty, norm = found.tolist()
         if not player.accepts(norm):
             return
         scalars = {"loss": loss, "penalty": penalty, "grad_norm": norm}
@@ -298,8 +299,7 @@ class Trainer:
             phase = self._game.phase(side, self.steps_done, rows)
             losses = player.scaled(self._losses(phase), rows.share)
             if len(losses) == 1:
-                grads = torch.autograd.grad(losses[0], parameters, allow_unused=True)
-                found = add(found, [list(grads)])
+                found = add(found, [_gradient(side, losses[0], parameters)])
             elif player.wrapper is not None:
                 player.wrapper.backward(losses, accumulate=number < last)
             values = weighted([phase.loss.detach(), phase.penalty.detach()], rows.share)
@@ -344,6 +344,18 @@ class Trainer:
         if not together or side == 0:
             wrapper.step()
             self._means.add("" if together else player.suffix, wrapper.angles)
+
+
+def _gradient(side: int, loss: Tensor, parameters: Sequence[Tensor]) -> Vector:
+    grads: Vector = []
+    if parameters and loss.requires_grad:
+        grads = list(torch.autograd.grad(loss, parameters, allow_unused=True))
+    if all(grad is None for grad in grads):
+        raise ValueError(
+            f"the loss of the {SIDES[side]} must depend on a parameter of it that requires a"
+            " gradient, got one that does not: is something frozen or detached?"
+        )
+    return grads
 
 
 def _first_non_finite(network: nn.Module, grads: Gradients) -> str:
