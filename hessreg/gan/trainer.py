@@ -271,10 +271,9 @@ class Trainer:
         grads = self._transformed(side, grads, phase.context)
         grads = player.regularized(parameters, grads)
         means = self.shard.means(phase.loss, phase.penalty)
-        # One wait for the device, and one norm: many small ones take longer than a copy.
-        whole = torch.cat([grad.reshape(-1) for grad in grads if grad is not None])
-        found = torch.stack([*means, torch.linalg.vector_norm(whole)])
-        loss, penalty, norm = found.tolist()
+        norms = torch._foreach_norm([grad for grad in grads if grad is not None])
+        loss, penalty, *numbers = _numbers([*means, *norms])
+        norm = math.hypot(*numbers)  # of the whole gradient, from those of its tensors
         if not player.accepts(norm):
             return
         scalars = {"loss": loss, "penalty": penalty, "grad_norm": norm}
@@ -344,6 +343,13 @@ class Trainer:
         if not together or side == 0:
             wrapper.step()
             self._means.add("" if together else player.suffix, wrapper.angles)
+
+
+def _numbers(scalars: Sequence[Tensor]) -> list[float]:
+    """Their values; a device is waited for once, and a CPU does not join what it can read."""
+    if all(each.is_cpu for each in scalars):
+        return [each.item() for each in scalars]
+    return torch.stack(list(scalars)).tolist()
 
 
 def _gradient(side: int, loss: Tensor, parameters: Sequence[Tensor]) -> Vector:
