@@ -387,8 +387,7 @@ _GRID = replace(_RING, dataset="grid")
 _MNIST = TrainConfig(
     dataset="mnist", regularizer="r1", architecture="dcgan", width=64, latent_dim=64
 )
-# With batch normalisation in the discriminator, R1 kept colour images from being learned.
-_IMAGES = replace(_MNIST, dataset="images", regularizer="none", width=32)
+_IMAGES = replace(_MNIST, dataset="images", width=32)
 _ARRAYS = TrainConfig(dataset="arrays", regularizer="r1")
 DEFAULTS: dict[str, TrainConfig] = {
     config.dataset: config for config in (_DIGITS, _RING, _GRID, _MNIST, _IMAGES, _ARRAYS)
