@@ -288,7 +288,7 @@ def _training() -> Iterator[Target]:
     for dataset in ("digits", "ring"):
         for name in ("none", "r1"):
             yield Target(
-                f"overhead of the trainer over a loop by hand, {dataset}, {name}",
+                f"overhead of the trainer over a loop that logs the same, {dataset}, {name}",
                 "training",
                 5.0,
                 _overhead,

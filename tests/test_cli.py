@@ -105,6 +105,10 @@ def test_each_data_set_has_defaults_of_its_own(capsys):
         assert {"dataset": dataset, **printed} == config.to_dict() | {"seconds": 0.0}
 
 
+def test_r1_is_the_penalty_of_every_data_set():
+    assert {config.regularizer for config in DEFAULTS.values()} == {"r1"}
+
+
 def test_the_configuration_of_a_run_can_be_used_again(tmp_path, capsys):
     args = [
         "--regularizer=gaussian",

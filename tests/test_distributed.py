@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -411,6 +411,18 @@ def message_of_nan(shard: Shard, name: str) -> str:
     return str(caught.value)
 
 
+def norm_without(shard: Shard, ranks: Collection[int]) -> float | str:
+    """Of the generator's gradient where the samples of these processes are detached."""
+    trainer = make_trainer(CASES["none"], shard)
+    if shard.rank in ranks:
+        trainer.generator.register_forward_hook(lambda module, inputs, output: output.detach())
+    try:
+        trainer.step()
+    except ValueError as error:
+        return str(error)
+    return trainer.metrics()["grad_norm_g"]
+
+
 def config(**options) -> TrainConfig:
     small = {"width": 8, "latent_dim": 4, "batch_size": 8, "tensorboard": False}
     often = {"log_every": 2, "eval_every": 3, "save_every": 2}
@@ -447,6 +459,7 @@ def _others(rank, size, store, results):
         "drawn": {name: [t.numpy() for t in drawn(shard, name)] for name in RANDOM},
         "failures": what_both_get(shard),
         "nan": [message_of_nan(shard, name) for name in NOT_FINITE],
+        "cut off": [norm_without(shard, ranks) for ranks in ({1}, {0, 1})],
         "run": what_a_run_leaves(shard, store.parent / f"run {rank}"),
     }
     results.put((rank, found))
@@ -499,6 +512,13 @@ def test_what_fails_in_one_process_fails_in_both_and_the_first_decides(others):
 def test_what_is_not_finite_in_one_process_stops_both(others, index):
     for found in others[1].values():
         assert found["nan"][index] == "step 1: discriminator loss is not finite"
+
+
+def test_a_network_that_one_process_reaches_is_trained_and_one_that_none_does_is_refused(others):
+    (norm, refused), second = (found["cut off"] for found in others[1].values())
+    assert norm > 0
+    assert refused.startswith("the loss of the generator must depend on a parameter")
+    assert second == [norm, refused]
 
 
 def test_only_the_first_process_writes_and_both_stop_and_go_on(others):

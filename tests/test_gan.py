@@ -58,6 +58,7 @@ from hessreg.gan.metrics import (
 from hessreg.gan.mixtures import RING, grid_mixture, load_mixture, ring_mixture
 from hessreg.gan.options import GridConfig, RingConfig
 from hessreg.gan.pictures import save_curves, save_kernel, tile
+from hessreg.gan.players import Procedure
 from hessreg.gan.run_folder import RunFolder, RunFolderError
 from hessreg.optim import MODES, OrthogonalGradients
 from hessreg.regularizers import (
@@ -383,17 +384,50 @@ def test_step_equals_a_hand_written_one(architecture):
         torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("side", ["generator", "discriminator"])
-@pytest.mark.parametrize("cut", ["frozen", "detached"])
-def test_a_loss_must_reach_its_network(side, cut):
-    trainer = small_trainer()
-    network = getattr(trainer, side)
-    if cut == "frozen":
+def cut_off(network, how):
+    if how == "frozen":
         network.requires_grad_(False)
     else:
         network.register_forward_hook(lambda module, inputs, output: output.detach())
+
+
+@pytest.mark.parametrize(
+    ("side", "how", "mode"),
+    [
+        ("generator", "frozen", None),
+        ("generator", "detached", None),
+        ("discriminator", "frozen", None),
+        ("discriminator", "detached", None),
+        ("generator", "frozen", "game"),
+        ("generator", "detached", "game"),
+        ("discriminator", "frozen", "terms"),
+    ],
+)
+def test_a_loss_must_reach_its_network(side, how, mode):
+    regularizers = [R1()] if mode == "terms" else []
+    trainer = small_trainer(regularizers, orthogonal=Orthogonal(mode) if mode else None)
+    cut_off(getattr(trainer, side), how)
     with pytest.raises(ValueError, match=f"the loss of the {side} must depend on a parameter"):
         trainer.step()
+
+
+def test_a_part_of_a_batch_may_leave_a_network_alone():
+    trainer = Trainer(
+        Generator("mlp", 4, 8),
+        Discriminator("mlp", 8),
+        torch.rand(8, 1, 8, 8),
+        batch_size=8,
+        procedure=Procedure(accumulate=2),
+    )
+    calls = iter(range(100))
+
+    def detached_at_first(module, inputs, output):  # calls 0 and 1 are the discriminator's step
+        return output.detach() if next(calls) == 2 else output
+
+    trainer.generator.register_forward_hook(detached_at_first)
+    before = [p.clone() for p in trainer.generator.parameters()]
+    trainer.step()
+    assert not equal(before, [p.detach() for p in trainer.generator.parameters()])
 
 
 def test_each_network_has_its_own_rate():

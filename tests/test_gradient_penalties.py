@@ -44,6 +44,17 @@ def test_squared_slopes(kind, samples):
     torch.testing.assert_close(penalty(kind(gamma=3.0), ctx), expected, rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("kind", ALL.values())
+@pytest.mark.parametrize(
+    "outputs", [lambda x: x.detach().sum(1), lambda x: torch.ones(len(x), requires_grad=True)]
+)
+def test_outputs_must_depend_on_the_samples(kind, outputs):
+    ctx = context(Quadratic(4))
+    ctx.discriminator = outputs
+    with pytest.raises(ValueError, match="must return what depends on the samples"):
+        kind().loss_terms(ctx)
+
+
 @pytest.mark.parametrize("kind", [R1, R2])
 def test_outputs_that_are_there_are_not_made_again(kind):
     discriminator = Quadratic(4)

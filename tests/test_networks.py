@@ -306,19 +306,17 @@ BAD_FACTORIES = {
         "    g = nn.Sequential(nn.Linear(latent_dim, 64), nn.Unflatten(1, (1, 8, 8)))\n"
         "    return g, nn.Linear(8, 3)"
     ),
-    "generator must return what depends on a parameter that requires a gradient": (
+    "generator must have a parameter that requires a gradient, got none": (
         "from torch import nn\n"
         "def make(latent_dim, **options):\n"
         "    layers = nn.Sequential(nn.Linear(latent_dim, 64), nn.Unflatten(1, (1, 8, 8)))\n"
         "    return layers.requires_grad_(False), nn.Sequential(nn.Flatten(), nn.Linear(64, 1))"
     ),
-    "discriminator must return what depends on a parameter that requires a gradient": (
-        "import torch\nfrom torch import nn\n"
-        "class Detached(nn.Module):\n"
-        "    def forward(self, x): return x.detach().sum((1, 2, 3))\n"
+    "discriminator must have a parameter that requires a gradient, got none": (
+        "from torch import nn\n"
         "def make(latent_dim, **options):\n"
         "    g = nn.Sequential(nn.Linear(latent_dim, 64), nn.Unflatten(1, (1, 8, 8)))\n"
-        "    return g, Detached()"
+        "    return g, nn.Sequential(nn.Flatten(), nn.AdaptiveAvgPool1d(1))"
     ),
     "generator: RuntimeError": (
         "from torch import nn\ndef make(**options): return nn.Linear(3, 9), nn.Linear(9, 1)"

@@ -99,6 +99,7 @@ def _own_networks(
     return generator, discriminator
 
 
+@torch.no_grad()
 def _probe(
     name: str,
     generator: Generator,
@@ -111,14 +112,13 @@ def _probe(
     noise = generator.draw_latent(_PROBES, torch.Generator())
     samples = _try(f"{name}: generator", generator, noise)
     _check_shape(f"{name}: generator", samples, (_PROBES, *shape))
-    judged = _try(f"{name}: discriminator", discriminator, samples.detach(), *labels)
+    judged = _try(f"{name}: discriminator", discriminator, samples, *labels)
     wanted = (_PROBES,) if outputs == 1 else (_PROBES, outputs)
     _check_shape(f"{name}: discriminator", judged, wanted)
-    for side, result in (("generator", samples), ("discriminator", judged)):
-        if not result.requires_grad:
+    for side, network in (("generator", generator), ("discriminator", discriminator)):
+        if not any(parameter.requires_grad for parameter in network.parameters()):
             raise FactoryError(
-                f"{name}: {side} must return what depends on a parameter that requires a gradient,"
-                " got what does not: is something frozen or detached?"
+                f"{name}: {side} must have a parameter that requires a gradient, got none"
             )
 
 

@@ -298,7 +298,7 @@ class Trainer:
             phase = self._game.phase(side, self.steps_done, rows)
             losses = player.scaled(self._losses(phase), rows.share)
             if len(losses) == 1:
-                found = add(found, [_gradient(side, losses[0], parameters)])
+                found = add(found, [_gradient(losses[0], parameters)])
             elif player.wrapper is not None:
                 player.wrapper.backward(losses, accumulate=number < last)
             values = weighted([phase.loss.detach(), phase.penalty.detach()], rows.share)
@@ -308,6 +308,7 @@ class Trainer:
             found = [[parameter.grad for parameter in parameters]]
         elif group is not None:
             found = average(found, parameters, group)
+        _check_reached(side, found[0])
         return player.unscaled(found[0]), phase, len(losses)
 
     def _losses(self, phase: Phase) -> list[Tensor]:
@@ -352,16 +353,19 @@ def _numbers(scalars: Sequence[Tensor]) -> list[float]:
     return torch.stack(list(scalars)).tolist()
 
 
-def _gradient(side: int, loss: Tensor, parameters: Sequence[Tensor]) -> Vector:
-    grads: Vector = []
-    if parameters and loss.requires_grad:
-        grads = list(torch.autograd.grad(loss, parameters, allow_unused=True))
+def _gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Vector:
+    """The gradient of a loss; None for parameters that it does not reach."""
+    if not parameters or not loss.requires_grad:
+        return [None] * len(parameters)
+    return list(torch.autograd.grad(loss, parameters, allow_unused=True))
+
+
+def _check_reached(side: int, grads: Vector) -> None:
     if all(grad is None for grad in grads):
         raise ValueError(
             f"the loss of the {SIDES[side]} must depend on a parameter of it that requires a"
             " gradient, got one that does not: is something frozen or detached?"
         )
-    return grads
 
 
 def _first_non_finite(network: nn.Module, grads: Gradients) -> str:

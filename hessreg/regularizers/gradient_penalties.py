@@ -41,7 +41,8 @@ class GradientPenalty(BaseRegularizer):
         """The penalty, in the discriminator's phase.
 
         Raises:
-            ValueError: samples that it needs are not in ``ctx``.
+            ValueError: samples that it needs are not in ``ctx``, or the discriminator's outputs
+                do not depend on them.
         """
         if ctx.discriminator_loss is None:
             return None, None
@@ -68,7 +69,14 @@ class GradientPenalty(BaseRegularizer):
 
 
 def _slopes(outputs: Tensor, x: Tensor) -> Tensor:
-    (slopes,) = torch.autograd.grad(outputs.sum(), x, create_graph=True)
+    slopes = None
+    if outputs.requires_grad:
+        (slopes,) = torch.autograd.grad(outputs.sum(), x, create_graph=True, allow_unused=True)
+    if slopes is None:
+        raise ValueError(
+            "ctx.discriminator must return what depends on the samples, got what does not: is"
+            " something detached?"
+        )
     return slopes.flatten(1)
 
 
