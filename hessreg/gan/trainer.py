@@ -25,7 +25,7 @@ from hessreg.gan.players import Player, Procedure, weighted
 from hessreg.gan.precision import LossScale
 from hessreg.gan.running_means import RunningMeans, check_integer
 from hessreg.optim import OrthogonalGradients
-from hessreg.optim._vectors import Vector, add, average, laid_out_like
+from hessreg.optim._vectors import Vector, add, average, differentiate, laid_out_like
 from hessreg.regularizers import Gradients, Regularizer, StepContext
 
 __all__ = ["NonFiniteError", "Trainer"]
@@ -298,7 +298,7 @@ class Trainer:
             phase = self._game.phase(side, self.steps_done, rows)
             losses = player.scaled(self._losses(phase), rows.share)
             if len(losses) == 1:
-                found = add(found, [_gradient(losses[0], parameters)])
+                found = add(found, [differentiate(losses[0], parameters)])
             elif player.wrapper is not None:
                 player.wrapper.backward(losses, accumulate=number < last)
             values = weighted([phase.loss.detach(), phase.penalty.detach()], rows.share)
@@ -351,13 +351,6 @@ def _numbers(scalars: Sequence[Tensor]) -> list[float]:
     if all(each.is_cpu for each in scalars):
         return [each.item() for each in scalars]
     return torch.stack(list(scalars)).tolist()
-
-
-def _gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Vector:
-    """The gradient of a loss; None for parameters that it does not reach."""
-    if not parameters or not loss.requires_grad:
-        return [None] * len(parameters)
-    return list(torch.autograd.grad(loss, parameters, allow_unused=True))
 
 
 def _check_reached(side: int, grads: Vector) -> None:

@@ -416,25 +416,14 @@ def spectral_form_reference(
 
 
 def _ritz_pairs(
-    z: Tensor,
-    num_steps: int,
-    breakdown: float,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    a: Sequence[Tensor],
-    d1: Sequence[Tensor],
-    d2: Sequence[Tensor],
-    delta: Sequence[Tensor],
-    s: Sequence[Tensor],
-    t: Sequence[Tensor],
-    loss: Tensor,
-    *offsets: Sequence[int],
+    z: Tensor, num_steps: int, breakdown: float, *network: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
     """Ritz values [m], their vectors' coordinates [m, m], residuals [m] and the basis [m, p]."""
     basis = z.repeat(min(num_steps, len(z)) + 1, 1)
     start = basis, 0, len(basis) - 1, breakdown, basis.new_zeros(1, dtype=torch.float64)
-    network: list[Any] = [x, weights, a, d1, delta, s, loss[1], *offsets, False]
-    ends = torch.stack([step[-4:-1] for step in lanczos_reference(*start, *network)]).cpu()
+    x, weights, a, d1, _, delta, s, _, loss, *offsets = network
+    rest = x, weights, a, d1, delta, s, loss[1], *offsets, False
+    ends = torch.stack([step[-4:-1] for step in lanczos_reference(*start, *rest)]).cpu()
     if not ends.isfinite().all():
         return None
     last = int(torch.cat([ends[:, 2], ends.new_ones(1)]).argmax())  # up to an invariant space

@@ -14,14 +14,14 @@ __all__ = ["Vector", "add", "average", "check_losses", "differentiate", "laid_ou
 Vector = list[Tensor | None]
 
 
-def differentiate(loss: Tensor, parameters: Sequence[Tensor], retain_graph: bool) -> Vector:
+def differentiate(loss: Tensor, parameters: Sequence[Tensor], retain_graph: bool = False) -> Vector:
     """The gradient of a scalar; None for parameters that are frozen or that it does not reach."""
     wanted = [p for p in parameters if p.requires_grad]
-    if not wanted:
+    if not wanted or not loss.requires_grad:
         return [None] * len(parameters)
     found = torch.autograd.grad(loss, wanted, retain_graph=retain_graph, allow_unused=True)
-    by_id = dict(zip(map(id, wanted), found, strict=True))
-    return [by_id.get(id(p)) for p in parameters]
+    rest = iter(found)
+    return [next(rest) if p.requires_grad else None for p in parameters]
 
 
 def add(a: Sequence[Vector], b: Sequence[Vector]) -> list[Vector]:
