@@ -562,7 +562,8 @@ LIMIT = 150  # seconds for a job, of which most are spent on imports
 
 
 def torchrun(*args: object) -> subprocess.Popen[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "hessreg"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch += ["--nproc-per-node=2", "-m", "hessreg"]
     return subprocess.Popen(
         [*launch, *map(str, args)],
         stdout=subprocess.PIPE,
