@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ def in_processes(count: int, worker: Callable[..., None], store: Path) -> dict[i
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     workers = [
-        context.Process(target=worker, args=(rank, count, store, results)) for rank in range(count)
+        context.Process(target=_work, args=(worker, rank, count, store, results))
+        for rank in range(count)
     ]
     for process in workers:
         process.start()
@@ -30,3 +32,11 @@ def in_processes(count: int, worker: Callable[..., None], store: Path) -> dict[i
         process.join(timeout=60)
         assert process.exitcode == 0
     return found
+
+
+def _work(worker: Callable[..., None], rank: int, count: int, store: Path, results: Any) -> None:
+    worker(rank, count, store, results)
+    results.close()
+    results.join_thread()
+    # Gloo's threads may abort a process while the interpreter ends (pytorch/pytorch#190489).
+    os._exit(0)

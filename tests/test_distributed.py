@@ -561,11 +561,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 150  # seconds for a job, of which most are spent on imports
 
 
-def torchrun(*args: object) -> subprocess.Popen[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launch += ["--nproc-per-node=2", "-m", "hessreg"]
+def torchrun(*args: object, program: Sequence[str] = ("-m", "hessreg")) -> subprocess.Popen[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     return subprocess.Popen(
-        [*launch, *map(str, args)],
+        [*launch, *program, *map(str, args)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -580,6 +579,7 @@ def ended(job: subprocess.Popen[str]) -> tuple[int, str, list[str]]:
         out, err = job.communicate(timeout=LIMIT)
     finally:
         job.kill()
+    print(err)  # which pytest shows of a test that fails
     assert "[rank" not in err  # which begins a line of a traceback of ours
     return job.returncode, out, [line for line in err.splitlines() if line.startswith("hessreg:")]
 
@@ -621,13 +621,42 @@ def test_a_killed_process_ends_the_job_and_the_run_goes_on(tmp_path, rank):
     lost = "hessreg: another process has ended or does not answer; continue with: hessreg resume"
     assert said[0] == f"{lost} {folder}"
     assert time.monotonic() - start < 60
-    done = Run.resume(folder).trainer.steps_done
+    run = Run.resume(folder)
+    done = run.trainer.steps_done
+    run.close()
     assert done > 0
     assert done % 20 == 0
     code, out, said = ended(torchrun("resume", folder, "--steps", done + 10))
     assert (code, said) == (0, [])
     assert f"after {done + 10} steps" in out
     assert out.count("after") == 1
+
+
+THREADS_AFTERWARDS = """
+import sys
+from pathlib import Path
+from hessreg.cli import main
+
+main(sys.argv[1:])
+threads = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+sys.stderr.write(f"hessreg: {[name for name in threads if 'gloo' in name]}\\n")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds threads by /proc")
+@pytest.mark.parametrize(
+    ("option", "fails"), [("--width=8", 0), ("--width=-1", 1), ("--d.lr=1e30", 1)]
+)
+def test_no_thread_of_the_processes_outlives_the_command(tmp_path, option, fails):
+    program = tmp_path / "program.py"
+    program.write_text(THREADS_AFTERWARDS)
+    options = "--regularizer=hsn1r", "--batch_size=8", "--steps=9", "--tensorboard=false", option
+    job = torchrun("train", "ring", "--out", tmp_path / "run", *options, program=[str(program)])
+    code, _, said = ended(job)
+    assert code == 0
+    assert said[-2:] == ["hessreg: []"] * 2
+    assert len(said) == 2 + fails
 
 
 @pytest.mark.slow

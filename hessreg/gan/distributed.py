@@ -6,6 +6,7 @@ fails in all.
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import Any, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # not later: its functions keep the group that there is by then
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -60,6 +62,7 @@ def joined() -> Iterator[Shard]:
         yield shard
     dist.barrier()  # torchrun stops the others as soon as one that failed has ended
     dist.destroy_process_group()
+    gc.collect()  # gloo's threads end with the last reference; later they may abort the process
 
 
 def _speaking(shard: Shard, nowhere: TextIO) -> AbstractContextManager[object]:
