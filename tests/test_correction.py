@@ -322,14 +322,16 @@ def test_float32_is_computed_in_float64():
     assert relative(found, by_eigenvalues(H, g, 0.01, 1.0)) <= 1e-7
 
 
-finite = st.floats(-1e3, 1e3, allow_subnormal=False)
+# Zeros too, but nothing whose inverse overflows.
+positive = st.floats(1e-290, 1e3)
+finite = st.just(0.0) | positive | positive.map(lambda value: -value)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(
     st.lists(finite, min_size=1, max_size=6),
     st.floats(1e-2, 1e2),
-    st.floats(0, 10),
+    st.just(0.0) | st.floats(1e-290, 10),
     st.integers(-20, 20),
     st.booleans(),
 )
@@ -344,7 +346,7 @@ def test_properties_of_explicit_steps(values, eps, mu, exponent, saddle_free):
     if saddle_free:
         assert p @ g >= 0
     corrected = correct(H, eps, mu=mu, saddle_free=saddle_free)
-    torch.testing.assert_close(corrected, corrected.mT)
+    assert torch.equal(corrected, corrected.mT)
 
 
 # --- derivatives

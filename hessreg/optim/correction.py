@@ -65,7 +65,7 @@ def correct(H: Tensor, eps: float = 1.0, *, mu: float = 1.0, saddle_free: bool =
 
     An eigenvalue l becomes l + eps^2 / l, of magnitude at least 2 eps and of the same sign; what is
     zero to rounding, at most n epsilons of the largest, becomes 1 / mu. Computed in float64 through
-    :func:`hessreg.symmetric_eigh`.
+    :func:`hessreg.symmetric_eigh`; not finite where eps^2 / l or 1 / mu overflows.
 
     Differentiable in H to every order, also at repeated eigenvalues, as far as what is zero stays
     zero; with ``saddle_free`` once.
@@ -77,7 +77,7 @@ def correct(H: Tensor, eps: float = 1.0, *, mu: float = 1.0, saddle_free: bool =
         saddle_free: |H| + eps^2 |H|^-1, positive definite.
 
     Returns:
-        Symmetric matrices [..., n, n], like H.
+        Matrices [..., n, n], like H and symmetric to the last bit.
 
     Raises:
         TypeError: H is not a tensor of float32 or float64.
@@ -100,9 +100,9 @@ def correct(H: Tensor, eps: float = 1.0, *, mu: float = 1.0, saddle_free: bool =
     if saddle_free:
         weights = torch.where(is_zero, at_zero, sizes + eps * ratios.abs())
         differences = _signs(values) * (1 - _products(ratios.abs(), ratios.abs()))
-        return fixed_matrix(wide, pairs, weights, differences).to(H.dtype)
+        return _symmetric(fixed_matrix(wide, pairs, weights, differences)).to(H.dtype)
     inverse = inverse_of(wide, pairs, eps * ratios, eps)
-    return (wide + inverse + pairs.matrix(at_zero)).to(H.dtype)
+    return _symmetric(wide + inverse + pairs.matrix(at_zero)).to(H.dtype)
 
 
 def solve_corrected(
@@ -187,10 +187,15 @@ def _decomposed(H: Tensor) -> tuple[Tensor, Eigenpairs]:
     is_symmetric = _check_matrices(H)
     wide = H.double()
     if not is_symmetric or is_tracked([H]):
-        wide = wide / 2 + wide.mT / 2
+        wide = _symmetric(wide)
     with torch.no_grad():
         values, vectors = symmetric_eigh(wide.detach())
     return wide, Eigenpairs(values, vectors)
+
+
+def _symmetric(A: Tensor) -> Tensor:
+    """To the last bit."""
+    return A / 2 + A.mT / 2
 
 
 def _check_matrices(H: Tensor) -> bool:
