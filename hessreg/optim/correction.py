@@ -194,7 +194,7 @@ def _decomposed(H: Tensor) -> tuple[Tensor, Eigenpairs]:
 
 
 def _symmetric(A: Tensor) -> Tensor:
-    """To the last bit."""
+    """The symmetric part, to the last bit and without overflow."""
     return A / 2 + A.mT / 2
 
 
