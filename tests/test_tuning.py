@@ -14,7 +14,9 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -36,9 +38,10 @@ from hessreg.tuning import (
     Tuner,
     TuningError,
 )
+from hessreg.tuning.study import _order, _storage
 from hessreg.tuning.trial_run import TrialRun
 
-pytest.importorskip("optuna")
+optuna = pytest.importorskip("optuna")
 
 BASE = DEFAULTS["ring"]
 RATE = {"low": 1e-4, "high": 1e-2, "log": True}
@@ -173,8 +176,6 @@ def test_neighbours_differ_in_two_values_from_the_start():
 
 
 def frozen(point):
-    import optuna
-
     space = {name: optuna.distributions.CategoricalDistribution([v]) for name, v in point.items()}
     return optuna.trial.create_trial(params=point, distributions=space, value=0.0)
 
@@ -360,10 +361,6 @@ def test_two_searches_share_a_study(tmp_path, storage):
         for name in ("a", "b")
     ]
     assert [each.wait(timeout=300) for each in searches] == [0, 0]
-    import optuna
-
-    from hessreg.tuning.study import _storage
-
     trials = optuna.load_study(study_name="ring", storage=_storage(url, tmp_path)).trials
     # Both may see room for the last one.
     assert 10 <= len(trials) <= 11
@@ -371,6 +368,27 @@ def test_two_searches_share_a_study(tmp_path, storage):
     assert len({trial.params["g.lr"] for trial in trials}) == len(trials)
     folders = {trial.user_attrs["folder"] for trial in trials}
     assert len(folders) == len(trials)
+
+
+@pytest.mark.parametrize("storage", ["sqlite:///{}/study.db", "journal:{}/shared.journal"])
+def test_searches_that_begin_at_once_differ(tmp_path, storage):
+    """Each takes other trials of the queue, and draws from another stream."""
+    url = storage.format(tmp_path)
+    queue = optuna.create_study(study_name="ring", storage=_storage(url, tmp_path))
+    for point in range(30):
+        queue.enqueue_trial({"x": point})
+    together = threading.Barrier(3)
+
+    def take(_):
+        own = _storage(url, tmp_path)
+        study = optuna.load_study(study_name="ring", storage=own)
+        together.wait()
+        return _order(study, own), [study.ask().number for _ in range(10)]
+
+    with ThreadPoolExecutor(3) as threads:
+        orders, numbers = zip(*threads.map(take, range(3)), strict=True)
+    assert sorted(orders) == [0, 1, 2]
+    assert sorted(itertools.chain(*numbers)) == list(range(30))
 
 
 def test_trial_of_a_search_without_life_is_replaced(tmp_path, stand_in, monkeypatch):
@@ -382,6 +400,29 @@ def test_trial_of_a_search_without_life_is_replaced(tmp_path, stand_in, monkeypa
     tuner.run()
     by_state = states(tuner.study.trials)
     assert (by_state[0], len(by_state), by_state.count("FAIL")) == ("FAIL", 4, 1)
+
+
+def test_trial_that_another_search_gave_up_is_let_go(tmp_path, stand_in, monkeypatch):
+    """As after a machine was asleep for longer than others wait."""
+    base = with_values(BASE, {"ring.radius": 60.0, "g.lr": 1e-4})  # slow: alive when given up
+    config = TuneConfig(
+        space=space_file(tmp_path, {"g.lr": [1e-4, 1e-3]}), trials=2, sampler="random", confirm=0
+    )
+    tuner = Tuner(tmp_path / "out", base, config)
+    pause = time.sleep
+
+    def give_up(seconds):
+        for frozen in tuner._trials("RUNNING"):
+            if frozen.number == 0:
+                tuner._mark_lost(frozen)
+        pause(seconds)
+
+    monkeypatch.setattr("hessreg.tuning.tuner.time.sleep", give_up)
+    rates = itertools.chain([1e-4], itertools.repeat(1e-3))
+    monkeypatch.setattr(tuner.space, "suggest", lambda trial: {"g.lr": next(rates)})
+    tuner.run()
+    assert states(tuner.study.trials) == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert not (tmp_path / "out/trials/0000/result.json").exists()
 
 
 def test_trial_that_was_never_written_down_is_replaced(tmp_path, stand_in):

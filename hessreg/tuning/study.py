@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from optuna import Study
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
-    from optuna.storages import BaseStorage
+    from optuna.storages import BaseStorage, RDBStorage
 
 __all__ = ["StudyError", "open_study"]
 
@@ -27,10 +26,11 @@ Direction = Literal["minimize", "maximize"]
 _DIRECTIONS: dict[str, Direction] = {"minimize": "minimize", "maximize": "maximize"}
 _LARGER_IS_BETTER = "modes", "quality", "classes", "precision", "recall", "density", "coverage"
 _QUEUED = "queued"  # attribute of a study whose first trials are known
-_OPENED = "opened-"  # name of an attribute for each search that opened the study
+_SEARCHES = " (searches)"  # after the name of a study, that of one of the searches that opened it
 _NEIGHBOURS = 9  # with the start the ten trials after which TPE begins to propose
 _TABLES = 2.0  # seconds in which another process makes the tables
 _DATABASE_TIMEOUT = 60  # seconds to wait for another process that writes
+_EXCLUSIVE = "BEGIN IMMEDIATE"
 
 
 class StudyError(ValueError):
@@ -61,9 +61,10 @@ def open_study(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     directions = _directions(config.directions, objectives)
     try:
+        storage = _storage(config.storage, path)
         study = optuna.create_study(
             study_name=config.study or space.base.dataset,
-            storage=_storage(config.storage, path),
+            storage=storage,
             directions=directions,
             load_if_exists=True,
         )
@@ -71,7 +72,7 @@ def open_study(
         reason = " ".join(str(error).split())
         raise StudyError(f"storage {config.storage or path}: {reason:.200}") from None
     _require_same(study, config, space, objectives)
-    order = _order(study)
+    order = _order(study, storage)
     own = int(np.random.SeedSequence([seed, order]).generate_state(1)[0])
     study.sampler = _SAMPLERS[config.sampler](own)
     study.pruner = _pruner(config.pruner, space.base.eval_every)
@@ -82,20 +83,36 @@ def open_study(
 
 
 def _storage(url: str, path: Path) -> BaseStorage:
-    from optuna.storages import JournalStorage, RDBStorage
+    from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
     from sqlalchemy.exc import SQLAlchemyError
 
     if url and not url.startswith("journal:"):
-        timeout = {"timeout": _DATABASE_TIMEOUT} if url.startswith("sqlite") else {}
-        options = {"connect_args": timeout}
         try:
-            return RDBStorage(url, engine_kwargs=options)
+            return _database(url)
         except SQLAlchemyError:  # two that make the tables at once: the second finds them made
             time.sleep(_TABLES)
-            return RDBStorage(url, engine_kwargs=options)
+            return _database(url)
     file = url.removeprefix("journal:") or str(path / "study.journal")
     return JournalStorage(JournalFileBackend(file))
+
+
+def _database(url: str) -> RDBStorage:
+    """A database; in SQLite each transaction has it to itself from its first statement on.
+
+    SQLite has no SELECT FOR UPDATE, with which other databases keep two searches from taking the
+    same queued trial, and Python begins a transaction no sooner than something is written.
+    """
+    from optuna.storages import RDBStorage
+    from sqlalchemy import event
+
+    if not url.startswith("sqlite"):
+        return RDBStorage(url)
+    storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": _DATABASE_TIMEOUT}})
+    event.listen(storage.engine, "connect", lambda raw, _: setattr(raw, "isolation_level", None))
+    event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql(_EXCLUSIVE))
+    storage.engine.dispose()  # connections from before
+    return storage
 
 
 def _storage_errors() -> tuple[type[Exception], ...]:
@@ -136,11 +153,19 @@ def _require_same(
         )
 
 
-def _order(study: Study) -> int:
-    """Return how many searches opened the study before this one."""
-    mine = f"{_OPENED}{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
-    study.set_user_attr(mine, True)
-    return sorted(name for name in study.user_attrs if name.startswith(_OPENED)).index(mine)
+def _order(study: Study, storage: BaseStorage) -> int:
+    """Return how many searches opened the study before this one.
+
+    No two get the same: they are the trials of a study beside it, which the storage numbers.
+    """
+    import optuna
+
+    searches = optuna.create_study(
+        study_name=f"{study.study_name}{_SEARCHES}", storage=storage, load_if_exists=True
+    )
+    opened = searches.ask()
+    searches.tell(opened, time.time())
+    return opened.number
 
 
 def _tpe(seed: int) -> BaseSampler:

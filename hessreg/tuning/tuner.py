@@ -80,6 +80,7 @@ class Tuner:
         try:
             self._adopt()
             while self._running or self._is_more():
+                self._drop()
                 self._ask()
                 self._collect()
                 self._beat()
@@ -118,6 +119,13 @@ class Tuner:
         counted = sum("lost" not in trial.user_attrs for trial in tried)
         queued = self.config.sampler != "grid" or bool(self._trials("WAITING"))
         return counted < self.config.trials and queued
+
+    def _drop(self) -> None:
+        """Let go of trials that another search gave up, as while this machine was asleep."""
+        running = {frozen.number for frozen in self._trials("RUNNING")}
+        for number in self._running.keys() - running:
+            self._running.pop(number)[1].stop()
+            self._say(number, "was given up by another search, which replaces it")
 
     def _ask(self) -> None:
         while len(self._running) < self.config.workers and self._is_more():
