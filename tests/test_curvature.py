@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hessreg.curvature import (
     DenseOperator,
+    GaussNewtonOperator,
     HessianOperator,
     LinearOperator,
     NonFiniteError,
@@ -140,6 +141,41 @@ def test_unused_and_linear_parameters_have_zero_curvature():
     expected = torch.cat([zeros, 6 * a.detach() * v[2:4], zeros])
     torch.testing.assert_close(op.matvec(v), expected)
     torch.testing.assert_close(op.matmat(v[:, None]), expected[:, None])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_several_products_where_a_parameter_is_unused(count):
+    a, b, inside = (torch.randn(2, dtype=DOUBLE, requires_grad=True) for _ in range(3))
+    V = torch.randn(6, count, dtype=DOUBLE)
+    expected = torch.cat([6 * a.detach()[:, None] * V[:2], torch.zeros_like(V[:4])])
+    hessian = HessianOperator((a**3).sum() + 2 * b.sum(), [a, b, inside])
+    torch.testing.assert_close(hessian.matmat(V), expected)
+    newton = GaussNewtonOperator(a**2, lambda y: (y**2).sum(), [a, b])
+    expected = torch.cat([8 * a.detach()[:, None] ** 2 * V[:2], torch.zeros_like(V[:2])])
+    torch.testing.assert_close(newton.matmat(V[:4]), expected)
+
+
+def test_scalar_parameters():
+    """Such as the gates of residual branches, and temperatures."""
+    gate = nn.Parameter(torch.tensor(0.7, dtype=DOUBLE))
+    w = nn.Parameter(torch.randn(3, dtype=DOUBLE))
+    op = HessianOperator(lambda: (gate * w).exp().sum(), [gate, w])
+    scaled = (gate * w).exp().detach()
+    expected = torch.diag(torch.cat([(w**2 * scaled).sum()[None], gate**2 * scaled]).detach())
+    expected[0, 1:] = expected[1:, 0] = ((1 + gate * w) * scaled).detach()
+    torch.testing.assert_close(op.matmat(torch.eye(4, dtype=DOUBLE)), expected)
+    torch.testing.assert_close(op.matvec(torch.ones(4, dtype=DOUBLE)), expected.sum(1))
+    torch.autograd.grad(norm(op, "fro"), [gate, w])
+
+
+@pytest.mark.parametrize("ord", ORDERS)
+def test_zero_hessian_whose_slope_depends_on_something(ord):
+    """Its norm has a gradient of zero; another that depends on nothing was in its place."""
+    a, slope = (torch.randn(3, dtype=DOUBLE, requires_grad=True) for _ in range(2))
+    value = norm(HessianOperator((a * slope).sum(), a), ord, num_steps=3)
+    (gradient,) = torch.autograd.grad(value, a)
+    assert value == 0
+    assert not gradient.any()
 
 
 @pytest.mark.parametrize("ord", ORDERS)

@@ -593,3 +593,14 @@ def test_bad_input_is_refused_before_anything_is_made(capsys, tmp_path, args, me
 def test_an_output_folder_that_is_a_file_is_refused(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert "file" in refused(capsys, "dynamics", "--steps=10", f"--out={tmp_path / 'file'}")
+
+
+@pytest.mark.parametrize("method", [SimultaneousGradientDescent, ConsensusOptimization])
+def test_steps_do_not_depend_on_whether_gradients_are_recorded(method):
+    z = torch.tensor([1.0, 3.0], dtype=torch.float64)
+    moved, _ = method(0.1).step(DiracGAN(), z, None)
+    with torch.no_grad():
+        torch.testing.assert_close(method(0.1).step(DiracGAN(), z, None)[0], moved)
+        torch.testing.assert_close(jacobian(bilinear_game(), z)[0, 1].item(), 1.0)
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
+        method(0.1).step(DiracGAN(), z, None)

@@ -475,6 +475,13 @@ def test_descending_mmd_joins_the_samples(device):
     assert mmd2(x, y, 1.0) < 0.1 * mmd2(points(40, 2).to(device), y, 1.0)
 
 
+def test_vmap_of_nothing(device):
+    x, y = to(device, points(0, 5, 2), points(0, 4, 2))
+    assert vmap(lambda x, y: gaussian_kernel(x, y, 1.0))(x, y).shape == (0, 5, 4)
+    assert vmap(lambda x, y: mmd2(x, y, 1.0))(x, y).shape == (0,)
+    assert vmap(vmap(lambda x, y: mmd2(x, y, 1.0)))(x[None], y[None]).shape == (1, 0)
+
+
 def test_vmap_of_vectors_shares_the_points(device):
     x, y, v = to(device, points(5, 2), points(4, 2), points(3, 4))
     ours = vmap(lambda u: gaussian_kernel_matvec(x, y, u[:, None], 1.0))(v)

@@ -307,6 +307,19 @@ def test_refuses_functions_and_points(function, z, error, message):
         HessianPenalty().penalty(function, z)
 
 
+def test_a_linear_function_has_a_gradient_of_zero():
+    network, z = nn.Linear(2, 3), torch.randn(4, 2, requires_grad=True)
+    penalty = HessianPenalty().penalty(network, z)
+    gradients = torch.autograd.grad(penalty, [z, *network.parameters()])
+    assert penalty == 0
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_refuses_inference_mode():
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
+        HessianPenalty().penalty(torch.tanh, torch.ones(2, 2))
+
+
 def test_refuses_a_context_without_noise_and_other_states():
     network, reg = nn.Linear(2, 1), HessianPenalty()
     with pytest.raises(ValueError, match=r"input in ctx\.noise, got None"):

@@ -961,6 +961,23 @@ def test_empty_symmetric_products(device, shapes):
     assert torch.equal(actual, expected)
 
 
+def test_symmetric_products_of_an_empty_batch_of_vmap(device):
+    a, v = torch.zeros(0, 3, 3, device=device), torch.zeros(0, 3, 2, device=device)
+    assert vmap(symmetric_matmul)(a, v).shape == (0, 3, 2)
+    assert vmap(vmap(symmetric_matmul))(a[None], v[None]).shape == (1, 0, 3, 2)
+
+
+def test_compiled_products_of_networks_of_any_width():
+    """The second width makes the sizes symbols."""
+    torch._dynamo.reset()
+    run = torch.compile(mlp_hvp, backend="eager", fullgraph=True)
+    for width in (4, 5, 6):
+        weights = [torch.randn(width, 3).double(), torch.randn(1, width).double()]
+        x, v = torch.randn(2, 2, 3).double()
+        arguments = weights, [None, None], "tanh", x, v
+        torch.testing.assert_close(run(*arguments), mlp_hvp(*arguments))
+
+
 def test_symmetric_reference_is_the_operator(device):
     a = torch.randn(2, 6, 6, dtype=torch.float64).to(device)  # its lower triangle counts
     v = torch.randn(2, 6, 2, dtype=torch.float64).to(device)

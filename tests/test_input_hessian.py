@@ -399,6 +399,16 @@ def test_an_empty_batch():
     assert op.leading_eigenpair().vectors.shape == (0, 3)
 
 
+@pytest.mark.parametrize("ord", ORDERS)
+@pytest.mark.parametrize("b", [0, 4])
+def test_no_curvature_has_a_gradient_of_zero(ord, b):
+    x = samples(b).requires_grad_()
+    value = InputHessianOperator(nn.Linear(3, 1).double(), x).norm(ord)
+    (gradient,) = torch.autograd.grad(value.sum(), x)
+    assert gradient.shape == x.shape
+    assert not gradient.any()
+
+
 @pytest.mark.parametrize(
     ("fn", "x", "error", "message"),
     [

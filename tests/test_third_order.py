@@ -240,6 +240,23 @@ def test_statistics_may_move_under_an_older_graph(training):
     older.backward()
 
 
+@pytest.mark.parametrize("running", [True, False])
+def test_batch_normalisation_of_an_ensemble(running):
+    """Under vmap, as ``torch.func.stack_module_state`` prepares it."""
+    layers = [nn.BatchNorm2d(3, track_running_stats=running).double() for _ in range(2)]
+    parameters, buffers = torch.func.stack_module_state(layers)
+    x = torch.randn(5, 3, 2, 2, dtype=torch.float64)
+
+    def run(parameters, buffers):
+        buffers = {name: buffer.clone() for name, buffer in buffers.items()}
+        return torch.func.functional_call(layers[0], (parameters, buffers), x), buffers
+
+    native = torch.func.vmap(run)(parameters, buffers)
+    with third_order_safe():
+        safe = torch.func.vmap(run)(parameters, buffers)
+    torch.testing.assert_close(safe, native)
+
+
 def test_is_local_to_the_context_and_the_thread():
     layer, x = make(*LAYERS["batch1d"])
     elsewhere = []

@@ -67,9 +67,9 @@ class KrylovSpace:
         self.basis[:d] = deflated.mT
         self.basis[d] = start
         self.size = 0
-        self.projection = torch.empty(0, 0, dtype=torch.float64)
-        self.outside = torch.empty(0, d, dtype=torch.float64)
-        self.coupling = torch.empty(0, dtype=torch.float64)
+        self.projection = torch.empty(0, 0, dtype=torch.float64, device="cpu")
+        self.outside = torch.empty(0, d, dtype=torch.float64, device="cpu")
+        self.coupling = torch.empty(0, dtype=torch.float64, device="cpu")
         self.is_invariant = False  # the operator maps the space into itself, to rounding
         self.scale = 0.0  # norm of the operator, as far as it was seen
         self.asymmetry = 0.0
@@ -131,7 +131,7 @@ class KrylovSpace:
         if m:
             self.asymmetry = max(self.asymmetry, (known - self.coupling).abs().max().item())
         column = torch.cat([known, diagonal[None]])
-        grown = torch.zeros(m + 1, m + 1, dtype=torch.float64)
+        grown = torch.zeros(m + 1, m + 1, dtype=torch.float64, device="cpu")
         grown[:m, :m] = self.projection
         grown[m], grown[:, m] = column, column
         self.projection = grown

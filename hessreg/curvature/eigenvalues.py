@@ -173,7 +173,7 @@ class _Search:
         self.num_products = 0
         self.verified = False
         # The values best when the search last began anew.
-        self.reference = torch.empty(0, dtype=torch.float64)
+        self.reference = torch.empty(0, dtype=torch.float64, device="cpu")
 
     def run(self) -> Eigenvalues:
         self.num_products = 1  # that which is repeated
@@ -244,8 +244,8 @@ class _Search:
         limit = self.tol * space.scale
         floor = torch.finfo(space.op.dtype).eps * space.scale  # of the products
         found = min(k, space.size)
-        values = torch.full((k,), torch.nan, dtype=torch.float64)
-        residuals = torch.full((k,), torch.inf, dtype=torch.float64)
+        values = torch.full((k,), torch.nan, dtype=torch.float64, device="cpu")
+        residuals = torch.full((k,), torch.inf, dtype=torch.float64, device="cpu")
         values[:found] = pairs.values[:found]
         residuals[:found] = pairs.residuals[:found].clamp_min(floor)
         converged = (pairs.residuals[:found] <= limit) & self.verified

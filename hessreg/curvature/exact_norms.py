@@ -165,4 +165,4 @@ def rounding(value: Tensor) -> Tensor:
 
 def scalar(op: LinearOperator, value: float | Tensor) -> Tensor:
     """A number as a tensor [] like the operator's products."""
-    return torch.as_tensor(value, dtype=op.dtype).to(op.device)
+    return torch.as_tensor(value, dtype=op.dtype, device=op.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 from hessreg.curvature.autograd_graph import AutogradGraph
 from hessreg.curvature.evaluation import RandomState, evaluate
 from hessreg.curvature.fused import FusedHessian
-from hessreg.curvature.parameter_operator import CurvatureGraph, ParameterOperator, check_loss
+from hessreg.curvature.parameter_operator import CurvatureGraph, ParameterOperator, check_loss, pull
 from hessreg.curvature.parameters import FlatParameters
 from hessreg.curvature.third_order import refuse_opaque, require_third_order_safe
 
@@ -95,13 +95,13 @@ class _GaussNewtonGraph(CurvatureGraph):
     @cached_property
     def gradient(self) -> Tensor:
         slope = self._slope.detach()
-        gradient = self.params.flatten(_pull(self._outputs, self.params.tensors, slope)).detach()
+        gradient = self.params.flatten(pull(self._outputs, self.params.tensors, [slope])).detach()
         self.params.check_finite("gradient", gradient)
         return gradient
 
     @cached_property
     def _slope(self) -> Tensor:
-        return _pull(self.loss, [self._outputs], None)[0]
+        return pull(self.loss, [self._outputs])[0]
 
     @cached_property
     def _free(self) -> Tensor:
@@ -109,7 +109,7 @@ class _GaussNewtonGraph(CurvatureGraph):
 
     @cached_property
     def _pulled(self) -> Sequence[Tensor]:
-        return _pull(self._outputs, self.params.tensors, self._free)
+        return pull(self._outputs, self.params.tensors, [self._free])
 
     def multiply(
         self, parts: Sequence[Tensor], create_graph: bool = False, batched: bool = False
@@ -117,30 +117,11 @@ class _GaussNewtonGraph(CurvatureGraph):
         live = [(p, part) for p, part in zip(self._pulled, parts, strict=True) if p.requires_grad]
         if not self._slope.requires_grad or not live:  # linear in the outputs, or they are
             return [torch.zeros_like(part) for part in parts]
-        options = {"create_graph": create_graph, "is_grads_batched": batched}
+        options = {"create_graph": create_graph, "batched": batched}
         pulled, directions = zip(*live, strict=True)
-        (pushed,) = _pull(pulled, [self._free], directions, **options)
-        (curved,) = _pull(self._slope, [self._outputs], pushed, **options)
-        return _pull(self._outputs, self.params.tensors, curved, **options)
+        (pushed,) = pull(pulled, [self._free], directions, **options)
+        (curved,) = pull(self._slope, [self._outputs], [pushed], **options)
+        return pull(self._outputs, self.params.tensors, [curved], **options)
 
     def roots(self) -> Sequence[Tensor]:
         return [*self._pulled, self._slope]
-
-
-def _pull(
-    outputs: Tensor | Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    cotangents: Tensor | Sequence[Tensor] | None,
-    *,
-    create_graph: bool = True,
-    is_grads_batched: bool = False,
-) -> Sequence[Tensor]:
-    return torch.autograd.grad(
-        outputs,
-        inputs,
-        cotangents,
-        retain_graph=True,
-        create_graph=create_graph,
-        is_grads_batched=is_grads_batched,
-        materialize_grads=True,
-    )

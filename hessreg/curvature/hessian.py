@@ -13,7 +13,7 @@ from torch import Tensor
 from hessreg.curvature.autograd_graph import AutogradGraph
 from hessreg.curvature.evaluation import RandomState, evaluate
 from hessreg.curvature.fused import FusedHessian, FusedInputHessian
-from hessreg.curvature.parameter_operator import CurvatureGraph, ParameterOperator, check_loss
+from hessreg.curvature.parameter_operator import CurvatureGraph, ParameterOperator, check_loss, pull
 from hessreg.curvature.parameters import FlatParameters
 from hessreg.curvature.third_order import refuse_opaque, require_third_order_safe
 
@@ -133,8 +133,7 @@ class HessianGraph(CurvatureGraph):
 
     @cached_property
     def _grads(self) -> Sequence[Tensor]:
-        params = self.params.tensors
-        return torch.autograd.grad(self.loss, params, create_graph=True, materialize_grads=True)
+        return pull(self.loss, self.params.tensors)
 
     @cached_property
     def gradient(self) -> Tensor:
@@ -152,15 +151,8 @@ class HessianGraph(CurvatureGraph):
         if not live:
             return [torch.zeros_like(part) for part in parts]
         grads, directions = zip(*live, strict=True)
-        return torch.autograd.grad(
-            grads,
-            self.params.tensors,
-            directions,
-            retain_graph=True,
-            create_graph=create_graph,
-            is_grads_batched=batched,
-            materialize_grads=True,
-        )
+        options = {"create_graph": create_graph, "batched": batched}
+        return pull(grads, self.params.tensors, directions, **options)
 
     def bilinear(self, w: Tensor, z: Tensor, value: Tensor | None) -> Tensor:
         """The number w' H z [], with its graph; the value may be known."""
@@ -192,7 +184,7 @@ class HessianGraph(CurvatureGraph):
         if not found:
             return None
         (theta, residual), v = found[0].tolist(), found[1]
-        value = torch.tensor(abs(theta), dtype=v.dtype)
+        value = torch.tensor(abs(theta), dtype=v.dtype, device=v.device)
         if with_gradient:
             w = v if theta >= 0 else -v
             value = _Bilinear.apply(self, w, v, value, found[2], *self.params.tensors)

@@ -121,7 +121,8 @@ class InputHessianOperator:
     @torch.no_grad()
     def _require_independent(self) -> None:
         generator = torch.Generator().manual_seed(0)
-        v = torch.randn(self.shape[:2], dtype=self.dtype, generator=generator).to(self.device)
+        v = torch.randn(self.shape[:2], dtype=self.dtype, device="cpu", generator=generator)
+        v = v.to(self.device)
         # Any two samples differ in a bit of their number: one is moved, the other must not notice.
         numbers = torch.arange(len(v), device=self.device)
         bits = torch.arange((len(v) - 1).bit_length(), device=self.device)
@@ -151,7 +152,7 @@ class InputHessianOperator:
         """
         self._check_vectors("v", v, self.shape[:2], self._x.shape)
         if self._graph is None:
-            return torch.zeros_like(v)
+            return v + self.outputs.sum() if create_graph else torch.zeros_like(v)
         with full_precision(self.device):
             product = self._graph.product(v.reshape(-1), create_graph)
         return self._checked(product).view(v.shape)

@@ -180,7 +180,7 @@ def _truncate(op: LinearOperator, ends: Tensor, basis: Tensor) -> tuple[Tensor, 
             report_non_finite(op, op.matvec(v))
     m = next((i for i, row in enumerate(rows, 1) if row[2]), len(rows))
     T = [(alpha, 0.0 if is_invariant else beta) for alpha, beta, is_invariant in rows[:m]]
-    alpha, beta = torch.tensor(T, dtype=torch.float64).mT
+    alpha, beta = torch.tensor(T, dtype=torch.float64, device="cpu").mT
     return alpha, beta, basis[:m].mT
 
 

@@ -392,7 +392,7 @@ def _moduli(ritz: _RitzPairs, smoothing: float, length: float) -> list[float]:
 
 def _error_of_probes(samples: list[list[float]]) -> float:
     """That of the mean over probes, of the smoothing and of the number of Lanczos steps."""
-    smooth, sharp, coarse = torch.tensor(samples, dtype=torch.float64).unbind(1)
+    smooth, sharp, coarse = torch.tensor(samples, dtype=torch.float64, device="cpu").unbind(1)
     bias = (sharp - smooth).mean().abs() + (sharp - coarse).mean().abs()
     return (half_width(smooth) + bias).item()
 
@@ -496,7 +496,7 @@ class _Leading(NamedTuple):
 
 def _no_pairs(op: LinearOperator) -> _Leading:
     empty = torch.empty(op.shape[0], 0, dtype=op.dtype, device=op.device)
-    return _Leading(torch.empty(0, dtype=torch.float64), empty, 0.0)
+    return _Leading(torch.empty(0, dtype=torch.float64, device="cpu"), empty, 0.0)
 
 
 class _RitzPairs(NamedTuple):

@@ -108,7 +108,7 @@ class SymmetricOperator(ABC):
             product = self.matmat if vector.dim() == 2 else self.matvec
             return product(vector).cpu().numpy()
 
-        dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        dtype = torch.empty(0, dtype=self.dtype, device="cpu").numpy().dtype
         return Scipy(
             self.shape, matvec=lambda v: apply(v.ravel()), rmatvec=apply, matmat=apply, dtype=dtype
         )

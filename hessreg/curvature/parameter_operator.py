@@ -22,7 +22,7 @@ from hessreg.curvature.operators import SymmetricOperator
 from hessreg.curvature.parameters import FlatParameters
 from hessreg.curvature.third_order import require_third_order_safe
 
-__all__ = ["CurvatureGraph", "ParameterOperator", "check_loss"]
+__all__ = ["CurvatureGraph", "ParameterOperator", "check_loss", "pull"]
 
 
 class CurvatureGraph(ABC):
@@ -317,6 +317,33 @@ class ParameterOperator(SymmetricOperator):
 
         total = len(self._data) if isinstance(self._data, Collection) else None
         return iter(track(self._data or (), "product", total=total, transient=True))
+
+
+def pull(
+    outputs: Tensor | Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor] | None = None,
+    *,
+    create_graph: bool = True,
+    batched: bool = False,
+) -> list[Tensor]:
+    """Vector-Jacobian products; with ``batched``, of k cotangents in front of each output.
+
+    They are zero, without a graph, for what the outputs do not depend on. (The zeros that torch
+    materializes have graphs of their own, and no batch.)
+    """
+    found = torch.autograd.grad(
+        outputs,
+        inputs,
+        cotangents,
+        retain_graph=True,
+        create_graph=create_graph,
+        is_grads_batched=batched,
+        allow_unused=True,
+    )
+    leading = cotangents[0].shape[:1] if cotangents and batched else torch.Size()
+    pairs = zip(found, inputs, strict=True)
+    return [x.new_zeros(leading + x.shape) if g is None else g for g, x in pairs]
 
 
 def check_loss(loss: Any) -> Tensor:

@@ -53,7 +53,7 @@ class FlatParameters:
     def split(self, v: Tensor) -> list[Tensor]:
         """The parts of v [..., size], each [..., *shape of its parameter]."""
         parts = zip(v.split(self.sizes, -1), self.tensors, strict=True)
-        return [part.reshape(*v.shape[:-1], *p.shape) for part, p in parts]
+        return [part.reshape(v.shape[:-1] + p.shape) for part, p in parts]
 
     def flatten(self, tensors: Sequence[Tensor], batch: int = 0) -> Tensor:
         """Tensors [*batch dimensions, *shape of a parameter] as one [*batch dimensions, size]."""

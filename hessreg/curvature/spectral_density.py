@@ -82,7 +82,7 @@ class SpectralDensity:
             >>> bool((fraction - 0.75).abs() < error)
             True
         """
-        points = torch.as_tensor(x, dtype=torch.float64)
+        points = torch.as_tensor(x, dtype=torch.float64, device="cpu")
         value, error = _estimate(self, _step, 1.0, points.reshape(-1))
         return value.reshape(points.shape), error.reshape(points.shape)
 
@@ -195,7 +195,7 @@ def spectral_density(
     fine, *coarse = (_stack(kind) for kind in zip(*rules, strict=True))
     bandwidth = _default_bandwidth(fine, num_steps) if bandwidth is None else bandwidth
     grid = _default_grid(fine, bandwidth) if grid is None else grid
-    empty = torch.empty(0, dtype=torch.float64)
+    empty = torch.empty(0, dtype=torch.float64, device="cpu")
     found = SpectralDensity(grid, empty, empty, bandwidth, op.shape[0], fine, tuple(coarse))
     density, error = _estimate(found, _bell, _peak(bandwidth), grid)
     return SpectralDensity(grid, density, error, bandwidth, op.shape[0], fine, tuple(coarse))
@@ -275,7 +275,7 @@ def _default_bandwidth(rule: QuadratureRule, num_steps: int) -> float:
 def _default_grid(rule: QuadratureRule, bandwidth: float) -> Tensor:
     low, high = _extent(rule)
     margin = _MARGIN * bandwidth
-    return torch.linspace(low - margin, high + margin, _POINTS, dtype=torch.float64)
+    return torch.linspace(low - margin, high + margin, _POINTS, dtype=torch.float64, device="cpu")
 
 
 def _check_grid(grid: Tensor | None) -> Tensor | None:

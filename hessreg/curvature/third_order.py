@@ -29,6 +29,8 @@ __all__ = [
     "third_order_safe",
 ]
 
+_transforms_are_active = torch._C._are_functorch_transforms_active
+
 # What torch calls a layer in its graph: the kind, and how many of its derivatives are right.
 _NATIVE_NODES: dict[str, tuple[str, int]] = {
     "NativeBatchNorm": ("batch or instance normalisation", 2),
@@ -323,6 +325,8 @@ def _fit(input: Tensor, shape: Sequence[int], tensors: Sequence[Tensor | None]) 
 
 
 def _channels_contiguous(input: Tensor) -> Tensor:
+    if _transforms_are_active():  # under vmap torch cannot tell
+        return input.contiguous()
     for memory_format in (torch.channels_last, torch.channels_last_3d):
         if input.is_contiguous(memory_format=memory_format):
             return input
@@ -350,7 +354,9 @@ def _scale_shift(
 def _update(running: Tensor | None, batch: Tensor, momentum: float) -> None:
     # As in the native layers, past autograd's check: another graph may hold the old statistics.
     if running is not None:
-        running.data.mul_(1 - momentum).add_(batch.to(running.dtype), alpha=momentum)
+        # Under vmap there is no .data.
+        statistics = running if _transforms_are_active() else running.data
+        statistics.mul_(1 - momentum).add_(batch.to(running.dtype), alpha=momentum)
 
 
 def _channel_shape(input: Tensor) -> tuple[int, ...]:

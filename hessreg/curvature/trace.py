@@ -101,7 +101,7 @@ def unit_blocks(op: LinearOperator) -> Iterator[Tensor]:
 
 def _estimate(op: LinearOperator, exact: Tensor | None, samples: Tensor | None) -> Estimate:
     """The sum of the exact terms [k] and the mean of the samples [m]."""
-    zero = torch.zeros(1, dtype=torch.float64)
+    zero = torch.zeros(1, dtype=torch.float64, device="cpu")
     exact = zero if exact is None else exact
     rest = zero if samples is None else samples
     value = exact.sum() + rest.mean()

@@ -25,6 +25,8 @@ def _split(game: Game, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gradient(loss: Tensor, by: Tensor, create_graph: bool = False) -> Tensor:
+    if torch.is_inference_mode_enabled():
+        raise ValueError("a game needs gradients: use no_grad instead of inference_mode")
     if not loss.requires_grad:
         return torch.zeros_like(by)
     (result,) = torch.autograd.grad(loss, by, create_graph=create_graph, materialize_grads=True)
@@ -41,6 +43,7 @@ def _product(outputs: Tensor, by: Tensor, v: Tensor, create_graph: bool = False)
     return result
 
 
+@torch.enable_grad()
 def player_gradient(game: Game, z: Tensor, player: int) -> Tensor:
     """Gradient of one player's loss in its own parameters, zero in the other's: ``[n]``.
 
@@ -56,6 +59,7 @@ def player_gradient(game: Game, z: Tensor, player: int) -> Tensor:
     return torch.cat([gradient, rest] if player == 0 else [rest, gradient])
 
 
+@torch.enable_grad()
 def vector_field(game: Game, z: Tensor, create_graph: bool = False) -> Tensor:
     """The gradient of each player's loss in its own parameters: v(z) ``[n]``.
 
@@ -63,6 +67,9 @@ def vector_field(game: Game, z: Tensor, create_graph: bool = False) -> Tensor:
         game: The game.
         z: The point, ``[n]``.
         create_graph: Let the result be differentiable in z, which requires a gradient.
+
+    Raises:
+        ValueError: In ``torch.inference_mode()``; ``no_grad`` changes nothing.
 
     Example:
         >>> from hessreg.dynamics import bilinear_game
@@ -75,6 +82,7 @@ def vector_field(game: Game, z: Tensor, create_graph: bool = False) -> Tensor:
     return torch.cat([_gradient(game.loss(i, *parts), parts[i], True) for i in range(2)])
 
 
+@torch.enable_grad()
 def jacobian(game: Game, z: Tensor) -> Tensor:
     """The Jacobian of v at z, ``[n, n]``, in n products: for small games.
 
@@ -85,7 +93,9 @@ def jacobian(game: Game, z: Tensor) -> Tensor:
     """
     z = z.detach().requires_grad_()
     v = vector_field(game, z, create_graph=True)
-    return torch.stack([_product(v, z, row) for row in torch.eye(len(z), dtype=z.dtype)])
+    return torch.stack(
+        [_product(v, z, row) for row in torch.eye(len(z), dtype=z.dtype, device=z.device)]
+    )
 
 
 class JacobianProducts:
@@ -99,6 +109,7 @@ class JacobianProducts:
         v: The vector field there, ``[n]``.
     """
 
+    @torch.enable_grad()
     def __init__(self, game: Game, z: Tensor) -> None:
         self._z = z.detach().requires_grad_()
         self._v = vector_field(game, self._z, create_graph=True)
@@ -125,6 +136,7 @@ class HessianProducts:
         v: The vector field there, ``[n]``.
     """
 
+    @torch.enable_grad()
     def __init__(self, game: Game, z: Tensor) -> None:
         self._parts = [part.detach().requires_grad_() for part in _split(game, z)]
         losses = [game.loss(i, *self._parts) for i in range(2)]
@@ -150,12 +162,13 @@ class InteractionProducts:
         v: The vector field there, ``[n]``.
     """
 
+    @torch.enable_grad()
     def __init__(self, game: Game, z: Tensor) -> None:
         self._z = z.detach().requires_grad_()
         self._num_x = game.num_x
         parts = _split(game, self._z)
         self._gradients = [_gradient(game.loss(i, *parts), self._z, True) for i in range(2)]
-        self._is_x = (torch.arange(len(z)) < game.num_x).to(z.dtype)
+        self._is_x = (torch.arange(len(z), device=z.device) < game.num_x).to(z.dtype)
         self.v = self._mix(*self._gradients).detach()
 
     def _mix(self, for_x: Tensor, for_y: Tensor) -> Tensor:

@@ -40,7 +40,10 @@ _WITHOUT_DISCRIMINATOR = ("bilinear", "quadratic")
 
 def _quadratic(config: DynamicsConfig) -> Game:
     options = config.quadratic
-    P, B, Q = (torch.full((1, 1), v).double() for v in (options.a, options.b, options.c))
+    P, B, Q = (
+        torch.full((1, 1), v, dtype=torch.float64, device="cpu")
+        for v in (options.a, options.b, options.c)
+    )
     return QuadraticGame(P, B, Q, config.seed)
 
 

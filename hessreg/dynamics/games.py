@@ -104,17 +104,20 @@ def bilinear_game(dim: int = 1, seed: int = 0) -> QuadraticGame:
     """
     random = torch.Generator().manual_seed(seed)
     left, right = (
-        torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64, generator=random)).Q
+        torch.linalg.qr(
+            torch.randn(dim, dim, dtype=torch.float64, device="cpu", generator=random)
+        ).Q
         for _ in range(2)
     )
-    values = torch.linspace(1.0, 0.5, dim, dtype=torch.float64)
+    values = torch.linspace(1.0, 0.5, dim, dtype=torch.float64, device="cpu")
     B = left * values @ right.mT if dim > 1 else values[None]
     zero = torch.zeros_like(B)
     return QuadraticGame(zero, B, zero, seed)
 
 
 def _unit_vector(n: int, seed: int) -> Tensor:
-    vector = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    random = torch.Generator().manual_seed(seed)
+    vector = torch.randn(n, dtype=torch.float64, device="cpu", generator=random)
     return vector / vector.norm()
 
 
@@ -186,7 +189,7 @@ class DiracGAN(AdversarialGame):
 
     def real(self) -> Tensor:
         """The point 0."""
-        return torch.zeros(1, dtype=torch.float64)
+        return torch.zeros(1, dtype=torch.float64, device="cpu")
 
     def generate(self, x: Tensor) -> Tensor:
         """The point x."""
@@ -262,7 +265,7 @@ class GradientPenalty(_Modified):
         samples = self._adversarial.real()
         if self.target is not None:
             shape = [len(samples)] + [1] * (samples.dim() - 1)
-            share = torch.rand(shape, dtype=samples.dtype, generator=self._random)
+            share = torch.rand(shape, dtype=samples.dtype, device="cpu", generator=self._random)
             samples = samples.lerp(self._adversarial.generate(x).detach(), share)
         samples = samples.detach().requires_grad_()
         logits = self._adversarial.critic(y, samples)

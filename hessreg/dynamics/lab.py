@@ -124,8 +124,8 @@ def _fit(distances: Sequence[float]) -> float:
         return math.inf
     if distances[-1] == 0:
         return 0.0
-    logs = torch.tensor(distances[len(distances) // 2 :], dtype=torch.float64).log()
-    time = torch.arange(len(logs), dtype=torch.float64) - (len(logs) - 1) / 2
+    logs = torch.tensor(distances[len(distances) // 2 :], dtype=torch.float64, device="cpu").log()
+    time = torch.arange(len(logs), dtype=torch.float64, device="cpu") - (len(logs) - 1) / 2
     return math.exp((time @ logs / (time @ time)).item()) if len(logs) > 1 else math.nan
 
 

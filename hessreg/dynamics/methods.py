@@ -72,12 +72,12 @@ class Method(ABC):
 
 
 def _identity(J: Tensor) -> Tensor:
-    return torch.eye(len(J), dtype=J.dtype)
+    return torch.eye(len(J), dtype=J.dtype, device=J.device)
 
 
 def _own_rows(J: Tensor, num_x: int) -> tuple[Tensor, Tensor]:
     """The projections [n, n] on the first player's parameters and on the second's."""
-    is_x = (torch.arange(len(J)) < num_x).to(J.dtype)
+    is_x = (torch.arange(len(J), device=J.device) < num_x).to(J.dtype)
     return is_x.diag(), (1 - is_x).diag()
 
 
@@ -89,7 +89,7 @@ def _own_blocks(J: Tensor, num_x: int) -> Tensor:
 
 def _with_predecessor(now: Tensor, before: Tensor) -> Tensor:
     """The matrix of (z, z_prev) -> (now z + before z_prev, z): [2n, 2n]."""
-    identity = torch.eye(len(now), dtype=now.dtype)
+    identity = torch.eye(len(now), dtype=now.dtype, device=now.device)
     below = torch.cat([identity, torch.zeros_like(identity)], 1)
     return torch.cat([torch.cat([now, before], 1), below])
 

@@ -440,7 +440,7 @@ def _lead_all(batch_size: int, arguments: Arguments, dims: Arguments) -> list[An
 
 
 def _restore(tensor: Tensor, batch_size: int) -> Tensor:
-    return tensor.unflatten(0, (batch_size, -1))
+    return tensor.unflatten(0, (batch_size, len(tensor) // max(batch_size, 1)))
 
 
 def _matrix_vmap(batch_size: int, arguments: Arguments, dims: Arguments) -> Tensor:

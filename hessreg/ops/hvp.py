@@ -513,7 +513,7 @@ def _symmetric_vmap(batch_size: int, arguments: Arguments, dims: Arguments) -> T
         t.expand(batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
         for t, dim in zip(arguments, dims, strict=True)
     )
-    return symmetric_product(a.flatten(0, 1), v.flatten(0, 1)).unflatten(0, (batch_size, -1))
+    return symmetric_product(a.flatten(0, 1), v.flatten(0, 1)).reshape(v.shape)
 
 
 def _symmetric_fake(a: Tensor, v: Tensor) -> Tensor:
@@ -1312,7 +1312,7 @@ def _length(
     """What a flat vector needs to have at least, for all offsets."""
     tensors, starts = [*weights, *biases], [*weight_offsets, *bias_offsets]
     ends = [i + t.numel() for t, i in zip(tensors, starts, strict=True) if i >= 0]
-    return max(ends, default=0)
+    return max([0, *ends])
 
 
 def _broadcast(a: torch.Size, b: torch.Size) -> torch.Size:

@@ -730,7 +730,8 @@ def project_orthogonal_(
     several = _is_several(g, against)
     kept = [i for i, t in enumerate(vectors[0]) if t is not None]
     if not kept:
-        return torch.zeros([0] * (scope != "global") + [len(vectors) - 1] * several).double()
+        shape = [0] * (scope != "global") + [len(vectors) - 1] * several
+        return torch.zeros(shape, dtype=torch.float64, device="cpu")
     own = [t for t in vectors[0] if t is not None]
     if is_tracked(own):
         raise ValueError(

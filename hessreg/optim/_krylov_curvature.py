@@ -85,7 +85,7 @@ class KrylovCurvature:
         check_not_negative(tol=tol)
         size = g.detach().abs().max() if len(g) else g.new_zeros(())
         if size == 0:
-            nothing = torch.empty(0, dtype=torch.float64)
+            nothing = torch.empty(0, dtype=torch.float64, device="cpu")
             return cls(g.new_empty(0, len(g)), nothing, nothing, nothing, nothing.new_empty(0, 0))
         capacity = min(num_steps, op.shape[0])
         deflated = g.new_empty(op.shape[0], 0)

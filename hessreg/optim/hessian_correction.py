@@ -240,7 +240,7 @@ class HessianPreconditioner:
         inverse = inverse.abs().nan_to_num(0.0)  # of an eps whose square is nothing
         cap = 1 / torch.finfo(curvature.basis.dtype).eps
         if not len(values):  # of the space of zero
-            values = inverse = torch.zeros(1, dtype=torch.float64)
+            values = inverse = torch.zeros(1, dtype=torch.float64, device="cpu")
         largest = inverse.max().item()
         residual = curvature.residual(self.eps)
         self._metrics = {

@@ -27,7 +27,7 @@ class Bandwidth:
 
     def __init__(self, policy: str, sigmas: Sequence[float] = ()) -> None:
         self.policy = policy
-        self._sigmas = torch.tensor(sigmas, dtype=torch.float64)
+        self._sigmas = torch.tensor(sigmas, dtype=torch.float64, device="cpu")
 
     def now(self, fake: Tensor, real: Tensor) -> Tensor:
         """The bandwidths for points ``[n, d]`` and ``[m, d]``, constants for autograd."""
@@ -64,7 +64,8 @@ class _Average(Bandwidth):
 
     def __init__(self, policy: str) -> None:
         super().__init__(policy)
-        self._module = AdaptiveBandwidth(self._KIND, max_points=_MEDIAN_POINTS)
+        with torch.device("cpu"):
+            self._module = AdaptiveBandwidth(self._KIND, max_points=_MEDIAN_POINTS)
 
     def now(self, fake: Tensor, real: Tensor) -> Tensor:
         return self._on(fake.device)().detach()

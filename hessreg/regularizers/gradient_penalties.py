@@ -173,7 +173,7 @@ class _UnitSlope(GradientPenalty):
 
     def _uniform(self, ctx: StepContext, rows: int, *shape: int, like: Tensor) -> Tensor:
         """Numbers for this process's rows, drawn for those of all."""
-        numbers = torch.rand(rows * ctx.shard.size, *shape, generator=self._random)
+        numbers = torch.rand(rows * ctx.shard.size, *shape, generator=self._random, device="cpu")
         return ctx.shard.take(numbers).to(like)
 
     def _pairs(self, ctx: StepContext) -> tuple[Tensor, Tensor]:

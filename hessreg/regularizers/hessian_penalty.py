@@ -108,10 +108,12 @@ class HessianPenalty(BaseRegularizer):
 
         Raises:
             TypeError: z is no floating-point tensor, or the function returns no tensor.
-            ValueError: an empty batch, outputs that are not one for each row of z, or a module
-                compiled by torch.
+            ValueError: an empty batch, outputs that are not one for each row of z, a module
+                compiled by torch, or inference mode.
         """
         _check_batch("z", z)
+        if torch.is_inference_mode_enabled():
+            raise ValueError("a penalty needs gradients: use no_grad instead of inference_mode")
         with torch.enable_grad():
             point = z if z.requires_grad else z.detach().requires_grad_(True)
             outputs = evaluate(function, point, state=RandomState(z.device))
@@ -120,6 +122,8 @@ class HessianPenalty(BaseRegularizer):
             curvatures = torch.stack(_second_derivatives(outputs, point, signs))
             variances = curvatures.var(0).reshape(len(z), -1)  # [n, outputs]
             value = (variances.amax(1) if self.reduction == "max" else variances.mean(1)).mean()
+            if not value.requires_grad:  # no curvature at all, of which the gradient is zero
+                value = value + torch.where(outputs.isnan(), outputs, 0).sum()
         self._value = shard.mean(value.detach())
         return self.weight * (value if torch.is_grad_enabled() else value.detach())
 
@@ -144,7 +148,8 @@ class HessianPenalty(BaseRegularizer):
         self._value = state["value"].clone() if "value" in state else None
 
     def _random_signs(self, z: Tensor, shard: Shard) -> Tensor:
-        bits = torch.randint(0, 2, (len(z) * shard.size, *z.shape[1:]), generator=self._random)
+        shape = len(z) * shard.size, *z.shape[1:]
+        bits = torch.randint(0, 2, shape, generator=self._random, device="cpu")
         return shard.take(bits).to(z.device, z.dtype) * 2 - 1
 
 
@@ -164,8 +169,9 @@ def _pull(output: Tensor, at: Tensor, cotangent: Tensor | None = None) -> Tensor
     """The derivative of <output, cotangent>, with its graph; zero where there is none."""
     if not output.requires_grad:
         return torch.zeros_like(at)
-    options = {"create_graph": True, "materialize_grads": True}
-    return torch.autograd.grad(output, at, cotangent, **options)[0]
+    options = {"create_graph": True, "allow_unused": True}
+    (result,) = torch.autograd.grad(output, at, cotangent, **options)
+    return torch.zeros_like(at) if result is None else result
 
 
 def _check_batch(name: str, batch: Any, rows: int | None = None) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hessreg.curvature._checks import check_at_least, check_not_negative
+from hessreg.curvature._krylov import random_vector
 from hessreg.curvature.exact_norms import NormEstimate, NormOrder, exact_norm
 from hessreg.curvature.hessian import HessianOperator
 from hessreg.curvature.norms import (
@@ -253,7 +254,7 @@ class HSN1R(BaseRegularizer):
         if self.norm == "one":
             return start
         # An eigenvector alone spans an invariant space, from which no other is ever seen.
-        noise = torch.randn(op.shape[0], dtype=op.dtype, generator=self._random).to(op.device)
+        noise = random_vector(op, self._random)
         return start / start.norm() + noise / noise.norm()
 
     def _estimate(self, op: HessianOperator, name: str) -> NormEstimate:
@@ -341,7 +342,7 @@ def hsn1r_loss(generator: nn.Module, discriminator: nn.Module, x: Tensor, lambda
         >>> hsn1r_loss(G, D, torch.randn(8, 3), 0.01).backward()
     """
     losses = _gan_losses(generator, discriminator, x)
-    seed = int(torch.randint(2**62, ()))
+    seed = int(torch.randint(2**62, (), device="cpu"))
     ctx = StepContext(0, generator, discriminator, *losses)
     return HSN1R(weight=lambda_, seed=seed)._total(ctx, *losses)
 

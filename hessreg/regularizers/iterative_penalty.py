@@ -131,8 +131,8 @@ class IterativeGradientPenalty(_UnitSlope):
         """K points between every real sample and the generated one it is paired with."""
         real, fake = self._pairs(ctx)
         singles = [1] * (real.dim() - 1)
-        steps = torch.arange(1, self.num_points + 1).view(-1, 1, *singles) / self.num_points
-        shares = steps.to(real) * self._rho().pow(self.point_power).to(real)
+        steps = torch.arange(1, self.num_points + 1, device="cpu") / self.num_points
+        shares = steps.view(-1, 1, *singles).to(real) * self._rho().pow(self.point_power).to(real)
         if self.jitter:
             random = self._uniform(ctx, len(real), self.num_points, *singles, like=real)
             random = random.transpose(0, 1)
@@ -223,7 +223,7 @@ def _bandwidths(sigma: float | Sequence[float] | str) -> Tensor | None:
     values = _values(sigma)
     for value in values:
         _gamma_of(value)
-    return torch.tensor([float(value) for value in values], dtype=torch.float64)
+    return torch.tensor([float(value) for value in values], dtype=torch.float64, device="cpu")
 
 
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
