@@ -391,6 +391,17 @@ def test_searches_that_begin_at_once_differ(tmp_path, storage):
     assert sorted(itertools.chain(*numbers)) == list(range(30))
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs symbolic links")
+@pytest.mark.parametrize("url", ["", "journal:out/shared.journal"])
+def test_lock_of_a_search_killed_while_it_writes_can_be_broken(tmp_path, monkeypatch, url):
+    """Optuna looks at what the lock leads to, and waits for ever if that is nothing."""
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    _storage(url, Path("out"))._backend._lock.acquire()
+    (lock,) = Path("out").glob("*.lock")
+    assert lock.resolve(strict=True).suffix == ".journal"
+
+
 def test_trial_of_a_search_without_life_is_replaced(tmp_path, stand_in, monkeypatch):
     config = TuneConfig(space=space_file(tmp_path, {"g.lr": RATE}), trials=3, confirm=0)
     tuner = Tuner(tmp_path / "out", BASE, config)

@@ -93,8 +93,9 @@ def _storage(url: str, path: Path) -> BaseStorage:
         except SQLAlchemyError:  # two that make the tables at once: the second finds them made
             time.sleep(_TABLES)
             return _database(url)
-    file = url.removeprefix("journal:") or str(path / "study.journal")
-    return JournalStorage(JournalFileBackend(file))
+    file = Path(url.removeprefix("journal:") or path / "study.journal")
+    # The lock is a link to the file, and is never broken if it leads nowhere, as a relative one.
+    return JournalStorage(JournalFileBackend(str(file.absolute())))
 
 
 def _database(url: str) -> RDBStorage:
