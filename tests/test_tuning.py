@@ -632,6 +632,25 @@ def test_folder_is_used_by_one_search(tmp_path, stand_in):
     tuner.close()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX locks")
+def test_command_has_its_folder_to_itself_to_the_end(tmp_path, stand_in, monkeypatch):
+    out, entered = tmp_path / "out", []
+
+    def enter(*_):
+        opened = f"open({str(out / '.lock')!r}, 'r+')"
+        script = f"from fcntl import *; lockf({opened}, LOCK_EX | LOCK_NB)"
+        done = subprocess.run([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+        entered.append(done.returncode == 0)
+        return ""
+
+    monkeypatch.setattr("hessreg.tuning.outcome.Outcome.choose", enter)
+    monkeypatch.setattr("hessreg.tuning.outcome.Outcome.confirm", enter)
+    space = space_file(tmp_path, {"g.lr": RATE})
+    main(["tune", "ring", f"--out={out}", f"--space={space}", "--trials=2", "--sampler=random"])
+    enter()
+    assert entered == [False, False, True]
+
+
 @pytest.mark.parametrize(
     ("given", "limits"),
     [("", (0, 20.0)), ("--steps=3", (3, 0.0)), ("--seconds=4", (0, 4.0))],

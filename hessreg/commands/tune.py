@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,10 @@ def run(options: dict[str, Any]) -> None:
         base = train_config(options)
         config = TuneConfig(**{f.name: options[f.name] for f in fields(TuneConfig)})
         tuner = Tuner(out_folder(options, f"{base.dataset}-tune"), base, config)
-    with failing(OutcomeError, TuningError):
+    with (
+        failing(OutcomeError, TuningError),
+        closing(tuner),
+    ):  # runs of the leaders are in its folder
         _search(tuner, config)
 
 

@@ -91,13 +91,12 @@ class Tuner:
         finally:
             for _, run in self._running.values():
                 run.stop()
-            self.close()
         if not self._trials("COMPLETE"):
             raise TuningError(f"none of the trials got to its end; see {self.path / 'trials'}")
         return Outcome(self.path, self.study, self.space, self.objectives)
 
     def close(self) -> None:
-        """Let other searches use the folder; `run` does so at its end."""
+        """Let other searches use the folder, in which the outcome trains, too."""
         self._folder.unlock()
 
     def _adopt(self) -> None:
