@@ -436,6 +436,46 @@ def test_trial_that_another_search_gave_up_is_let_go(tmp_path, stand_in, monkeyp
     assert not (tmp_path / "out/trials/0000/result.json").exists()
 
 
+def test_trial_of_a_dead_search_is_replaced_when_all_others_are_done(tmp_path, stand_in):
+    config = TuneConfig(space=space_file(tmp_path, {"g.lr": RATE}), trials=1, confirm=0)
+    tuner = Tuner(tmp_path / "out", BASE, config)
+    tuner.study.ask().set_user_attr("alive", time.time() - 1e4)
+    tuner.run()
+    assert states(tuner.study.trials) == ["FAIL", "COMPLETE"]
+
+
+def test_two_searches_may_notice_the_same_dead_one(tmp_path, stand_in):
+    config = TuneConfig(space=space_file(tmp_path, {"g.lr": RATE}), trials=1, confirm=0)
+    tuner = Tuner(tmp_path / "out", BASE, config)
+    tuner.study.ask()
+    (seen,) = tuner._trials("RUNNING")
+    tuner._mark_lost(seen)
+    tuner._mark_lost(seen)
+    tuner.run()
+    assert states(tuner.study.trials) == ["FAIL", "COMPLETE"]
+
+
+@pytest.mark.parametrize("rate", [1e-3, 1e-5, 9.5e-3])  # good, bad, not finite
+def test_trial_that_is_given_up_as_it_ends_is_let_go(tmp_path, stand_in, monkeypatch, rate):
+    base = with_values(BASE, {"g.lr": rate, "ring.radius": 0.01})
+    config = TuneConfig(space=space_file(tmp_path, {"g.lr": [rate, 1.1e-3]}), trials=2, confirm=0)
+    tuner = Tuner(tmp_path / "out", base, config)
+    poll = TrialRun.poll
+
+    def give_up(run):
+        state = poll(run)
+        for frozen in tuner._trials("RUNNING") if state != "running" else []:
+            if frozen.number == 0:
+                tuner._mark_lost(frozen)
+        return state
+
+    monkeypatch.setattr(TrialRun, "poll", give_up)
+    tuner.run()
+    first, *others = tuner.study.trials
+    assert (first.state.name, first.user_attrs["lost"]) == ("FAIL", True)
+    assert len(others) == 2
+
+
 def test_trial_that_was_never_written_down_is_replaced(tmp_path, stand_in):
     config = TuneConfig(space=space_file(tmp_path, {"g.lr": RATE}), trials=2, confirm=0)
     tuner = Tuner(tmp_path / "out", BASE, config)

@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ __all__ = ["Tuner", "TuningError"]
 _POLL = 0.2  # seconds
 _BEAT = 20.0  # seconds between signs of life of a trial
 _LOST = 300.0  # seconds without one after which another search gives a trial up
+_TAKEN = "was given up by another search, which replaces it"
 
 
 class TuningError(RuntimeError):
@@ -79,12 +80,10 @@ class Tuner:
         """
         try:
             self._adopt()
+            self._turn()  # what it gives up is to be replaced, also where nothing else is left
             while self._running or self._is_more():
-                self._drop()
-                self._ask()
-                self._collect()
-                self._beat()
                 time.sleep(_POLL)
+                self._turn()
         except KeyboardInterrupt:
             again = f"continue with the same command and --out {self.path}"
             raise Interrupted(f"stopped; {again}") from None
@@ -112,6 +111,15 @@ class Tuner:
             else:
                 self._running[frozen.number] = Trial(self.study, frozen._trial_id), run
 
+    def _turn(self) -> None:
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        with suppress(UpdateFinishedTrialError):  # given up just now: the next turn drops it
+            self._drop()
+            self._ask()
+            self._collect()
+            self._beat()
+
     def _is_more(self) -> bool:
         """Whether the study lacks trials; those that were given up do not count."""
         tried = self._trials("RUNNING", "COMPLETE", "PRUNED", "FAIL")
@@ -124,7 +132,7 @@ class Tuner:
         running = {frozen.number for frozen in self._trials("RUNNING")}
         for number in self._running.keys() - running:
             self._running.pop(number)[1].stop()
-            self._say(number, "was given up by another search, which replaces it")
+            self._say(number, _TAKEN)
 
     def _ask(self) -> None:
         while len(self._running) < self.config.workers and self._is_more():
@@ -150,11 +158,11 @@ class Tuner:
             del self._running[number]
             if pruned:
                 run.stop()
-                self._tell(trial, "pruned")
+                self._end(trial, "pruned")
             elif state == "finished":
                 self._complete(trial, run.result())
             elif state == "failed":  # not finite: known to be bad, unlike a process that was killed
-                self._tell(trial, "pruned", run.reason())
+                self._end(trial, "pruned", run.reason())
             else:
                 self._give_up(trial, run.reason() if state == "refused" else "killed repeatedly")
 
@@ -171,19 +179,24 @@ class Tuner:
         if missing or not all(map(math.isfinite, values)):
             self._give_up(trial, f"no finite {', '.join(missing or self.objectives)}")
             return
-        self.study.tell(trial, values)
-        self._say(trial.number, ", ".join(map(_described, self.objectives, values)))
+        self._tell(trial, "complete", ", ".join(map(_described, self.objectives, values)), values)
 
     def _give_up(self, trial: Trial, reason: str) -> None:
-        self._tell(trial, "fail", reason)
+        self._end(trial, "fail", reason)
 
-    def _tell(self, trial: Trial, state: str, reason: str = "") -> None:
-        from optuna.trial import TrialState
-
+    def _end(self, trial: Trial, state: str, reason: str = "") -> None:
         if reason:
             trial.set_user_attr("reason", reason)
-        self.study.tell(trial, state=TrialState[state.upper()])
-        self._say(trial.number, f"{state}: {reason}" if reason else state)
+        self._tell(trial, state, f"{state}: {reason}" if reason else state)
+
+    def _tell(
+        self, trial: Trial, state: str, what: str, values: Sequence[float] | None = None
+    ) -> None:
+        from optuna.trial import TrialState
+
+        wanted = TrialState[state.upper()]
+        told = self.study.tell(trial, values, wanted, skip_if_finished=True)
+        self._say(trial.number, what if told.state == wanted else _TAKEN)
 
     def _beat(self) -> None:
         """Show that these trials live, and give up those of searches that do not."""
@@ -197,11 +210,13 @@ class Tuner:
                 self._mark_lost(frozen)
 
     def _mark_lost(self, frozen: FrozenTrial) -> None:
+        from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import Trial, TrialState
 
-        Trial(self.study, frozen._trial_id).set_user_attr("lost", True)
-        self.study.tell(frozen.number, state=TrialState.FAIL, skip_if_finished=True)
-        self._say(frozen.number, "given up with its search; it is replaced")
+        with suppress(UpdateFinishedTrialError):  # another search was first
+            Trial(self.study, frozen._trial_id).set_user_attr("lost", True)
+            self.study.tell(frozen.number, state=TrialState.FAIL, skip_if_finished=True)
+            self._say(frozen.number, "given up with its search; it is replaced")
 
     def _trials(self, *states: str) -> list[FrozenTrial]:
         from optuna.trial import TrialState
