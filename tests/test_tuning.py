@@ -340,6 +340,32 @@ def test_another_search_is_not_mixed_in(tmp_path, stand_in, change, message):
         search(tmp_path, **({"declared": {"g.lr": RATE}, "trials": 3} | change))
 
 
+def test_folder_is_of_one_study(tmp_path, stand_in):
+    """Another has trials of the same numbers, which would find these trained already."""
+    search(tmp_path, {"g.lr": RATE}, trials=1)
+    advised = "out has trials of another study than second: choose another --out"
+    with pytest.raises(StudyError, match=advised):
+        search(tmp_path, {"g.lr": [1e-4]}, trials=1, study="second")
+    _, trials = search(tmp_path, {"g.lr": [1e-4]}, out="new", trials=1, study="second")
+    assert trials[0].value == pytest.approx(1)
+
+
+def test_trial_in_an_equal_path_of_another_machine_is_left_alone(tmp_path, stand_in):
+    config = TuneConfig(
+        space=space_file(tmp_path, {"g.lr": RATE}),
+        trials=2,
+        storage=f"journal:{tmp_path / 'shared.journal'}",
+        confirm=0,
+    )
+    there = Tuner(tmp_path / "out", BASE, config)
+    there._ask()
+    there.close()
+    (tmp_path / "out").rename(tmp_path / "its disk")
+    here = Tuner(tmp_path / "out", BASE, config)
+    here.run()
+    assert states(here.study.trials) == ["RUNNING", "COMPLETE"]
+
+
 @pytest.mark.parametrize("storage", ["sqlite:///{}/study.db", "journal:{}/shared.journal"])
 def test_two_searches_share_a_study(tmp_path, storage):
     """Two commands at once, as on two machines: no trial is lost or there twice."""
@@ -406,7 +432,7 @@ def test_trial_of_a_search_without_life_is_replaced(tmp_path, stand_in, monkeypa
     config = TuneConfig(space=space_file(tmp_path, {"g.lr": RATE}), trials=3, confirm=0)
     tuner = Tuner(tmp_path / "out", BASE, config)
     lost = tuner.study.ask()
-    lost.set_user_attr("folder", "elsewhere")
+    lost.set_user_attr("owner", "elsewhere")
     lost.set_user_attr("alive", time.time() - 1e4)
     tuner.run()
     by_state = states(tuner.study.trials)
@@ -480,7 +506,7 @@ def test_trial_that_was_never_written_down_is_replaced(tmp_path, stand_in):
     config = TuneConfig(space=space_file(tmp_path, {"g.lr": RATE}), trials=2, confirm=0)
     tuner = Tuner(tmp_path / "out", BASE, config)
     killed = tuner.study.ask()
-    killed.set_user_attr("folder", str((tmp_path / "out" / "trials" / "0000").resolve()))
+    killed.set_user_attr("owner", tuner._owner)
     tuner.run()
     assert states(tuner.study.trials)[0] == "FAIL"
     assert len(tuner.study.trials) == 3
@@ -503,7 +529,7 @@ def test_a_trial_that_is_taken_up_again_reports_no_step_twice(tmp_path, stand_in
     tuner = Tuner(tmp_path / "out", BASE, config)
     trial = tuner.study.ask()
     run = tuner._run_of(trial.number)
-    trial.set_user_attr("folder", str(run.path))
+    trial.set_user_attr("owner", tuner._owner)
     run.prepare(with_values(BASE, tuner.space.suggest(trial)))
     trial.report(0.5, 100)
     reported = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.storages import BaseStorage, RDBStorage
 
-__all__ = ["StudyError", "open_study"]
+__all__ = ["STUDY_ID", "StudyError", "open_study"]
 
+STUDY_ID = "id"  # attribute of a study whose first trials are queued
 Direction = Literal["minimize", "maximize"]
 _DIRECTIONS: dict[str, Direction] = {"minimize": "minimize", "maximize": "maximize"}
 _LARGER_IS_BETTER = "modes", "quality", "classes", "precision", "recall", "density", "coverage"
-_QUEUED = "queued"  # attribute of a study whose first trials are known
 _SEARCHES = " (searches)"  # after the name of a study, that of one of the searches that opened it
 _NEIGHBOURS = 9  # with the start the ten trials after which TPE begins to propose
 _TABLES = 2.0  # seconds in which another process makes the tables
@@ -150,7 +151,7 @@ def _require_same(
         changed = [key for key, value in described.items() if known.get(key) != value]
         what = ", ".join(changed) or "directions"
         raise StudyError(
-            f"study {study.study_name} exists with other {what}: choose another --study"
+            f"study {study.study_name} exists with other {what}: choose another --study and --out"
         )
 
 
@@ -212,7 +213,7 @@ def _enqueue(study: Study, config: TuneConfig, space: SearchSpace, seed: int) ->
     """Queue what is to be tried in any case."""
     for point in _first_points(config, space, random.Random(seed))[: config.trials]:  # noqa: S311
         study.enqueue_trial(point)
-    study.set_user_attr(_QUEUED, True)
+    study.set_user_attr(STUDY_ID, uuid.uuid4().hex)
 
 
 def _first_points(
@@ -231,7 +232,7 @@ def _first_points(
 def _wait_for_queue(study: Study) -> None:
     """Let whoever opened the study first finish the queue: nobody may propose before."""
     deadline = time.monotonic() + _DATABASE_TIMEOUT
-    while not study.user_attrs.get(_QUEUED):
+    while not study.user_attrs.get(STUDY_ID):
         if time.monotonic() > deadline:
             raise StudyError(
                 f"study {study.study_name} was left unfinished: choose another --study"

@@ -16,6 +16,7 @@ from hessreg.gan.progress import say
 from hessreg.gan.run import Interrupted
 from hessreg.gan.run_folder import RunFolder, RunFolderError
 from hessreg.gan.tasks import make_task
+from hessreg.tuning.claim import claim_folder
 from hessreg.tuning.config import TuneConfig
 from hessreg.tuning.outcome import Outcome
 from hessreg.tuning.space import DEFAULT_SPACE, SearchSpace
@@ -51,7 +52,7 @@ class Tuner:
 
     Raises:
         SpaceError: If the search space cannot be used.
-        StudyError: If the study cannot be opened, or is another one.
+        StudyError: If the study cannot be opened, or is another one than before or the folder's.
         ValueError: If an objective is unknown.
         RunFolderError: If another search uses the folder, or it cannot be made.
     """
@@ -65,6 +66,7 @@ class Tuner:
             self._folder.lock()
             try:
                 self.study = open_study(config, path, self.space, self.objectives, base.seed)
+                self._owner = claim_folder(path, self.study)
             except BaseException:
                 self._folder.unlock()
                 raise
@@ -103,9 +105,9 @@ class Tuner:
         from optuna.trial import Trial
 
         for frozen in self._trials("RUNNING"):
-            run = self._run_of(frozen.number, max(frozen.intermediate_values, default=0))
-            if frozen.user_attrs.get("folder") != str(run.path):
+            if frozen.user_attrs.get("owner") != self._owner:
                 continue
+            run = self._run_of(frozen.number, max(frozen.intermediate_values, default=0))
             if not run.is_prepared:  # killed before there was anything to go on with
                 self._mark_lost(frozen)
             else:
@@ -138,7 +140,8 @@ class Tuner:
         while len(self._running) < self.config.workers and self._is_more():
             trial = self.study.ask()
             run = self._run_of(trial.number)
-            trial.set_user_attr("folder", str(run.path))
+            trial.set_user_attr("folder", str(run.path))  # for people
+            trial.set_user_attr("owner", self._owner)
             try:
                 values = self.space.suggest(trial)
                 seeded = replace(self.base, seed=self.base.seed + trial.number)
