@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ from hessreg.tuning import (
     Tuner,
     TuningError,
 )
-from hessreg.tuning.study import _order, _storage
+from hessreg.tuning.study import STUDY_ID, _order, _storage, _wait_for_queue, queued_point
 from hessreg.tuning.trial_run import TrialRun
 
 optuna = pytest.importorskip("optuna")
@@ -253,6 +254,73 @@ def test_grid_is_searched_point_by_point(tmp_path, stand_in):
     assert len(trials) == 6
     assert found == set(itertools.product([1e-4, 1e-3, 5e-3], [32, 64]))
     assert outcome.best[0].params["g.lr"] == 1e-3
+
+
+def test_grid_goes_on_where_fewer_trials_ended_it(tmp_path, stand_in):
+    declared = {"g.lr": [1e-4, 1e-3, 5e-3], "projection.strength": [None, 0.5]}
+    for wanted in (2, 6, 6):
+        config = TuneConfig(space=space_file(tmp_path, declared), sampler="grid", trials=wanted)
+        tuner = Tuner(tmp_path / "out", BASE, config)
+        points = [str(queued_point(trial)) for trial in tuner.study.trials]
+        assert len(set(points)) == len(points) == wanted
+
+
+def test_point_of_a_grid_that_is_lost_is_tried_again(tmp_path, stand_in):
+    declared = {"g.lr": [1e-3], "batch_size": [32, 64]}
+    config = TuneConfig(space=space_file(tmp_path, declared), sampler="grid", trials=2)
+    tuner = Tuner(tmp_path / "out", BASE, config)
+    lost = tuner.study.ask()
+    lost.suggest_categorical("g.lr", [1e-3])  # got no further
+    lost.set_user_attr("alive", time.time() - 1e4)
+    tuner.run()
+    first, *others = tuner.study.trials
+    assert first.state.name == "FAIL"
+    assert sorted(trial.params["batch_size"] for trial in others) == [32, 64]
+
+
+@pytest.mark.parametrize("sampler", ["grid", "tpe"])
+def test_queue_that_was_left_unfinished_is_finished(tmp_path, stand_in, monkeypatch, sampler):
+    declared = {"g.lr": [1e-4, 1e-3], "batch_size": [32, 64, 128]}
+    enqueue = optuna.Study.enqueue_trial
+
+    def interrupted(study, point):
+        if len(study.trials) == 2:
+            raise KeyboardInterrupt
+        enqueue(study, point)
+
+    monkeypatch.setattr(optuna.Study, "enqueue_trial", interrupted)
+    base = with_values(BASE, {"g.lr": 1e-3, "batch_size": 64})
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path, declared, base, sampler=sampler, storage=f"journal:{tmp_path / 'a.log'}")
+    monkeypatch.setattr(optuna.Study, "enqueue_trial", enqueue)
+    monkeypatch.setattr("hessreg.tuning.study._QUEUE_TIMEOUT", 0.1)
+    config = TuneConfig(
+        space=space_file(tmp_path, declared),
+        sampler=sampler,
+        trials=6,
+        storage=f"journal:{tmp_path / 'a.log'}",
+    )
+    queued = [queued_point(trial) for trial in Tuner(tmp_path / "out", base, config).study.trials]
+    whole = Tuner(tmp_path / "whole", base, replace(config, storage="")).study.trials
+    assert queued == [queued_point(trial) for trial in whole]
+    assert len(queued) > 2
+
+
+def test_queue_that_grows_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("hessreg.tuning.study._QUEUE_TIMEOUT", 0.5)
+    study = optuna.create_study()
+    pauses = []
+
+    def pause(_):
+        pauses.append(study.enqueue_trial({"x": len(pauses)}))
+        if len(pauses) == 20:
+            study.set_user_attr(STUDY_ID, "known")
+
+    clock = itertools.count(step=0.2)
+    monkeypatch.setattr("hessreg.tuning.study.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("hessreg.tuning.study.time.sleep", pause)
+    _wait_for_queue(study)
+    assert len(pauses) == 20
 
 
 def test_outcome_is_a_configuration_a_table_and_pictures(tmp_path, stand_in):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import random
 import time
 import uuid
@@ -20,8 +22,9 @@ if TYPE_CHECKING:
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
     from optuna.storages import BaseStorage, RDBStorage
+    from optuna.trial import FrozenTrial
 
-__all__ = ["STUDY_ID", "StudyError", "open_study"]
+__all__ = ["STUDY_ID", "StudyError", "open_study", "queued_point"]
 
 STUDY_ID = "id"  # attribute of a study whose first trials are queued
 Direction = Literal["minimize", "maximize"]
@@ -31,6 +34,7 @@ _SEARCHES = " (searches)"  # after the name of a study, that of one of the searc
 _NEIGHBOURS = 9  # with the start the ten trials after which TPE begins to propose
 _TABLES = 2.0  # seconds in which another process makes the tables
 _DATABASE_TIMEOUT = 60  # seconds to wait for another process that writes
+_QUEUE_TIMEOUT = 60.0  # seconds to wait for another process that queues
 _EXCLUSIVE = "BEGIN IMMEDIATE"
 
 
@@ -77,9 +81,11 @@ def open_study(
     own = int(np.random.SeedSequence([seed, order]).generate_state(1)[0])
     study.sampler = _SAMPLERS[config.sampler](own)
     study.pruner = _pruner(config.pruner, space.base.eval_every)
-    if order == 0:
-        _enqueue(study, config, space, seed)
-    _wait_for_queue(study)
+    if order > 0:
+        _wait_for_queue(study)
+    # Of a grid there may be room for more points than before.
+    if config.sampler == "grid" or STUDY_ID not in study.user_attrs:
+        _enqueue(study, _first_points(config, space, random.Random(seed)))  # noqa: S311
     return study
 
 
@@ -209,32 +215,47 @@ def _pruner(name: str, first: int) -> BasePruner:
     return MedianPruner() if name == "median" else NopPruner()
 
 
-def _enqueue(study: Study, config: TuneConfig, space: SearchSpace, seed: int) -> None:
-    """Queue what is to be tried in any case."""
-    for point in _first_points(config, space, random.Random(seed))[: config.trials]:  # noqa: S311
-        study.enqueue_trial(point)
-    study.set_user_attr(STUDY_ID, uuid.uuid4().hex)
+def _enqueue(study: Study, points: Sequence[dict[str, Any]]) -> None:
+    """Queue what is to be tried in any case and is not there yet; what is lost is not."""
+    trials = study.get_trials(deepcopy=False)
+    there = {_key(queued_point(trial)) for trial in trials if "lost" not in trial.user_attrs}
+    for point in points:
+        if _key(point) not in there:
+            study.enqueue_trial(point)
+    if STUDY_ID not in study.user_attrs:
+        study.set_user_attr(STUDY_ID, uuid.uuid4().hex)
+
+
+def _key(point: dict[str, Any]) -> str:
+    return json.dumps(point, sort_keys=True)
+
+
+def queued_point(trial: FrozenTrial) -> dict[str, Any]:
+    """Return what was queued as a trial, which may not have got to all of it; else its values."""
+    return trial.system_attrs.get("fixed_params", trial.params)
 
 
 def _first_points(
     config: TuneConfig, space: SearchSpace, chance: random.Random
 ) -> list[dict[str, Any]]:
-    """A grid, or where the search starts from, for TPE with what is near."""
+    """A grid, or where the search starts from, for TPE with what is near; no more than trials."""
     if config.sampler == "grid":
         points = space.grid()
         chance.shuffle(points)
-        return points
+        return points[: config.trials]
     start = space.base_point()
     near = space.neighbours(_NEIGHBOURS, chance) if config.sampler == "tpe" else []
-    return [] if start is None else [start, *near]
+    return [] if start is None else [start, *near][: config.trials]
 
 
 def _wait_for_queue(study: Study) -> None:
-    """Let whoever opened the study first finish the queue: nobody may propose before."""
-    deadline = time.monotonic() + _DATABASE_TIMEOUT
-    while not study.user_attrs.get(STUDY_ID):
-        if time.monotonic() > deadline:
-            raise StudyError(
-                f"study {study.study_name} was left unfinished: choose another --study"
-            )
+    """Let whoever opened the study first finish the queue: nobody may propose before.
+
+    One whose queue has not grown for so long was ended meanwhile.
+    """
+    known, deadline = -1, math.inf
+    while STUDY_ID not in study.user_attrs and time.monotonic() < deadline:
+        queued = len(study.get_trials(deepcopy=False))
+        if queued != known:
+            known, deadline = queued, time.monotonic() + _QUEUE_TIMEOUT
         time.sleep(0.2)

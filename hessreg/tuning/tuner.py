@@ -20,7 +20,7 @@ from hessreg.tuning.claim import claim_folder
 from hessreg.tuning.config import TuneConfig
 from hessreg.tuning.outcome import Outcome
 from hessreg.tuning.space import DEFAULT_SPACE, SearchSpace
-from hessreg.tuning.study import open_study
+from hessreg.tuning.study import open_study, queued_point
 from hessreg.tuning.trial_run import TrialRun
 
 if TYPE_CHECKING:
@@ -216,9 +216,12 @@ class Tuner:
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import Trial, TrialState
 
-        with suppress(UpdateFinishedTrialError):  # another search was first
+        # Another search was first: of its telling, Optuna says ValueError if it knew before.
+        with suppress(UpdateFinishedTrialError, ValueError):
             Trial(self.study, frozen._trial_id).set_user_attr("lost", True)
-            self.study.tell(frozen.number, state=TrialState.FAIL, skip_if_finished=True)
+            self.study.tell(frozen.number, state=TrialState.FAIL)
+            if self.config.sampler == "grid":
+                self.study.enqueue_trial(queued_point(frozen))
             self._say(frozen.number, "given up with its search; it is replaced")
 
     def _trials(self, *states: str) -> list[FrozenTrial]:
