@@ -999,6 +999,56 @@ def test_a_folder_belongs_to_one_process(tmp_path):
     assert subprocess.run(command).returncode == 0
 
 
+def test_who_does_not_get_the_lock_of_a_new_folder_removes_nothing(tmp_path):
+    path = tmp_path / "run"
+    owner = RunFolder(path)
+    path.mkdir()
+    owner.lock()  # as between the lock of `create` and its configuration
+    script = (
+        "import sys, pathlib; from hessreg.gan import DEFAULTS, Run\n"
+        "Run.create(pathlib.Path(sys.argv[1]), DEFAULTS['ring'])"
+    )
+    other = subprocess.run(
+        [sys.executable, "-c", script, str(path)], capture_output=True, text=True
+    )
+    assert f"{path} is in use by another process" in other.stderr
+    assert (path / ".lock").exists()
+
+
+def test_a_folder_that_filled_up_before_the_lock_keeps_what_it_has(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "run")
+
+    def lock_late():
+        RunFolder(folder.path).write_config(run_config(seed=5))
+
+    monkeypatch.setattr(folder, "lock", lock_late)
+    with pytest.raises(RunFolderError, match="is not empty"):
+        folder.create(run_config())
+    assert folder.read_config().seed == 5
+
+
+def test_a_lock_that_was_removed_with_its_folder_is_none(tmp_path, monkeypatch):
+    folder, opened = RunFolder(tmp_path), os.open
+
+    def open_late(*args):
+        handle = opened(*args)
+        (tmp_path / ".lock").unlink()
+        return handle
+
+    monkeypatch.setattr(os, "open", open_late)
+    with pytest.raises(RunFolderError, match="is in use by another process"):
+        folder.lock()
+
+
+def test_checkpoints_without_a_configuration_are_not_overwritten(tmp_path):
+    foreign = tmp_path / "checkpoints" / "step-000000007.safetensors"
+    foreign.parent.mkdir()
+    foreign.write_bytes(b"another run's")
+    with pytest.raises(RunFolderError, match="is not empty"):
+        RunFolder(tmp_path).create(run_config())
+    assert foreign.read_bytes() == b"another run's"
+
+
 @pytest.mark.parametrize("existed", [False, True])
 def test_a_failed_create_leaves_nothing(tmp_path, monkeypatch, existed):
     path = tmp_path / "run"

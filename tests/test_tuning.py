@@ -30,6 +30,7 @@ from hessreg.commands._options import train_config
 from hessreg.gan import DEFAULTS, TrainConfig
 from hessreg.gan.config import with_values
 from hessreg.gan.run import Interrupted
+from hessreg.gan.run_folder import RunFolder, RunFolderError
 from hessreg.tuning import (
     DEFAULT_SPACE,
     SearchSpace,
@@ -783,6 +784,19 @@ def test_command_has_its_folder_to_itself_to_the_end(tmp_path, stand_in, monkeyp
     main(["tune", "ring", f"--out={out}", f"--space={space}", "--trials=2", "--sampler=random"])
     enter()
     assert entered == [False, False, True]
+
+
+def test_a_folder_that_another_search_made_is_left_alone(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def come_second(self):
+        (out / "of another").touch()
+        raise RunFolderError("in use")
+
+    monkeypatch.setattr(RunFolder, "lock", come_second)
+    with pytest.raises(RunFolderError):
+        search(tmp_path, {"g.lr": RATE})
+    assert (out / "of another").exists()
 
 
 @pytest.mark.parametrize(

@@ -65,23 +65,35 @@ class RunFolder:
             RunFolderError: If the folder has content already or cannot be written. Nothing is left
                 of a folder that was made.
         """
+        self._enter()
         try:
-            if self.path.exists() and not all(map(_is_first, self.path.iterdir())):
-                raise RunFolderError(
-                    f"{self.path} is not empty: choose another folder, or continue its run with:"
-                    f" hessreg resume {self.path}"
-                )
-            self._existed = self.path.exists()
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunFolderError(f"cannot write to {self.path}: {error.strerror}") from None
-        try:
-            self.lock()
+            self.checkpoints.mkdir(exist_ok=True)
             self._remove_leftovers()
             self.write_config(config)
         except BaseException:
             self.discard()
             raise
+
+    def _enter(self) -> None:
+        """Make the folder and lock it; of several processes one gets in and the others fail."""
+        try:
+            self._check_empty()  # first, or a folder with content would get a lock
+            self._existed = not _is_made(self.path)
+            self.lock()
+        except OSError as error:
+            raise RunFolderError(f"cannot write to {self.path}: {error.strerror}") from None
+        try:
+            self._check_empty()  # again: another process may have been here before the lock
+        except BaseException:
+            self.unlock()
+            raise
+
+    def _check_empty(self) -> None:
+        if self.path.exists() and not all(map(_is_first, self.path.iterdir())):
+            raise RunFolderError(
+                f"{self.path} is not empty: choose another folder, or continue its run with:"
+                f" hessreg resume {self.path}"
+            )
 
     def check_space(self, num_bytes: int) -> None:
         """Refuse to start what the disk cannot hold.
@@ -102,11 +114,11 @@ class RunFolder:
             )
 
     def discard(self) -> None:
-        """Remove what `create` made."""
-        self.unlock()
+        """Remove what `create` made, before others may come in."""
         shutil.rmtree(self.path, ignore_errors=True)
+        self.unlock()
         if self._existed:
-            self.path.mkdir()
+            self.path.mkdir(exist_ok=True)
 
     def lock(self) -> None:
         """Keep other processes out until `unlock`, or the end of this object or process.
@@ -123,7 +135,10 @@ class RunFolder:
             handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_there = os.path.samestat(os.fstat(handle), file.stat())
         except OSError:
+            is_there = False
+        if not is_there:  # locked by another process, or removed by one that had the lock
             os.close(handle)
             raise RunFolderError(f"{self.path} is in use by another process") from None
         self._unlock = weakref.finalize(self, os.close, handle)
@@ -249,7 +264,18 @@ class RunFolder:
 
 def _is_first(path: Path) -> bool:
     """Whether a file may be in a folder before its configuration."""
-    return path.name in (".lock", "checkpoints") or path.match(_LEFTOVER)
+    if path.name == "checkpoints" and path.is_dir():
+        return all(file.match(_LEFTOVER) for file in path.iterdir())
+    return path.name == ".lock" or path.match(_LEFTOVER)
+
+
+def _is_made(path: Path) -> bool:
+    """Make a folder, unless it is there."""
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _existing(path: Path) -> Path:

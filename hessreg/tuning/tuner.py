@@ -243,20 +243,24 @@ class Tuner:
 
 @contextmanager
 def _folder_for(path: Path) -> Iterator[None]:
-    """Make a folder, of which nothing is left if what is inside fails.
+    """Make a folder, of which nothing is left if what is inside fails, unless it is another's.
 
     Raises:
-        RunFolderError: If it cannot be made.
+        RunFolderError: If it cannot be made, or another process got its lock first.
     """
-    existed = path.exists()
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True)
+        is_ours = True
+    except FileExistsError:
+        is_ours = False
     except OSError as error:
         raise RunFolderError(f"cannot write to {path}: {error.strerror}") from None
     try:
         yield
+    except RunFolderError:
+        raise
     except BaseException:
-        if not existed:
+        if is_ours:
             shutil.rmtree(path, ignore_errors=True)
         raise
 
