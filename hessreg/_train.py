@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,14 +47,15 @@ def train(
     """
     from hessreg.gan import DEFAULTS, Run, TrainConfig
     from hessreg.gan.progress import SilentProgress, say
+    from hessreg.gan.run_folder import new_folder
 
     if dataset not in list(DEFAULTS):
         raise ValueError(f"dataset must be one of {', '.join(DEFAULTS)}, got {dataset!r:.40}")
     # Its default limit is for those who give none.
     defaults = DEFAULTS[dataset].to_dict() | {"seconds": 0.0}
     config = TrainConfig.from_dict(_merged(defaults, options))
-    path = Path(out) if out else Path(time.strftime(f"runs/{config.name}-%Y%m%d-%H%M%S"))
-    run = Run.create(path, config)
+    with nullcontext(Path(out)) if out else new_folder(config.name) as path:
+        run = Run.create(path, config)
     summary = run.train(SilentProgress() if quiet else None)
     if not quiet:
         say(summary)

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from hessreg.cli import main
-from hessreg.gan.checkpoint import load_state
+from hessreg.gan.checkpoint import load_state, save_state
+from hessreg.gan.run import Run
 from hessreg.gan.run_folder import RunFolder
 from hessreg.regularizers import R1
 
@@ -402,6 +403,38 @@ def test_a_folder_that_may_not_be_written_stops_a_run_before_it_starts(tmp_path)
 
 
 # The best checkpoint
+
+
+def test_an_extended_run_that_was_interrupted_is_not_finished(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    train = ["train", "ring", "--regularizer=none", *SMALL, "--steps=2", f"--out={folder}"]
+    assert main(train) == 0
+    step = Run._step
+
+    def stopped(self, signals):
+        step(self, signals)
+        signals.stop = True
+
+    monkeypatch.setattr(Run, "_step", stopped)
+    assert main(["resume", str(folder), "--steps=9"]) == 130
+    assert not (folder / "result.json").exists()
+    monkeypatch.undo()
+    assert main(["resume", str(folder)]) == 0
+    assert RunFolder(folder).read_result()["steps"] == 9
+
+
+def test_the_best_evaluation_is_that_of_its_file_after_a_kill(tmp_path):
+    folder = tmp_path / "run"
+    long = [*SMALL, "--steps=8", "--eval_every=4", "--save_every=4", f"--out={folder}"]
+    assert main(["train", "ring", "--regularizer=none", *long]) == 0
+    last, best = RunFolder(folder).last_checkpoint(), RunFolder(folder).best
+    state = load_state(last)
+    save_state(best, state | {"best": {"step": 8, "value": 0.0}})
+    last.unlink()  # as if the run had been killed after its evaluation, before this checkpoint
+    assert main(["resume", str(folder), "--steps=5"]) == 0
+    result = RunFolder(folder).read_result()
+    assert result["steps"] == 5
+    assert result["best"]["step"] == load_state(best)["best"]["step"] == 8
 
 
 def test_the_best_checkpoint_stays_and_can_be_used(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -48,6 +49,22 @@ def test_quiet_prints_nothing_and_a_folder_is_found(tmp_path, capsys, monkeypatc
     assert run.folder.path.parent.name == "runs"
     assert run.folder.path.name.startswith("digits-none-")
     assert (run.folder.path / "samples.png").exists()
+
+
+def test_runs_that_begin_in_one_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda form: form.partition("%")[0] + "now")
+    for _ in range(3):
+        hessreg.train("ring", regularizer="none", steps=1, quiet=True, **SMALL)
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == ["ring-none-now", "ring-none-now-2", "ring-none-now-3"]
+
+
+def test_a_run_that_is_refused_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="batch_size"):
+        hessreg.train("digits", batch_size=10_000, quiet=True)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

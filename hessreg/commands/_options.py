@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import reprlib
-import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hessreg.gan.config import DEFAULTS, TrainConfig, flatten
+from hessreg.gan.run_folder import new_folder
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -58,9 +59,9 @@ def train_config(options: dict[str, Any]) -> TrainConfig:
     return TrainConfig(**{name: options[name] for name in names & options.keys()})
 
 
-def out_folder(options: dict[str, Any], name: str) -> Path:
-    """Return the folder that was chosen, or a new one in ``runs/``."""
-    return Path(options["out"] or time.strftime(f"runs/{name}-%Y%m%d-%H%M%S"))
+def out_folder(options: dict[str, Any], name: str) -> AbstractContextManager[Path]:
+    """Return the folder that was chosen, or a new one in ``runs/`` (see `new_folder`)."""
+    return nullcontext(Path(options["out"])) if options["out"] else new_folder(name)
 
 
 def check_seed(seed: int) -> None:

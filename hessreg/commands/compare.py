@@ -34,9 +34,9 @@ def run(options: dict[str, Any]) -> None:
     names = _names(options["methods"])
     with bad_input():
         config = train_config(options)
-        out = out_folder(options, f"{config.dataset}-compare")
         seeds = _seeds(options["seeds"])
-        comparison = Comparison.create(out, names, config, seeds, options["jobs"])
+        with out_folder(options, f"{config.dataset}-compare") as out:
+            comparison = Comparison.create(out, names, config, seeds, options["jobs"])
     say(comparison.train())
 
 

@@ -33,4 +33,5 @@ def run(options: dict[str, Any]) -> None:
         config = DynamicsConfig.from_options(options)
         check_seed(config.seed)
         lab = Lab(config)
-    say(lab.run(out_folder(options, "dynamics")))
+    with out_folder(options, "dynamics") as out:
+        say(lab.run(out))

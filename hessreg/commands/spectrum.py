@@ -61,7 +61,8 @@ def run(options: dict[str, Any]) -> None:
         operators = _operators(options)
         spectra = [measure(name, op(), wanted, options["json"]) for name, op in operators.items()]
     described = {name: options[name] for name in ("target", "seed", "tol", "steps", "probes")}
-    content, files = write_spectra(out_folder(options, "spectrum"), spectra, described)
+    with out_folder(options, "spectrum") as out:
+        content, files = write_spectra(out, spectra, described)
     if options["json"]:
         say(json.dumps(content, indent=2))
     else:

@@ -29,5 +29,6 @@ def run(options: dict[str, Any]) -> None:
         with together(current_shard()):
             config = train_config(options)
         progress = make_progress(config.title, options["plain"])
-        training = Run.create(out_folder(options, config.name), config)
+        with out_folder(options, config.name) as out:
+            training = Run.create(out, config)
     say(training.train(progress))

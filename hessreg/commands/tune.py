@@ -41,11 +41,10 @@ def run(options: dict[str, Any]) -> None:
     with bad_input():
         base = train_config(options)
         config = TuneConfig(**{f.name: options[f.name] for f in fields(TuneConfig)})
-        tuner = Tuner(out_folder(options, f"{base.dataset}-tune"), base, config)
-    with (
-        failing(OutcomeError, TuningError),
-        closing(tuner),
-    ):  # runs of the leaders are in its folder
+        with out_folder(options, f"{base.dataset}-tune") as out:
+            tuner = Tuner(out, base, config)
+    # To the end: runs of the leaders are in its folder.
+    with failing(OutcomeError, TuningError), closing(tuner):
         _search(tuner, config)
 
 

@@ -21,7 +21,7 @@ import torch
 import hessreg
 from hessreg.gan import pictures
 from hessreg.gan.building import build_trainer
-from hessreg.gan.checkpoint import CheckpointError, num_bytes
+from hessreg.gan.checkpoint import CheckpointError, load_state, num_bytes
 from hessreg.gan.config import TrainConfig
 from hessreg.gan.data import Dataset, subset
 from hessreg.gan.distributed import (
@@ -252,6 +252,8 @@ class Run:
     def _train(self, progress: ProgressReport | None) -> str:
         path, events_from = self.folder.path, self.trainer.steps_done
         is_first = self.shard.rank == 0
+        if is_first and not self._finished():
+            self.folder.remove_result()  # of a run that was finished and goes on
         with (
             progress or make_progress(self.config.title, plain=not is_first) as report,
             EventLog(path, events_from, self.config, is_first) as events,
@@ -412,10 +414,23 @@ class Run:
             if not 0 <= self.cpu_seconds < math.inf:
                 raise ValueError(f"cpu_seconds is {self.cpu_seconds}")
             self.best = dict(state["best"])
-            if self.best and not (math.isfinite(self.best["value"]) and self.best["step"] >= 0):
-                raise ValueError(f"the best evaluation is {self.best}")
+            _check_best(self.best)
             self.trainer.load_state_dict(state["trainer"])
+        self.best = first_decides(self.shard, self._later_best)
         first_decides(self.shard, partial(self.folder.truncate_metrics, self.trainer.steps_done))
+
+    def _later_best(self) -> dict[str, Any]:
+        """The best evaluation, which a process that was killed may have made after its checkpoint.
+
+        The evaluation of a later step is one of this run, too, and its state is in the file.
+        """
+        if not self.folder.best.exists():
+            return self.best
+        with fitting(self.folder.best):
+            found = dict(load_state(self.folder.best)["best"])
+            _check_best(found)
+            is_later = found and found["step"] > self.trainer.steps_done
+        return found if is_later else self.best
 
     def _read_checkpoint(self) -> tuple[Path, dict[str, Any]]:
         self.folder.check_space(self._checkpoint_bytes())
@@ -501,6 +516,11 @@ class Run:
         judging = self.trainer.judging(classes)
         moved = samples.to(self.trainer.data.device, self.trainer.dtype)
         return regularizer.embed(moved, judging).cpu()
+
+
+def _check_best(best: dict[str, Any]) -> None:
+    if best and not (math.isfinite(best["value"]) and best["step"] >= 0):
+        raise ValueError(f"the best evaluation is {best}")
 
 
 class StopSignals:

@@ -6,12 +6,16 @@ whole lines that a resumed run cuts back to its checkpoint.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import sys
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +27,9 @@ from hessreg.gan.checkpoint import (
     write_atomically,
 )
 from hessreg.gan.config import TrainConfig
+from hessreg.gan.distributed import current_shard, first_decides
 
-__all__ = ["RunFolder", "RunFolderError"]
+__all__ = ["RunFolder", "RunFolderError", "new_folder"]
 
 _KEEP = 2
 _LEFTOVER = ".*.tmp"
@@ -258,8 +263,40 @@ class RunFolder:
         """Return what `write_result` wrote."""
         return json.loads((self.path / "result.json").read_text(encoding="utf-8"))
 
+    def remove_result(self) -> None:
+        """Remove ``result.json``: the run goes on."""
+        (self.path / "result.json").unlink(missing_ok=True)
+
     def _checkpoint_files(self) -> list[Path]:
         return sorted(self.checkpoints.glob("step-*.safetensors"))
+
+
+@contextmanager
+def new_folder(name: str) -> Iterator[Path]:
+    """Make a folder in ``runs/`` named after the time, which is removed if it stays empty.
+
+    Args:
+        name: Comes before the time; of several that begin in one second, the later ones have
+            ``-2``, ``-3``, ... behind it.
+
+    Raises:
+        RunFolderError: If it cannot be made.
+    """
+    path = first_decides(current_shard(), partial(_make_new, name))
+    try:
+        yield path
+    finally:
+        with suppress(OSError):  # if it has content
+            os.removedirs(path)
+
+
+def _make_new(name: str) -> Path:
+    first = time.strftime(f"runs/{name}-%Y%m%d-%H%M%S")
+    names = itertools.chain([first], (f"{first}-{number}" for number in itertools.count(2)))
+    try:
+        return next(path for path in map(Path, names) if _is_made(path))
+    except OSError as error:
+        raise RunFolderError(f"cannot write to {first}: {error.strerror}") from None
 
 
 def _is_first(path: Path) -> bool:
