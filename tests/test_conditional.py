@@ -274,9 +274,9 @@ def test_metrics_draw_classes_in_their_shares_and_pictures_each_in_turn(tmp_path
     asked = []
     sample = Generator.sample
 
-    def recorded(self, count, generator, labels=None):
+    def recorded(self, count, generator, labels=None, codes=None):
         asked.append(labels)
-        return sample(self, count, generator, labels)
+        return sample(self, count, generator, labels, codes)
 
     monkeypatch.setattr(Generator, "sample", recorded)
     out = str(tmp_path / "run")
@@ -293,6 +293,26 @@ def test_metrics_draw_classes_in_their_shares_and_pictures_each_in_turn(tmp_path
     assert all(labels is None for labels in of_run[::2])  # pictures
     for drawn in [*of_run[1::2], of_eval]:
         assert abs(float((drawn == 1).double().mean()) - 0.2) < 0.08
+
+
+@pytest.mark.parametrize("options", [["--conditional=concat"], ["--infogan.codes=10"]])
+def test_classes_and_codes_are_in_turn_over_all_batches(tmp_path, monkeypatch, options):
+    from hessreg.gan.evaluation import TrainedGenerator
+
+    out = tmp_path / "run"
+    short = ["--steps=1", "--tensorboard=false", "--width=4", f"--out={out}"]
+    assert cli.main(["train", "digits", "--regularizer=none", *options, *short]) == 0
+    drawn = []
+    draw = Generator.draw_latent
+
+    def recorded(self, *args):
+        drawn.append(draw(self, *args))
+        return drawn[-1]
+
+    trained = TrainedGenerator.load(out)
+    monkeypatch.setattr(Generator, "draw_latent", recorded)
+    trained.sample(600, seed=1)
+    assert torch.equal(torch.cat(drawn)[:, -10:].argmax(1), torch.arange(600) % 10)
 
 
 def test_the_spectrum_of_a_conditional_run(tmp_path, capsys):

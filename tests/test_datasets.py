@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import struct
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from hessreg import cli
 from hessreg.gan import DEFAULTS, Dataset, Generator, Run, Trainer, load_dataset, make_task
@@ -17,7 +18,7 @@ from hessreg.gan.file_datasets import load_arrays, load_images, load_mnist
 from hessreg.gan.metrics import ImageJudge, PrincipalJudge
 from hessreg.gan.networks import Discriminator
 from hessreg.gan.pictures import tile
-from hessreg.gan.sample_files import read_array
+from hessreg.gan.sample_files import SampleFileError, read_array
 from tests.image_files import digits, idx_bytes, write_idx, write_images
 
 
@@ -86,6 +87,17 @@ def test_points_are_standardised_by_component(tmp_path):
     points = torch.cat(load_arrays(str(tmp_path / "x.npy")).tensors())
     torch.testing.assert_close(points.mean(0), torch.zeros(3), atol=2e-2, rtol=0)
     torch.testing.assert_close(points.std(0), torch.tensor([1.0, 0, 1]), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.int64])
+def test_points_far_from_zero_keep_their_digits(tmp_path, kind):
+    values = np.random.default_rng(0).normal(size=(600, 2)) * 1e3 + 1e12
+    values = values.astype(kind)
+    np.save(tmp_path / "x.npy", values)
+    data = load_arrays(str(tmp_path / "x.npy"))
+    wanted = (values - values.mean(0)) / values.std(0)
+    chosen = wanted[data.train_samples.rows.numpy()]
+    np.testing.assert_allclose(data.tensors()[0].numpy(), chosen, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["uint8", "unit", "signed", "channels", "big_endian", "bool"])
@@ -296,6 +308,18 @@ def test_damaged_images_are_one_line(tmp_path, capsys):
     refused(["images", "--data", str(few)], "at least 60 images", capsys, tmp_path)
 
 
+@pytest.mark.parametrize("error", [struct.error, ValueError, TypeError])
+def test_an_image_that_pillow_fails_on_is_named(tmp_path, monkeypatch, error):
+    folder = write_images(tmp_path / "faces")
+
+    def fail(image):
+        raise error("damaged")
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", fail)
+    with pytest.raises(SampleFileError, match=r"\.png is not a readable image \(damaged\)"):
+        load_images(str(folder))
+
+
 GOOD = np.random.default_rng(0).normal(size=(90, 2))
 ARRAYS = {
     "dimension": (GOOD[:, 0], "points [n, d] or images"),
@@ -323,13 +347,14 @@ def test_arrays_that_are_no_samples_are_one_line(tmp_path, capsys, name):
 
 def test_archives_that_are_no_samples_are_one_line(tmp_path, capsys):
     file = tmp_path / "x.npz"
-    np.savez(file, a=GOOD, b=GOOD, y=np.zeros(5, np.int64), z=np.zeros(90))
+    np.savez(file, a=GOOD, b=GOOD, y=np.zeros(5, np.int64), z=np.zeros(90), n=np.float64(3))
     for arguments, message in (
-        ([], "choose one with --arrays.key: a, b, y, z"),
+        ([], "choose one with --arrays.key: a, b, y, z, n"),
         (["--arrays.key", "c"], "has no array 'c'"),
         (["--arrays.key", "a", "--arrays.labels_key", "y"], "one integer for each of 90 samples"),
         (["--arrays.key", "a", "--arrays.labels_key", "z"], "one integer for each of 90 samples"),
         (["--arrays.labels_key", "z"], "choose one with --arrays.key"),
+        (["--arrays.key", "n", "--arrays.labels_key", "y"], "got a single number"),
     ):
         refused(["arrays", "--data", str(file), *arguments], message, capsys, tmp_path)
     file.write_bytes(file.read_bytes()[:-200])

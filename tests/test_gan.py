@@ -271,6 +271,8 @@ def test_classes_need_a_fifth_of_their_share():
 def test_training_images_are_copies_and_test_images_are_not(digits):
     assert copied_share(digits.train_samples, digits.train_samples) == 1
     assert copied_share(digits.test_samples, digits.train_samples) < 0.01
+    doubled = torch.cat([digits.train_samples, digits.train_samples])
+    assert copied_share(digits.train_samples, doubled) == 1
 
 
 def test_judge_is_deterministic_accurate_and_leaves_the_random_state_alone(digits, judge):

@@ -59,7 +59,8 @@ class ScaledSamples:
 
     Args:
         values: Tensor ``[n, ...]`` of any type.
-        scale: What values are multiplied by; a number, or as the values of a sample.
+        scale: What values are multiplied by; a number, or as the values of a sample, in whose type
+            it is then computed.
         shift: What is then added, likewise.
         rows: Which of the values are meant, ``[m]``; by default all.
         device: Where batches are.
@@ -94,7 +95,8 @@ class ScaledSamples:
         """Return the samples at indices ``[m]``, scaled, in float32."""
         rows = indices if self.rows is None else self.rows[indices]
         batch = self.values[rows.to(self.values.device)]
-        return batch.to(self.device, torch.float32) * self.scale + self.shift
+        exact = self.scale.dtype if isinstance(self.scale, Tensor) else torch.float32
+        return (batch.to(self.device, exact) * self.scale + self.shift).float()
 
     def to(self, device: torch.device) -> ScaledSamples:
         """Return the same samples with batches on a device, and up to 1 GiB of values, too."""

@@ -79,14 +79,18 @@ class TrainedGenerator:
         Args:
             count: Number of samples.
             seed: Of the noise.
-            labels: Classes ``[count]``; by default each in turn.
+            labels: Classes ``[count]``; by default each in turn. Without classes, codes are taken
+                in turn.
 
         Raises:
             ValueError: If some are not finite.
         """
         random = torch.Generator().manual_seed(seed)
+        if labels is None:
+            labels = torch.arange(count) % max(1, self.generator.num_classes)
+        codes = torch.arange(count) % max(1, self.generator.num_codes)
         parts = [
-            self.generator.sample(len(rows), random, None if labels is None else labels[rows])
+            self.generator.sample(len(rows), random, labels[rows], codes[rows])
             for rows in torch.arange(count).split(_BATCH)
         ]
         samples = torch.cat(parts).cpu().float()

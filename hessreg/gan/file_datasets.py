@@ -240,6 +240,8 @@ def _read_arrays(path: Path, key: str | None, labels_key: str | None) -> tuple[n
             others = [name for name in arrays.files if name != labels_key]
         key = others[0] if len(others) == 1 else None
     values = read_array(path, key, "--arrays.key")
+    if not values.ndim:
+        raise SampleFileError(f"{path} must hold points or images, got a single number")
     if labels.dtype.kind not in "iu" or labels.shape != values.shape[:1]:
         raise SampleFileError(
             f"{path}: {labels_key} must be one integer for each of {len(values)} samples, got"
@@ -261,15 +263,16 @@ def _points(path: Path, values: np.ndarray) -> ScaledSamples:
         raise SampleFileError(f"{path} must hold different points, got {len(values)} equal ones")
     scale = torch.where(spread > 0, 1 / spread, torch.ones(()).double())
     shift = -torch.from_numpy(np.asarray(mean)) * scale
-    return ScaledSamples(_as_tensor(values), scale.float(), shift.float())
+    # In float64, or what is far from 0 would be rounded before it is centred.
+    return ScaledSamples(_as_tensor(values, np.float64), scale, shift)
 
 
 def _chunks(path: Path, values: np.ndarray) -> Iterator[np.ndarray]:
     """The values in float64, piece by piece; refuses what is not finite in float32."""
     for start in range(0, len(values), _CHUNK):
+        chunk = values[start : start + _CHUNK]
         with np.errstate(over="ignore"):
-            chunk = values[start : start + _CHUNK].astype(np.float32)
-        check_finite(path, chunk, start)
+            check_finite(path, chunk.astype(np.float32), start)
         yield chunk.astype(np.float64)
 
 
@@ -297,7 +300,7 @@ def _images(path: Path, values: np.ndarray) -> ScaledSamples:
     return ScaledSamples(_as_tensor(images), 1.0 if signed else 2.0, 0.0 if signed else -1.0)
 
 
-def _as_tensor(values: np.ndarray) -> Tensor:
-    """The same memory where torch knows the type; else a copy."""
+def _as_tensor(values: np.ndarray, other: type = np.float32) -> Tensor:
+    """The same memory where torch knows the type; else a copy of another one."""
     known = values.dtype in (np.uint8, np.float32, np.float64) and values.dtype.isnative
-    return torch.from_numpy(values if known else values.astype(np.float32))
+    return torch.from_numpy(values if known else values.astype(other))

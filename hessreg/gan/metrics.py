@@ -133,7 +133,8 @@ def classes_covered(predictions: Tensor, num_classes: int, total: int | None = N
 def copied_share(images: Tensor, training_images: Tensor) -> float:
     """Return the share of images that reproduce a training image.
 
-    A copy is nearer to a training image than half the way from there to the next training image.
+    A copy is nearer to a training image than half the way from there to the next training image
+    that is another.
 
     Args:
         images: ``[n, ...]``.
@@ -143,9 +144,10 @@ def copied_share(images: Tensor, training_images: Tensor) -> float:
         A share in [0, 1].
     """
     training = training_images.flatten(1)
-    distances, nearest = torch.cdist(images.flatten(1), training).min(dim=1)
+    distances, nearest = _distances(images.flatten(1), training).min(dim=1)
     found, place = nearest.unique(return_inverse=True)
-    radii = _distances(training[found], training).kthvalue(2, dim=1).values  # the first is itself
+    gaps = _distances(training[found], training)
+    radii = gaps.where(gaps > 0, torch.inf).min(dim=1).values  # at 0 are itself and its doubles
     return float((distances < 0.5 * radii[place]).double().mean())
 
 

@@ -127,18 +127,25 @@ class Generator(nn.Module):
         return torch.cat(parts, 1) if len(parts) > 1 else noise
 
     def sample(
-        self, count: int, generator: torch.Generator, labels: Tensor | None = None
+        self,
+        count: int,
+        generator: torch.Generator,
+        labels: Tensor | None = None,
+        codes: Tensor | None = None,
     ) -> Tensor:
         """Return ``count`` samples, in evaluation mode and without a graph.
 
         Args:
             count: Of samples.
             generator: Where the noise comes from.
-            labels: Classes ``[count]``; by default each in turn. Without classes, codes are taken
-                in turn.
+            labels: Classes ``[count]``; by default each in turn.
+            codes: Codes ``[count]``, without classes; by default each in turn. With classes they
+                are drawn.
         """
-        turns = self.num_codes and not self.num_classes
-        codes = torch.arange(count) % self.num_codes if turns else None
+        if self.num_classes:
+            codes = None
+        elif self.num_codes and codes is None:
+            codes = torch.arange(count) % self.num_codes
         noise = self.draw_latent(count, generator, labels, codes).to(next(self.parameters()))
         training = self.training
         self.eval()

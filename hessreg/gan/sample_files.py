@@ -129,7 +129,7 @@ def _load_array(path: Path, key: str | None, option: str) -> np.ndarray:
             return loaded if isinstance(loaded, np.ndarray) else _pick(path, loaded, key, option)
     except FileNotFoundError:
         raise SampleFileError(f"there is no file {path}") from None
-    except SampleFileError:
+    except (SampleFileError, MemoryError):
         raise
     except _DAMAGE as error:
         raise SampleFileError(f"{path} is not a readable array ({error})") from None
@@ -183,14 +183,16 @@ def open_image(file: Path) -> Iterator[Image]:
     Raises:
         SampleFileError: If there is none, also while it is read.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(file) as image:
             if image.mode not in _EIGHT_BITS:
                 raise SampleFileError(f"{file} has {image.mode} pixels, 8 bits wanted")
             yield image
-    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (SampleFileError, MemoryError):
+        raise
+    except Exception as error:  # damaged metadata raises struct.error, ValueError and more
         raise SampleFileError(f"{file} is not a readable image ({error})") from None
 
 
