@@ -251,10 +251,10 @@ def _folder_for(path: Path) -> Iterator[None]:
     try:
         path.mkdir(parents=True)
         is_ours = True
-    except FileExistsError:
-        is_ours = False
     except OSError as error:
-        raise RunFolderError(f"cannot write to {path}: {error.strerror}") from None
+        if not path.is_dir():
+            raise RunFolderError(f"cannot write to {path}: {error.strerror}") from None
+        is_ours = False
     try:
         yield
     except RunFolderError:
