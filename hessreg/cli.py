@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 import hessreg
 from hessreg._interrupt import INTERRUPTED, Interrupts
 from hessreg._spelling import suggestion
@@ -104,6 +106,16 @@ def _explain(error: Exception) -> int:
         return _fail(str(error), 2, error)
     except _FAILURES as error:
         return _fail(str(error), 1, error)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_of_memory(error):
+            raise
+        return _fail(f"not enough memory: {str(error) or 'it is all used'}", 1, error)
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Of a RuntimeError of torch only the message says so: without a GPU it has no other type."""
+    kinds = MemoryError, torch.OutOfMemoryError
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 def _run(args: list[str]) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from hessreg import mmd2
+from hessreg import cli, mmd2
 from hessreg.cli import main
+from hessreg.commands._options import noise_seed
 from hessreg.gan import DEFAULTS
 from hessreg.gan.progress import PlainProgress
 from hessreg.gan.run_folder import RunFolder
@@ -24,6 +25,24 @@ import yaml  # noqa: E402
 from PIL import Image  # noqa: E402
 
 SMALL = ["--width=8", "--latent_dim=4", "--batch_size=8", "--tensorboard=false"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_a_lack_of_memory_is_one_line(capsys, error):
+    assert cli._explain(error) == 1
+    assert capsys.readouterr().err.startswith("hessreg: not enough memory: ")
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(None, 6), (3, 3)])
+def test_noise_is_other_than_that_of_the_run(given, wanted):
+    assert noise_seed(given, of_run=5) == wanted
 
 
 def test_compare_writes_pictures_and_tables(tmp_path, capfd):

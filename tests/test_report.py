@@ -241,6 +241,7 @@ def test_what_cannot_be_reported_is_refused_in_one_line(runs, tmp_path, capsys):
     file = tmp_path / "file"
     file.touch()
     assert str(file) in refused(capsys, "report", runs, f"--out={file / 'page.html'}")
+    assert "must be a file, got the folder" in refused(capsys, "report", runs, f"--out={tmp_path}")
 
 
 @pytest.mark.parametrize(

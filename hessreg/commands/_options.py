@@ -20,6 +20,7 @@ __all__ = [
     "config_parser",
     "generator_parser",
     "new_parser",
+    "noise_seed",
     "out_folder",
     "train_config",
 ]
@@ -49,7 +50,8 @@ def generator_parser(description: str) -> ArgumentParser:
     """Return a parser for a command that draws with the generator of a run."""
     parser = new_parser(description)
     parser.add_argument("run", type=str, help="A run folder, or a checkpoint in one.")
-    parser.add_argument("--seed", type=int, default=1, help="Of the noise; a run itself has 0.")
+    seed = "Of the noise; by default 1 more than that of the run, whose own noise has its seed."
+    parser.add_argument("--seed", type=int | None, default=None, help=seed)
     return parser
 
 
@@ -62,6 +64,13 @@ def train_config(options: dict[str, Any]) -> TrainConfig:
 def out_folder(options: dict[str, Any], name: str) -> AbstractContextManager[Path]:
     """Return the folder that was chosen, or a new one in ``runs/`` (see `new_folder`)."""
     return nullcontext(Path(options["out"])) if options["out"] else new_folder(name)
+
+
+def noise_seed(given: int | None, of_run: int) -> int:
+    """Return the seed that was given, or one whose noise the run itself has not drawn."""
+    seed = of_run + 1 if given is None else given
+    check_seed(seed)
+    return seed
 
 
 def check_seed(seed: int) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hessreg.commands._errors import bad_input
-from hessreg.commands._options import check_seed, generator_parser
+from hessreg.commands._options import generator_parser, noise_seed
 from hessreg.curvature._checks import check_at_least
 from hessreg.gan.evaluation import TrainedGenerator
 from hessreg.gan.options import FIDConfig
@@ -34,9 +34,9 @@ def make_parser() -> ArgumentParser:
 def run(options: dict[str, Any]) -> None:
     """Do what the options say."""
     with bad_input():
-        check_seed(options["seed"])
         check_at_least(0, permutations=options["permutations"])
         trained = TrainedGenerator.load(Path(options["run"]))
+        seed = noise_seed(options["seed"], trained.config.seed)
         features = options["fid"].features
-        values = trained.evaluate(options["seed"], options["permutations"], features)
+        values = trained.evaluate(seed, options["permutations"], features)
     say(json.dumps(values, indent=2) if options["json"] else trained.describe(values))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hessreg.commands._errors import InputError
 from hessreg.commands._options import new_parser
 from hessreg.gan.progress import say
 from hessreg.gan.report import write_report
@@ -31,4 +32,6 @@ def run(options: dict[str, Any]) -> None:
     """Do what the options say."""
     paths = [Path(path) for path in options["runs"]]
     out = Path(options["out"]) if options["out"] else paths[0] / "report.html"
+    if out.is_dir():
+        raise InputError(f"out must be a file, got the folder {out}")
     say(write_report(paths, out))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hessreg.commands._errors import bad_input
-from hessreg.commands._options import check_seed, generator_parser
+from hessreg.commands._options import generator_parser, noise_seed
 from hessreg.gan.evaluation import TrainedGenerator, write_samples
 from hessreg.gan.progress import say
 
@@ -29,7 +29,7 @@ def run(options: dict[str, Any]) -> None:
     """Do what the options say."""
     out = Path(options["out"])
     with bad_input():
-        check_seed(options["seed"])
         trained = TrainedGenerator.load(Path(options["run"]))
-        write_samples(trained, options["n"], options["seed"], out)
+        seed = noise_seed(options["seed"], trained.config.seed)
+        write_samples(trained, options["n"], seed, out)
     say(f"{out}: {options['n']} samples by {trained.title}")
